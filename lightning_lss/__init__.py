@@ -1,0 +1,33 @@
+"""Long Short-Sequence (LSS) Transformer training for PyTorch Lightning: one long sequence over many devices, exactly.
+
+Importing the package registers the strategies ``"lss"``, ``"lss_spawn"``, ``"lss_fork"`` and ``"lss_notebook"`` with
+Lightning.
+"""
+
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightning_lss.attention import LSSAttention, lss_attention
+from lightning_lss.loss import token_mean
+from lightning_lss.metrics import BitsPerByte
+from lightning_lss.module import LSSTransformer
+from lightning_lss.positions import RotaryEmbedding, SegmentPositionalEmbedding
+from lightning_lss.shard import SequenceShard, ShardedModule, sequence_shard
+from lightning_lss.strategy import LSSStrategy
+from lightning_lss.version import __version__
+
+__all__ = [
+    "__version__",
+    "BitsPerByte",
+    "LSSAttention",
+    "LSSStrategy",
+    "LSSTransformer",
+    "RotaryEmbedding",
+    "SegmentPositionalEmbedding",
+    "SequenceShard",
+    "ShardedModule",
+    "lss_attention",
+    "sequence_shard",
+    "token_mean",
+]
+
+LSSStrategy.register_strategies(StrategyRegistry)

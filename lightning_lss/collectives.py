@@ -1,0 +1,45 @@
+"""The two collectives of the LSS Transformer, each with its group given explicitly and a handle to wait on.
+
+``torch`` 2.13 renamed ``all_gather_into_tensor`` and ``reduce_scatter_tensor`` and deprecated the old names, which are
+the only ones in 2.11: the module takes whichever is there.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Pending(NamedTuple):
+    """A tensor that a collective is still filling."""
+
+    tensor: Tensor
+    work: dist.Work | None
+
+    def wait(self) -> Tensor:
+        """Block (on CUDA: the current stream) until the tensor is complete, and return it."""
+        if self.work is not None:
+            self.work.wait()
+        return self.tensor
+
+
+def all_gather(local: Tensor, group: dist.ProcessGroup) -> Pending:
+    """Start to gather ``local``, of one shape on every rank of ``group``, into ``[size, *local.shape]`` by rank."""
+    gathered = local.new_empty((dist.get_world_size(group), *local.shape))
+    work = _all_gather(gathered.view(-1), local.contiguous().view(-1), group=group, async_op=True)
+    return Pending(gathered, work)
+
+
+def reduce_scatter(stacked: Tensor, group: dist.ProcessGroup) -> Pending:
+    """Start to sum ``stacked`` ``[size, *shape]`` over ``group``; rank ``r`` receives entry ``r`` of the sum.
+
+    The adjoint of :func:`all_gather`. ``stacked`` must not be written to before the result has been waited for.
+    """
+    local = stacked.new_empty(stacked.shape[1:])
+    work = _reduce_scatter(local.view(-1), stacked.contiguous().view(-1), group=group, async_op=True)
+    return Pending(local, work)

@@ -1,0 +1,75 @@
+"""Which positions of a sequence each rank holds: pure integer arithmetic.
+
+A sequence of ``length`` positions is cut into equal *chunks* and each of ``size`` ranks holds one or two of them:
+
+- ``contiguous``: ``size`` chunks, rank ``r`` holds chunk ``r``;
+- ``zigzag``: ``2 * size`` chunks, rank ``r`` holds chunks ``r`` and ``2 * size - 1 - r``, an early and a late one, so
+  that under a causal mask every rank computes the same number of query-key pairs (the load balancing of Llama 3's
+  context parallelism, arXiv 2407.21783, section 3.3.2).
+
+With one rank both are the whole sequence in order.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Layout = Literal["contiguous", "zigzag"]
+LAYOUTS: tuple[str, ...] = get_args(Layout)
+
+
+def check_layout(layout: str) -> None:
+    """Raise ``ValueError`` if ``layout`` is not the name of one."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is unknown: choose one of {', '.join(map(repr, LAYOUTS))}.")
+
+
+def chunks_per_rank(size: int, layout: str) -> int:
+    """How many separate runs of positions one of ``size`` ranks holds: 1 or 2."""
+    return 2 if layout == "zigzag" and size > 1 else 1
+
+
+def check_length(length: int, size: int, layout: str) -> None:
+    """Raise ``ValueError`` if ``length`` positions cannot be shared out equally, saying which lengths can."""
+    divisor = size * chunks_per_rank(size, layout)
+    if length > 0 and length % divisor == 0:
+        return
+    below = length // divisor * divisor
+    nearest = f"{below} or {below + divisor}" if below > 0 else f"{divisor}"
+    why = (
+        "the sequence-parallel size"
+        if divisor == size
+        else "twice the sequence-parallel size, as layout='zigzag' needs"
+    )
+    remedy = f"Use a length that is a multiple of {divisor} (such as {nearest}) or another sequence_parallel_size"
+    if divisor != size and length > 0 and length % size == 0:
+        remedy += ", or layout='contiguous'"
+    raise ValueError(
+        f"A sequence of length {length} cannot be split over {size} ranks: it is not divisible by {divisor} ({why}). {remedy}."
+    )
+
+
+def chunks_of_rank(rank: int, size: int, layout: str) -> tuple[int, ...]:
+    """Indices of the chunks that ``rank`` holds, in the order in which it holds them."""
+    if chunks_per_rank(size, layout) == 1:
+        return (rank,)
+    return (rank, 2 * size - 1 - rank)
+
+
+def holder_of_chunks(size: int, layout: str) -> tuple[tuple[int, int], ...]:
+    """The inverse of :func:`chunks_of_rank`: for each chunk in position order, ``(rank, slot)`` of its place there."""
+    place = {
+        chunk: (rank, slot) for rank in range(size) for slot, chunk in enumerate(chunks_of_rank(rank, size, layout))
+    }
+    return tuple(place[chunk] for chunk in range(len(place)))
+
+
+def position_ranges(length: int, rank: int, size: int, layout: str) -> tuple[range, ...]:
+    """The runs of global positions that ``rank`` holds of a sequence of ``length``, in local order.
+
+    Raises:
+        ValueError: if ``length`` cannot be shared out equally.
+    """
+    check_length(length, size, layout)
+    chunk = length // (size * chunks_per_rank(size, layout))
+    return tuple(range(c * chunk, (c + 1) * chunk) for c in chunks_of_rank(rank, size, layout))

@@ -1,0 +1,106 @@
+"""The world as a grid of data x sequence: its sizes, its ranks, its process groups.
+
+Global rank ``g`` of a world ``W = D * S`` has data rank ``g // S`` and segment ``g % S``: neighbouring ranks, which
+share the fastest links, form one sequence group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+
+def resolve_sequence_parallel_size(world_size: int, requested: int | Literal["auto"]) -> int:
+    """The sequence-parallel size S: the request, or the whole world for ``"auto"``.
+
+    Raises:
+        ValueError: if S is not a positive divisor of ``world_size``.
+    """
+    if requested == "auto":
+        return world_size
+    if isinstance(requested, bool) or not isinstance(requested, int) or requested < 1:
+        raise ValueError(f"sequence_parallel_size={requested!r} must be 'auto' or a positive integer.")
+    if world_size % requested:
+        divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
+        raise ValueError(
+            f"sequence_parallel_size={requested} does not divide the world size {world_size} (devices x nodes). Use one of"
+            f" {', '.join(map(str, divisors))}, or change the number of devices."
+        )
+    return requested
+
+
+def sequence_group_ranks(world_size: int, size: int) -> list[list[int]]:
+    """Global ranks of each sequence group, in segment order."""
+    return [list(range(first, first + size)) for first in range(0, world_size, size)]
+
+
+def data_group_ranks(world_size: int, size: int) -> list[list[int]]:
+    """Global ranks of each data group: those that hold the same segment of different batches."""
+    return [list(range(segment, world_size, size)) for segment in range(size)]
+
+
+@dataclass(frozen=True)
+class SequenceMesh:
+    """This process's groups in the grid; a group of one rank is ``None``."""
+
+    world_size: int
+    size: int
+    global_rank: int
+    sequence_group: dist.ProcessGroup | None
+    data_group: dist.ProcessGroup | None
+
+    @property
+    def data_size(self) -> int:
+        """Number of batches in flight, D = W / S."""
+        return self.world_size // self.size
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the D batches this process works on."""
+        return self.global_rank // self.size
+
+    @property
+    def sequence_rank(self) -> int:
+        """Which of the S segments this process holds."""
+        return self.global_rank % self.size
+
+    def device_mesh(self, device_type: str) -> DeviceMesh:
+        """The grid as torch's DeviceMesh; its dimensions are ``data`` and ``sequence`` where larger than 1."""
+        grid = torch.arange(self.world_size).view(self.data_size, self.size)
+        dims = [
+            (name, group) for name, group in (("data", self.data_group), ("sequence", self.sequence_group)) if group
+        ]
+        if not dims:
+            raise ValueError("A world of one process has no device mesh.")
+        names, groups = zip(*dims)
+        if len(groups) == 1:
+            return DeviceMesh.from_group(groups[0], device_type, mesh=grid.flatten(), mesh_dim_names=names)
+        return DeviceMesh.from_group(list(groups), device_type, mesh=grid, mesh_dim_names=names)
+
+
+def build_mesh(world_size: int, global_rank: int, size: int, timeout: timedelta | None = None) -> SequenceMesh:
+    """Create the process groups of the grid; every rank of the world calls it.
+
+    ``init_device_mesh`` would give its subgroups the default timeout whatever the world's is, so the groups are made
+    here and :meth:`SequenceMesh.device_mesh` only wraps them.
+    """
+
+    def subgroup(ranks: list[list[int]]) -> dist.ProcessGroup | None:
+        if len(ranks[0]) == 1:
+            return None
+        if len(ranks) == 1 and size == 1:
+            return dist.group.WORLD  # plain data parallelism needs no second group
+        return dist.new_subgroups_by_enumeration(ranks, timeout=timeout)[0]
+
+    return SequenceMesh(
+        world_size,
+        size,
+        global_rank,
+        sequence_group=subgroup(sequence_group_ranks(world_size, size)),
+        data_group=subgroup(data_group_ranks(world_size, size)),
+    )

@@ -1,0 +1,39 @@
+"""Bits per byte."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class BitsPerByte(Metric):
+    """Bits per byte of a text: the sum of the negative log-likelihoods in nats over the number of bytes, over ln 2.
+
+    Both are summed over batches and ranks, so that it is exact however unevenly bytes are spread. For text in which a
+    byte is a character it is the bits per character of enwik8.
+    """
+
+    full_state_update = False
+    higher_is_better = False
+    is_differentiable = False
+
+    nats: Tensor
+    num_bytes: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("nats", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("num_bytes", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, nats: Tensor | float, num_bytes: Tensor | float) -> None:
+        """Add ``nats``, a sum of negative log-likelihoods, over ``num_bytes`` bytes of text."""
+        self.nats += torch.as_tensor(nats, device=self.nats.device).detach().double()
+        self.num_bytes += torch.as_tensor(num_bytes, device=self.nats.device).double()
+
+    def compute(self) -> Tensor:
+        """Bits per byte, float64 scalar; NaN before any byte was seen."""
+        return self.nats / self.num_bytes / math.log(2)

@@ -1,0 +1,236 @@
+"""Positions for a split sequence: a learned table of which each rank keeps its own rows, and rotary embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_lss.layout import position_ranges
+from lightning_lss.shard import WHOLE_SEQUENCE, SequenceShard, ShardedModule
+
+_BLOCK = 256  # rows that are drawn from one generator
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """What the initial rows of a positional table depend on."""
+
+    num_positions: int
+    dim: int
+    std: float
+    seed: int
+    shard: SequenceShard = WHOLE_SEQUENCE
+
+    def row_ranges(self) -> tuple[range, ...]:
+        """The positions whose rows this rank holds."""
+        shard = self.shard
+        return position_ranges(self.num_positions, shard.rank, shard.size, shard.layout)
+
+    def rows(self) -> Tensor:
+        """Initial values of this rank's rows, float32 [rows, dim], normal with ``std``.
+
+        Each block of rows has its own generator, seeded by its place in the table: the rows of a position are the same
+        whatever the number of ranks and the layout are, and no rank draws more than its own rows and parts of a few
+        blocks beside them.
+        """
+        runs = [self._run(run.start, run.stop) for run in self.row_ranges()]
+        return torch.cat(runs).mul_(self.std)
+
+    def _run(self, start: int, stop: int) -> Tensor:
+        rows = torch.empty(stop - start, self.dim)
+        for block in range(start // _BLOCK, (stop - 1) // _BLOCK + 1):
+            generator = torch.Generator().manual_seed((self.seed + block * 0x9E3779B97F4A7C15) % 2**63)
+            drawn = torch.randn(_BLOCK, self.dim, generator=generator, dtype=torch.float32)
+            first, last = max(start, block * _BLOCK), min(stop, (block + 1) * _BLOCK)
+            rows[first - start : last - start] = drawn[first - block * _BLOCK : last - block * _BLOCK]
+        return rows
+
+
+class DeferredTable(nn.Parameter):
+    """A positional table that is built when it is first touched, as an ordinary ``Parameter`` from then on.
+
+    A model is made before anyone knows its rank. Were the table built there and cut afterwards, each rank would hold
+    all of it for a moment; so it waits. Under LSS the strategy names the shard first; anything else that looks at the
+    parameter (its shape, an optimizer's step, a state dict) finds the whole table. The idea is that of
+    ``torch.nn.UninitializedParameter``, which refuses to be looked at instead.
+    """
+
+    spec: TableSpec
+
+    # What may be asked without a need for the rows.
+    _METADATA = frozenset(
+        getattr(torch.Tensor, name).__get__
+        for name in ("device", "dtype", "grad", "grad_fn", "is_leaf", "is_meta", "is_sparse", "layout", "requires_grad")
+    )
+
+    def __new__(
+        cls, spec: TableSpec, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> DeferredTable:
+        table = torch.Tensor._make_subclass(cls, torch.empty(0, device=device, dtype=dtype), True)
+        table.spec = spec
+        return table
+
+    def build(self) -> None:
+        """Fill in the rows of ``spec.shard`` and become an ordinary parameter; the object stays the same."""
+        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad(), torch.inference_mode(False):
+            self.data = self.spec.rows().to(self.device, self.dtype)
+        self.__class__ = nn.Parameter  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in cls._METADATA:
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, DeferredTable):
+                    leaf.build()
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DeferredTable:
+        memo[id(self)] = copy = DeferredTable(self.spec, self.device, self.dtype)
+        return copy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # a spawned process builds the rows itself
+        return (DeferredTable, (self.spec, self.device, self.dtype))
+
+
+class SegmentPositionalEmbedding(ShardedModule):
+    """A learned absolute positional table of which each rank keeps only its segment's rows (LSS Transformer, section
+    3).
+
+    Its weight is segment-local: each rank learns the embedding of its own positions, and gradients are averaged only
+    over the ranks that hold the same segment. Saved and loaded it is one table [num_positions, dim] in position order.
+
+    Args:
+        num_positions: number of positions, with more than one rank the global sequence length.
+        dim: width E.
+        std: standard deviation of the normal initialization (GPT-2's 0.02).
+
+    Raises:
+        ValueError: if a size is not positive.
+    """
+
+    segment_local = ("weight",)
+
+    def __init__(self, num_positions: int, dim: int, std: float = 0.02) -> None:
+        super().__init__()
+        if num_positions < 1 or dim < 1:
+            raise ValueError(f"num_positions={num_positions} and dim={dim} must be positive.")
+        self.num_positions = num_positions
+        self.dim = dim
+        # one draw from the default generator whatever the size, so that what is initialized next does not depend on it
+        self.seed = int(torch.randint(2**62, (), device="cpu").item())
+        self.weight: nn.Parameter = DeferredTable(TableSpec(num_positions, dim, std, self.seed))
+
+    def set_shard(self, shard: SequenceShard) -> None:
+        """Keep only the rows of ``shard``.
+
+        Raises:
+            ValueError: if ``num_positions`` cannot be shared out equally.
+            RuntimeError: if the rows of another segment have been let go already.
+        """
+        wanted = position_ranges(self.num_positions, shard.rank, shard.size, shard.layout)
+        if isinstance(self.weight, DeferredTable):
+            self.weight.spec = replace(self.weight.spec, shard=shard, seed=self.seed)
+            self.weight.build()
+        elif wanted != self._runs():
+            self._cut(shard, wanted)
+        super().set_shard(shard)
+
+    def _cut(self, shard: SequenceShard, wanted: tuple[range, ...]) -> None:
+        """Let go of all rows but the wanted ones."""
+        if self.shard.size > 1:
+            raise RuntimeError(
+                f"This table holds the rows of segment {self.shard.rank} of {self.shard.size} ({self.shard.layout}) and cannot"
+                f" serve segment {shard.rank} of {shard.size} ({shard.layout}): the other rows are on other ranks. Make a new model, or"
+                " load one from a checkpoint."
+            )
+        self.weight.data = torch.cat([self.weight.data[run.start : run.stop] for run in wanted])
+        self.weight.grad = None
+
+    def forward(self, local_length: int) -> Tensor:
+        """Rows of the local positions, [l, dim].
+
+        Raises:
+            ValueError: if ``local_length`` does not fit the table.
+        """
+        if self.shard.size == 1 and 0 < local_length <= self.num_positions:
+            return self.weight[:local_length]
+        if self.shard.size == 1 or local_length * self.shard.size != self.num_positions:
+            self._refuse(local_length)
+        return self.weight
+
+    def extra_repr(self) -> str:
+        """What ``print(module)`` shows."""
+        return f"{self.num_positions}, {self.dim}"
+
+    def _runs(self) -> tuple[range, ...]:
+        return position_ranges(self.num_positions, self.shard.rank, self.shard.size, self.shard.layout)
+
+    def _refuse(self, local_length: int) -> NoReturn:
+        length, size = local_length * self.shard.size, self.shard.size
+        spread = f" ({local_length} on each of {size} ranks)" if size > 1 else ""
+        rule = "exactly" if size > 1 else "at most"
+        raise ValueError(
+            f"A sequence of length {length}{spread} does not fit a learned table of {self.num_positions} positions: it takes {rule} that"
+            " many. Use sequences of that length, set num_positions to theirs, or use RotaryEmbedding (positions='rotary'), which"
+            " takes any length."
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        key = prefix + "weight"
+        table = state_dict.get(key)
+        if self.shard.size > 1 and isinstance(table, Tensor) and table.size(0) == self.num_positions:
+            state_dict[key] = self.own_rows(table)  # load_state_dict works on a copy of the caller's dict
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def own_rows(self, table: Tensor) -> Tensor:
+        """This rank's rows of a whole table [num_positions, ...]."""
+        return torch.cat([table[run.start : run.stop] for run in self._runs()])
+
+
+class RotaryEmbedding(ShardedModule):
+    """Rotary position embedding (RoFormer, arXiv 2104.09864) by global position, with the two halves of a head paired
+    (as GPT-NeoX).
+
+    Args:
+        head_dim: width D of a head, even.
+        base: the longest wavelength is about ``2 * pi * base`` positions.
+
+    Raises:
+        ValueError: if ``head_dim`` is odd.
+    """
+
+    def __init__(self, head_dim: int, base: float = 10_000.0) -> None:
+        super().__init__()
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(f"head_dim={head_dim} must be even: rotary embedding turns pairs of channels.")
+        self.head_dim = head_dim
+        self.base = base
+        self._cached: tuple[Any, tuple[Tensor, Tensor]] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Turn queries or keys [B, H, l, D] by their global positions; the dtype stays."""
+        cos, sin = self._turns(x.size(-2), x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        first, second = x.to(cos.dtype).chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+    def _turns(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the angles, [l, D/2]; the last are kept, since all layers ask for the same."""
+        key = (length, device, dtype, self.shard)
+        if self._cached is None or self._cached[0] != key:
+            # angles in float64: at position 4,000,000 a float32 is a quarter of a radian off. Outside inference mode,
+            # since a validation before training would otherwise leave tensors that autograd cannot use.
+            with torch.inference_mode(False), torch.no_grad():
+                exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
+                angles = torch.outer(self.shard.positions(length).double(), self.base**-exponents)
+                turns = (angles.cos().to(device, dtype), angles.sin().to(device, dtype))
+            self._cached = (key, turns)
+        return self._cached[1]
+
+    def extra_repr(self) -> str:
+        """What ``print(module)`` shows."""
+        return f"{self.head_dim}, base={self.base}"

@@ -1,0 +1,395 @@
+"""``LSSStrategy`` connects the parts of LSS to Lightning's Trainer; each duty has a module of its own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.plugins import CheckpointIO, MixedPrecision
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.connectors.data_connector import _auto_add_worker_init_fn
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_lss.batch import SequenceDims, check_same_batch, split_batch
+from lightning_lss.checkpoint import (
+    AtomicCheckpointIO,
+    gather_model_state,
+    gather_optimizer_state,
+    own_optimizer_state,
+    tables_by_name,
+)
+from lightning_lss.gradients import (
+    SegmentGradScaler,
+    average_segment_local_gradients,
+    broadcast_over_data_group,
+    clip_grad_norm,
+    ignore_in_ddp,
+)
+from lightning_lss.layout import check_layout, chunks_per_rank
+from lightning_lss.mesh import SequenceMesh, build_mesh, resolve_sequence_parallel_size
+from lightning_lss.positions import SegmentPositionalEmbedding
+from lightning_lss.rng import share_random_state
+from lightning_lss.shard import WHOLE_SEQUENCE, SequenceShard, segment_local_names, sharded_modules
+
+
+class LSSStrategy(DDPStrategy):
+    """Distributed training of one long sequence (LSS Transformer, arXiv 2311.02382), combined with data parallelism.
+
+    The world of W processes is a grid of D data-parallel groups x S ranks that share one sequence. Each rank runs the
+    LightningModule on its segment; :class:`~lightning_lss.LSSAttention` modules see the whole sequence. The training is
+    the same as on one device.
+
+    Args:
+        sequence_parallel_size: S, a divisor of the world size; ``"auto"`` puts all ranks into one sequence group.
+        layout: ``"contiguous"``, ``"zigzag"`` or ``"auto"``, which is zigzag (balances causal attention).
+        sequence_dims: for batch entries by key, the dimension that is the sequence or None to leave an entry whole; see
+            :func:`lightning_lss.batch.split_batch`.
+        check_batches: how many of the first batches of each data loader are compared over a sequence group.
+        **ddp_kwargs: arguments of :class:`~lightning.pytorch.strategies.DDPStrategy` and of
+            :class:`~torch.nn.parallel.DistributedDataParallel`.
+
+    Raises:
+        ValueError: at once, if the layout is unknown or a size is not positive.
+        MisconfigurationException: from the Trainer, before any process communicates, if S does not divide W or the
+            module uses a feature that cannot be split.
+    """
+
+    def __init__(
+        self,
+        sequence_parallel_size: int | Literal["auto"] = "auto",
+        layout: Literal["contiguous", "zigzag", "auto"] = "auto",
+        sequence_dims: SequenceDims | None = None,
+        check_batches: int = 2,
+        **ddp_kwargs: Any,
+    ) -> None:
+        super().__init__(**ddp_kwargs)
+        if layout != "auto":
+            check_layout(layout)
+        if sequence_parallel_size != "auto":
+            resolve_sequence_parallel_size(sequence_parallel_size, sequence_parallel_size)
+        self._requested_size = sequence_parallel_size
+        self._layout = "zigzag" if layout == "auto" else layout
+        self._sequence_dims = sequence_dims
+        self._check_batches = check_batches
+        self._batches_checked: Counter[tuple[Any, int]] = Counter()
+        self._mesh: SequenceMesh | None = None
+        self._shard = WHOLE_SEQUENCE
+        self._handles: list[RemovableHandle] = []
+        self._failed = False
+
+    # -- who this process is -------------------------------------------------------------------------------------------
+
+    @property
+    def sequence_parallel_size(self) -> int:
+        """S, the number of ranks that share one sequence."""
+        try:
+            return resolve_sequence_parallel_size(self.num_nodes * self.num_processes, self._requested_size)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from None
+
+    @property
+    def data_parallel_size(self) -> int:
+        """D = W / S, the number of different batches in flight."""
+        return self.num_nodes * self.num_processes // self.sequence_parallel_size
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the D batches this process works on."""
+        return self.global_rank // self.sequence_parallel_size
+
+    @property
+    def sequence_shard(self) -> SequenceShard:
+        """This process's place in its sequence group; the trivial shard before and after a run."""
+        return self._shard
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The process groups as torch's DeviceMesh; its dimensions are ``data`` and ``sequence`` where larger than
+        1."""
+        if self._mesh is None:
+            raise RuntimeError(
+                "The process groups do not exist yet: the strategy makes them when the Trainer starts a run."
+            )
+        return self._mesh.device_mesh(self.root_device.type)
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        # All ranks of a sequence group need the same samples. Read before the process group exists.
+        return {"num_replicas": self.data_parallel_size, "rank": self.data_rank}
+
+    # -- setting up and tearing down -----------------------------------------------------------------------------------
+
+    @override
+    def _configure_launcher(self) -> None:
+        _ = self.sequence_parallel_size  # a size that does not divide the world is refused before processes are started
+        super()._configure_launcher()
+
+    @override
+    def setup_environment(self) -> None:
+        self._failed = False
+        self._check_module()
+        super().setup_environment()
+        size = self.sequence_parallel_size
+        if self._mesh is None:
+            self._mesh = build_mesh(self.world_size, self.global_rank, size, self._timeout)
+        self._shard = SequenceShard(self._mesh.sequence_rank, size, self._layout, self._mesh.sequence_group)
+        self._batches_checked.clear()
+        if self._mesh.sequence_group is not None:
+            share_random_state(self._mesh.sequence_group, self.root_device)
+        # Before any callback's setup: weight averaging copies the module there.
+        self._give_shards()
+
+    @contextmanager
+    @override
+    def model_sharded_context(self) -> Generator[None, None, None]:
+        with super().model_sharded_context():
+            yield
+        self._give_shards()  # to modules made in configure_model
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        self._give_shards()  # to modules made in LightningModule.setup
+        local = self._segment_local()
+        ignore_in_ddp(self._module, local)
+        super().setup(trainer)
+        assert self._mesh is not None
+        self._check_buffers()
+        parameters = self._segment_local_parameters()
+        broadcast_over_data_group(self._module, local, self._mesh)
+        if trainer.state.fn != TrainerFn.FITTING or not parameters:
+            return
+        self._check_optimizers(parameters)
+        self._handles = average_segment_local_gradients(parameters, self._mesh, self._is_last_backward)
+        self._watch_precision_plugin(set(parameters))
+
+    @override
+    def teardown(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        # Whoever leaves first closes its connections. No rank may do so while another still waits for data, but where a
+        # rank has failed the others are lost in a collective of the step and never come here: then there is no waiting.
+        if not self._failed:
+            self.barrier("LSSStrategy.teardown")
+        super().teardown()
+        self._take_shards()
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        self._failed = True
+        super().on_exception(exception)
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if not self._interrupted:  # the other ranks will not come
+            super().barrier(*args, **kwargs)
+
+    @property
+    def _interrupted(self) -> bool:
+        """Whether this rank is on its way out after an exception."""
+        trainer = getattr(self.lightning_module, "_trainer", None)
+        return self._failed or (trainer is not None and trainer.interrupted)
+
+    @property
+    def _module(self) -> pl.LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    def _give_shards(self) -> None:
+        """Hand this rank's shard to every module that takes one."""
+        modules = [module for module in sharded_modules(self._module) if module.shard != self._shard]
+        tables = [module for module in modules if isinstance(module, SegmentPositionalEmbedding)]
+        if tables:  # as DDP starts from rank 0's weights, a table that is yet to be built starts from rank 0's seed
+            for table, seed in zip(tables, self.broadcast([table.seed for table in tables])):
+                table.seed = seed
+        for module in modules:
+            module.set_shard(self._shard)
+
+    def _take_shards(self) -> None:
+        """After a run attention is plain again; a table keeps its place, since it has only its own rows."""
+        self._shard = WHOLE_SEQUENCE
+        if self.lightning_module is not None:
+            for module in sharded_modules(self.lightning_module):
+                if not module.segment_local:
+                    module.set_shard(WHOLE_SEQUENCE)
+
+    # -- refusing what cannot work -------------------------------------------------------------------------------------
+
+    def _check_module(self) -> None:
+        for step in ("training_step", "validation_step", "test_step", "predict_step"):
+            if is_param_in_hook_signature(getattr(self._module, step), "dataloader_iter", explicit=True):
+                raise MisconfigurationException(
+                    f"{type(self._module).__name__}.{step} takes `dataloader_iter`, which bypasses the hook in which LSSStrategy splits"
+                    " batches along the sequence. Take `batch` instead."
+                )
+        for module in sharded_modules(self._module):
+            if isinstance(module, SegmentPositionalEmbedding):
+                self._check_table(module)
+
+    def _check_table(self, table: SegmentPositionalEmbedding) -> None:
+        size = self.sequence_parallel_size
+        divisor = size * chunks_per_rank(size, self._layout)
+        if table.num_positions % divisor:
+            raise MisconfigurationException(
+                f"SegmentPositionalEmbedding(num_positions={table.num_positions}) cannot be shared out over"
+                f" sequence_parallel_size={size} with layout={self._layout!r}: it needs a multiple of {divisor}. Change one of them, or use"
+                " RotaryEmbedding, which takes any length."
+            )
+
+    def _check_optimizers(self, parameters: list[nn.Parameter]) -> None:
+        """Refuse what would mix up the rows of different ranks."""
+        sharding = next((opt for opt in self.optimizers if isinstance(opt, ZeroRedundancyOptimizer)), None)
+        if sharding is not None or self._model_averaging_period is not None:
+            what = "ZeroRedundancyOptimizer" if sharding is not None else "post-local SGD (model_averaging_period)"
+            raise MisconfigurationException(
+                f"{what} copies parameters between ranks, but {len(parameters)} parameters of this model (SegmentPositionalEmbedding) stand"
+                " for one segment each. Use an ordinary optimizer, or RotaryEmbedding."
+            )
+
+    def _check_buffers(self) -> None:
+        """Warn of batch statistics that would be taken over a segment."""
+        per_segment = [
+            name
+            for name, x in self._module.named_modules()
+            if type(x).__name__ in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
+        ]
+        if per_segment and self._shard.size > 1:
+            rank_zero_warn(
+                f"Batch normalization ({', '.join(per_segment)}) takes its statistics over one segment of the sequence, which is not the"
+                " training that one device would give. Use Trainer(sync_batchnorm=True) or LayerNorm."
+            )
+
+    # -- batches -------------------------------------------------------------------------------------------------------
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        # Lightning would seed workers by global rank; the first to set `worker_init_fn` wins.
+        _auto_add_worker_init_fn(dataloader, self.data_rank)
+        return super().process_dataloader(dataloader)
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        batch = super().batch_to_device(batch, device, dataloader_idx)
+        shard = self._shard
+        if shard.size == 1:
+            return batch
+        split_by_module = getattr(self.lightning_module, "shard_batch", None)
+        part = split_by_module(batch, shard) if split_by_module else split_batch(batch, shard, self._sequence_dims)
+        loader = (self._module.trainer.state.stage, dataloader_idx)
+        if self._batches_checked[loader] < self._check_batches:
+            self._batches_checked[loader] += 1
+            check_same_batch(batch, shard.require_group(), self.root_device)
+        return part
+
+    # -- gradients -----------------------------------------------------------------------------------------------------
+
+    def _segment_local(self) -> list[str]:
+        """Names of parameters and buffers that differ from segment to segment; none where there is one segment."""
+        return segment_local_names(self._module) if self._shard.size > 1 else []
+
+    def _segment_local_parameters(self) -> list[nn.Parameter]:
+        parameters = dict(self._module.named_parameters())
+        return [parameters[name] for name in self._segment_local() if name in parameters]
+
+    def _is_last_backward(self) -> bool:
+        return bool(getattr(self.model, "require_backward_grad_sync", True))
+
+    def _watch_precision_plugin(self, segment_local: set[nn.Parameter]) -> None:
+        """Have clipping by norm and the gradient scaler look at all ranks of the sequence group.
+
+        Lightning clips in the precision plugin, of which there are many kinds, so the method is replaced on the object.
+        """
+        plugin, group = self.precision_plugin, self._shard.require_group()
+
+        def clip_grad_by_norm(optimizer: Optimizer, clip_val: int | float) -> None:
+            clip_grad_norm(plugin.main_params(optimizer), clip_val, segment_local, group)
+
+        plugin.clip_grad_by_norm = clip_grad_by_norm  # type: ignore[method-assign]
+        self.precision_plugin = plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
+            plugin.scaler = SegmentGradScaler.like(plugin.scaler, group)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        if self._checkpoint_io is None:
+            self._checkpoint_io = AtomicCheckpointIO()
+        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
+            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()  # taken only by a wrapper that has none yet
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        state = super().lightning_module_state_dict()
+        return state if self._interrupted else gather_model_state(state, tables_by_name(self._module))
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        state = super().optimizer_state(optimizer)
+        return state if self._interrupted else gather_optimizer_state(state, optimizer, self._tables())
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        states = zip(self.optimizers, checkpoint["optimizer_states"])
+        own = [own_optimizer_state(state, optimizer, self._tables()) for optimizer, state in states]
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": own})
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        tables = tables_by_name(self._module)
+        if tables and self._interrupted:
+            rank_zero_warn(
+                f"The checkpoint {filepath} was not written: after an exception on one rank, the positional table's rows on the other ranks"
+                " cannot be collected."
+            )
+            return
+        # Callbacks may have put copies of the model's state beside it (weight averaging).
+        super().save_checkpoint(gather_model_state(checkpoint, tables), filepath, storage_options)
+
+    def _tables(self) -> dict[nn.Parameter, SegmentPositionalEmbedding]:
+        return {table.weight: table for table in tables_by_name(self._module).values()}
+
+    # -- names ---------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        for name, start_method in (
+            ("lss", "popen"),
+            ("lss_spawn", "spawn"),
+            ("lss_fork", "fork"),
+            ("lss_notebook", "fork"),
+        ):
+            description = f"LSS sequence parallelism with `start_method` '{start_method}'"
+            strategy_registry.register(name, cls, description=description, start_method=start_method)
+            for value in (True, False):
+                strategy_registry.register(
+                    f"{name}_find_unused_parameters_{str(value).lower()}",
+                    cls,
+                    description=f"{description} and `find_unused_parameters` as {value}",
+                    start_method=start_method,
+                    find_unused_parameters=value,
+                )

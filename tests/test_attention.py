@@ -1,0 +1,161 @@
+"""Attention over ranks against attention in one process: output and every gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils.checkpoint import checkpoint
+
+from lightning_lss.attention import LSSAttention, lss_attention
+from lightning_lss.kernels import KERNELS
+from lightning_lss.shard import SequenceShard
+from tests.world import World
+
+L, WIDTH = 32, 8
+
+
+def make_inputs(heads: int = 4, kv_heads: int = 4, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, heads, L, WIDTH), (2, kv_heads, L, WIDTH), (2, kv_heads, L, WIDTH), (2, heads, L, WIDTH)]
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes
+    ]  # q, k, v, grad of out
+
+
+def expected(inputs: list[Tensor], causal: bool) -> list[Tensor]:
+    """Output and gradients by the textbook formula, in float64 without any kernel."""
+    q, k, v, grad = (x.double().clone() for x in inputs)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    repeat = q.size(1) // k.size(1)
+    scores = q @ k.repeat_interleave(repeat, 1).mT / WIDTH**0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones(L, L).triu(1).bool(), float("-inf"))
+    out = scores.softmax(-1) @ v.repeat_interleave(repeat, 1)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
+
+
+def attend_on_rank(rank: int, inputs: list[Tensor], layout: str, wrap: str, options: dict[str, Any]) -> list[Tensor]:
+    shard = SequenceShard(rank, dist.get_world_size(), layout, dist.group.WORLD)
+    q, k, v, grad = (shard.split(x, dim=2) for x in inputs)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+
+    def attend(*tensors: Tensor) -> Tensor:
+        return lss_attention(*tensors, shard, **options)
+
+    if wrap == "compile":
+        attend = torch.compile(lambda *t: lss_attention(*(x * 1.0 for x in t), shard, **options) * 1.0, backend="eager")
+    out = checkpoint(attend, *leaves, use_reentrant=wrap == "reentrant") if "entrant" in wrap else attend(*leaves)
+    out.backward(grad)
+    return [shard.gather(x.detach(), dim=2) for x in (out, *(leaf.grad for leaf in leaves))]
+
+
+def worst_error(world: World, size: int, inputs: list[Tensor], layout: str, wrap: str = "", **options: Any) -> float:
+    reference = expected(inputs, options.get("causal", True))
+    ranks = world.run(size, attend_on_rank, inputs, layout, wrap, options)
+    return max(((x - y).norm() / y.norm()).item() for tensors in ranks for x, y in zip(tensors, reference))
+
+
+@pytest.mark.parametrize("kernel", ["cpu_flash", "reference"])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_output_and_gradients_match_one_process(world, size, layout, causal, heads, kernel) -> None:
+    # float64 throughout, so only the order of summation differs
+    inputs = make_inputs(*heads)
+    assert worst_error(world, size, inputs, layout, causal=causal, kernel=kernel) < 1e-12
+
+
+@pytest.mark.parametrize("options", [{"keep_gathered": True}, {"head_chunks": 1}, {"head_chunks": 2}, {"scale": None}])
+@pytest.mark.parametrize("wrap", ["", "reentrant", "non_reentrant", "compile"])
+def test_variants_give_the_same_gradients(world, wrap, options) -> None:
+    assert worst_error(world, 2, make_inputs(), "zigzag", wrap, causal=True, **options) < 1e-12
+
+
+# float32 rounds at 6e-8 and bfloat16, float16 at 4e-3 and 5e-4 per operation, a few of which add up in a softmax row
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("kernel", ["cpu_flash", "reference"])
+def test_lower_precisions(world, dtype, bound, kernel) -> None:
+    assert worst_error(world, 2, make_inputs(dtype=dtype), "zigzag", causal=True, kernel=kernel) < bound
+
+
+def count_collectives(rank: int, options: dict[str, Any]) -> tuple[int, dict[str, int], dict[str, int]]:
+    shard = SequenceShard(rank, dist.get_world_size(), "zigzag", dist.group.WORLD)
+    q, k, v, grad = (shard.split(x, dim=2).clone().requires_grad_() for x in make_inputs())
+    with CommDebugMode() as forward:
+        out = lss_attention(q, k, v, shard, **options)
+    with CommDebugMode() as backward:
+        out.backward(grad)
+    forward, backward = ({op.__name__: n for op, n in mode.get_comm_counts().items()} for mode in (forward, backward))
+    return forward, backward
+
+
+def test_keep_gathered_has_exactly_two_collectives(world) -> None:
+    for forward, backward in world.run(2, count_collectives, {"keep_gathered": True}):
+        assert forward == {"_allgather_base_": 1}
+        assert backward == {"_reduce_scatter_base_": 1}
+
+
+def test_regathering_has_one_more_gather_a_chunk(world) -> None:
+    for forward, backward in world.run(2, count_collectives, {"head_chunks": 2}):
+        assert forward == {"_allgather_base_": 2}
+        assert backward == {"_allgather_base_": 2, "_reduce_scatter_base_": 2}
+
+
+def attend_under_autocast(rank: int) -> tuple[torch.dtype, list[torch.dtype]]:
+    shard = SequenceShard(rank, 2, "zigzag", dist.group.WORLD)
+    q, k, v, _ = (shard.split(x, dim=2).clone().requires_grad_() for x in make_inputs(dtype=torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = lss_attention(q, k.bfloat16(), v, shard)
+    out.float().sum().backward()
+    return out.dtype, [x.grad.dtype for x in (q, k, v)]
+
+
+def test_autocast_decides_the_dtype(world) -> None:
+    assert world.run(2, attend_under_autocast) == [(torch.bfloat16, [torch.float32] * 3)] * 2
+
+
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name in ("cpu_flash", "reference")])
+def test_without_a_shard_it_is_plain_attention(kernel) -> None:
+    inputs = make_inputs(4, 2)
+    out, *_ = expected(inputs, causal=True)
+    for module in (LSSAttention(), LSSAttention(kernel=kernel)):
+        torch.testing.assert_close(module(*inputs[:3]), out, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options", "words"),
+    [
+        ([(2, 4, 8), (2, 4, 8, 8), (2, 4, 8, 8)], {}, r"\[batch, heads, length, width\].*\(2, 4, 8\)"),
+        ([(2, 4, 8, 8), (2, 4, 8, 8), (2, 4, 4, 8)], {}, r"must agree.*\(2, 4, 4, 8\)"),
+        ([(2, 4, 8, 8), (2, 3, 8, 8), (2, 3, 8, 8)], {}, "multiple of the number of key/value heads"),
+        (
+            [(2, 4, 8, 8), (2, 2, 8, 8), (2, 2, 8, 8)],
+            {"head_chunks": 3, "kernel": "reference"},
+            "head_chunks=3.*divisor of the 2",
+        ),
+        ([(2, 4, 8, 8)] * 3, {"head_chunks": 2, "keep_gathered": True, "kernel": "reference"}, "keep_gathered=True"),
+        ([(2, 4, 8, 8)] * 3, {"kernel": "flash9"}, "kernel='flash9' is unknown"),
+        ([(2, 4, 8, 8)] * 3, {"kernel": "cudnn"}, "kernel='cudnn' runs on CUDA tensors"),
+    ],
+)
+def test_bad_input_names_the_values(shapes, options, words) -> None:
+    with pytest.raises(ValueError, match=words):
+        lss_attention(*(torch.zeros(shape) for shape in shapes), **options)
+
+
+def test_mixed_dtypes_are_refused() -> None:
+    q = torch.zeros(1, 1, 4, 8)
+    with pytest.raises(ValueError, match=r"one dtype.*float32.*float64"):
+        lss_attention(q, q.double(), q)
+
+
+def test_a_shard_without_a_group_says_so() -> None:
+    q = torch.zeros(1, 1, 4, 8)
+    with pytest.raises(RuntimeError, match="no process group"):
+        lss_attention(q, q, q, SequenceShard(0, 2))

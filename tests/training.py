@@ -1,0 +1,126 @@
+"""Runs of the real Trainer inside the ranks of a :class:`tests.world.World`, and their comparison by parameter name."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import LightningEnvironment
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_lss import LSSStrategy, LSSTransformer
+from lightning_lss.module import IGNORED
+
+VOCAB, LENGTH = 11, 16
+
+
+def make_samples(count: int, length: int = LENGTH) -> list[dict[str, Tensor]]:
+    """Random tokens, of whose targets each sample leaves out a part of its own, so that segments hold different
+    numbers."""
+    generator = torch.Generator().manual_seed(1)
+    samples = []
+    for index in range(count):
+        tokens = torch.randint(VOCAB, (length + 1,), generator=generator)
+        targets = tokens[1:].clone()
+        targets[: index % (length // 2)] = IGNORED
+        samples.append({"inputs": tokens[:-1], "targets": targets})
+    return samples
+
+
+class SGDTransformer(LSSTransformer):
+    """SGD, since Adam would hide a gradient that is wrong by a factor."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.5, momentum=0.9)
+
+
+@dataclass
+class Run:
+    """What a run is made of; everything in it can be sent to a worker."""
+
+    size: int = 1  # S
+    layout: str = "zigzag"
+    model: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    strategy: dict[str, Any] = field(default_factory=dict)
+    steps: int = 3
+    global_batch: int = 4
+    module: type[pl.LightningModule] = SGDTransformer
+    samples: int = 64
+    resume: str | None = None
+    save: str | None = None
+
+
+def as_rank(rank: int) -> None:
+    """Let Lightning believe that a launcher started this process as ``rank``."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    os.environ["NODE_RANK"] = "0"
+
+
+def make_trainer(rank: int, run: Run, **more: Any) -> pl.Trainer:
+    as_rank(rank)
+    world_size = dist.get_world_size()
+    strategy: Any = "auto"
+    if world_size > 1 or run.strategy:
+        strategy = LSSStrategy(
+            sequence_parallel_size=run.size,
+            layout=run.layout,
+            cluster_environment=LightningEnvironment(),
+            **run.strategy,
+        )
+    quiet = dict(
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    return pl.Trainer(
+        accelerator="cpu",
+        devices=world_size,
+        strategy=strategy,
+        **{**quiet, "max_steps": run.steps, **run.trainer, **more},
+    )
+
+
+def make_module(run: Run) -> pl.LightningModule:
+    torch.manual_seed(7)
+    options = dict(vocab_size=VOCAB, seq_len=LENGTH, width=16, num_layers=2, num_heads=4, num_kv_heads=2)
+    return run.module(**{**options, **run.model})
+
+
+def make_loader(trainer: pl.Trainer, samples: list[Any], batch_size: int) -> DataLoader:
+    """Samples in order, so that one process and many see the same batches (Lightning's own sampler shuffles when
+    training)."""
+    kwargs = getattr(trainer.strategy, "distributed_sampler_kwargs", {"num_replicas": 1, "rank": 0})
+    return DataLoader(samples, batch_size, sampler=DistributedSampler(samples, shuffle=False, **kwargs))
+
+
+def fit(rank: int, run: Run) -> dict[str, Tensor]:
+    """Train; return the weights as a checkpoint would hold them."""
+    warnings.filterwarnings("ignore", module="lightning")
+    module, trainer = make_module(run), make_trainer(rank, run)
+    per_rank = run.global_batch * run.size // dist.get_world_size()
+    trainer.fit(module, make_loader(trainer, make_samples(run.samples), per_rank), ckpt_path=run.resume)
+    if run.save is not None:
+        trainer.save_checkpoint(run.save)
+    state = trainer.strategy.lightning_module_state_dict()
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+def worst_difference(state: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest relative difference of a tensor, and its name."""
+    assert state.keys() == reference.keys()
+    differences = {
+        name: ((state[name].double() - x.double()).norm() / x.double().norm().clamp(min=1e-30)).item()
+        for name, x in reference.items()
+        if x.is_floating_point() and x.numel() and x.norm() > 0
+    }
+    worst = max(differences, key=differences.__getitem__)
+    return differences[worst], worst
