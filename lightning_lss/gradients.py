@@ -80,9 +80,9 @@ def total_norm(parameters: Iterable[Tensor], segment_local: Collection[Tensor], 
 
     total^2 = |shared|^2 + sum over ranks of |segment-local|^2; every rank of ``group`` must call it.
     """
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    local = nn.utils.get_total_norm([x.grad for x in parameters if x in segment_local]) ** 2
-    shared = nn.utils.get_total_norm([x.grad for x in parameters if x not in segment_local]) ** 2
+    parameters = list(parameters)
+    local = nn.utils.get_total_norm([x.grad for x in parameters if x.grad is not None and x in segment_local]) ** 2
+    shared = nn.utils.get_total_norm([x.grad for x in parameters if x.grad is not None and x not in segment_local]) ** 2
     if parameters:
         local = local.to(parameters[0].device)
     dist.all_reduce(local, group=group)

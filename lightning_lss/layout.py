@@ -1,4 +1,4 @@
-"""Which positions of a sequence each rank holds: pure integer arithmetic.
+"""How many ranks share a sequence and which positions each holds: pure integer arithmetic.
 
 A sequence of ``length`` positions is cut into equal *chunks* and each of ``size`` ranks holds one or two of them:
 
@@ -16,6 +16,25 @@ from typing import Literal, get_args
 
 Layout = Literal["contiguous", "zigzag"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
+
+
+def resolve_sequence_parallel_size(world_size: int, requested: int | Literal["auto"]) -> int:
+    """The sequence-parallel size S: the request, or the whole world for ``"auto"``.
+
+    Raises:
+        ValueError: if S is not a positive divisor of ``world_size``.
+    """
+    if requested == "auto":
+        return world_size
+    if isinstance(requested, bool) or not isinstance(requested, int) or requested < 1:
+        raise ValueError(f"sequence_parallel_size={requested!r} must be 'auto' or a positive integer.")
+    if world_size % requested:
+        divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
+        raise ValueError(
+            f"sequence_parallel_size={requested} does not divide the world size {world_size} (devices x nodes). Use one of"
+            f" {', '.join(map(str, divisors))}, or change the number of devices."
+        )
+    return requested
 
 
 def check_layout(layout: str) -> None:

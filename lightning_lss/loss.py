@@ -6,6 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+IGNORED = -100
+"""The target of a token that does not count, as in torch's ``cross_entropy``."""
+
 
 def token_mean(loss_sum: Tensor, num_tokens: Tensor | int) -> Tensor:
     """This rank's loss such that its average over the world is (sum over all tokens) / (number of all tokens).

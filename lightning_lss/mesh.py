@@ -8,30 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-
-
-def resolve_sequence_parallel_size(world_size: int, requested: int | Literal["auto"]) -> int:
-    """The sequence-parallel size S: the request, or the whole world for ``"auto"``.
-
-    Raises:
-        ValueError: if S is not a positive divisor of ``world_size``.
-    """
-    if requested == "auto":
-        return world_size
-    if isinstance(requested, bool) or not isinstance(requested, int) or requested < 1:
-        raise ValueError(f"sequence_parallel_size={requested!r} must be 'auto' or a positive integer.")
-    if world_size % requested:
-        divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
-        raise ValueError(
-            f"sequence_parallel_size={requested} does not divide the world size {world_size} (devices x nodes). Use one of"
-            f" {', '.join(map(str, divisors))}, or change the number of devices."
-        )
-    return requested
 
 
 def sequence_group_ranks(world_size: int, size: int) -> list[list[int]]:

@@ -94,11 +94,6 @@ class TransformerConfig:
         pairs = length**2 / (2 if self.causal else 1)
         return batch_size * (6.0 * weights * length + 12.0 * self.num_layers * self.width * pairs)
 
-    def bytes_gathered_per_layer(self, batch_size: int, sequence_parallel_size: int, bytes_per_element: int = 4) -> int:
-        """Bytes of keys and values that a rank receives from the others in one layer's forward all-gather."""
-        others = self.seq_len - self.seq_len // sequence_parallel_size
-        return 2 * batch_size * others * self.kv_heads * self.head_dim * bytes_per_element
-
 
 def _hidden_width(config: TransformerConfig) -> int:
     return 4 * config.width if config.mlp == "gelu" else -(-8 * config.width // 3 // 64) * 64

@@ -11,12 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-from lightning_lss.loss import token_mean
+from lightning_lss.loss import IGNORED, token_mean
 from lightning_lss.metrics import BitsPerByte
 from lightning_lss.model import MLP, Positions, Transformer, TransformerConfig
 from lightning_lss.shard import sequence_shard
-
-IGNORED = -100  # target of a token that does not count, as in torch's cross_entropy
 
 Batch = dict[str, Tensor]
 

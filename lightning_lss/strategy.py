@@ -40,9 +40,10 @@ from lightning_lss.gradients import (
     broadcast_over_data_group,
     clip_grad_norm,
     ignore_in_ddp,
+    total_norm,
 )
-from lightning_lss.layout import check_layout, chunks_per_rank
-from lightning_lss.mesh import SequenceMesh, build_mesh, resolve_sequence_parallel_size
+from lightning_lss.layout import check_layout, chunks_per_rank, resolve_sequence_parallel_size
+from lightning_lss.mesh import SequenceMesh, build_mesh
 from lightning_lss.positions import SegmentPositionalEmbedding
 from lightning_lss.rng import share_random_state
 from lightning_lss.shard import WHOLE_SEQUENCE, SequenceShard, segment_local_names, sharded_modules
@@ -297,6 +298,14 @@ class LSSStrategy(DDPStrategy):
             self._batches_checked[loader] += 1
             check_same_batch(batch, shard.require_group(), self.root_device)
         return part
+
+    def gradient_norm(self) -> torch.Tensor:
+        """2-norm of the gradients of the whole model, segment-local ones of all ranks included; every rank must call
+        it."""
+        local = self._segment_local_parameters()
+        if not local:
+            return nn.utils.get_total_norm([x.grad for x in self._module.parameters() if x.grad is not None])
+        return total_norm(self._module.parameters(), set(local), self._shard.require_group())
 
     # -- gradients -----------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,14 @@ import pytest
 from tests.world import World
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-combinations",
+        action="store_true",
+        help="run the parity tests for all combinations of their options instead of enough to cover every pair",
+    )
+
+
 @pytest.fixture(scope="session")
 def world() -> Iterator[World]:
     """Up to four ranks that live as long as the test session."""

@@ -11,11 +11,12 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_lss import LSSStrategy, LSSTransformer
-from lightning_lss.module import IGNORED
+from lightning_lss.loss import IGNORED
 
 VOCAB, LENGTH = 11, 16
 
@@ -66,14 +67,12 @@ def as_rank(rank: int) -> None:
 def make_trainer(rank: int, run: Run, **more: Any) -> pl.Trainer:
     as_rank(rank)
     world_size = dist.get_world_size()
+    options = {"cluster_environment": LightningEnvironment(), **run.strategy}
     strategy: Any = "auto"
-    if world_size > 1 or run.strategy:
-        strategy = LSSStrategy(
-            sequence_parallel_size=run.size,
-            layout=run.layout,
-            cluster_environment=LightningEnvironment(),
-            **run.strategy,
-        )
+    if options.pop("ddp", False):
+        strategy = DDPStrategy(**options)
+    elif world_size > 1 or run.strategy:
+        strategy = LSSStrategy(run.size, run.layout, **options)
     quiet = dict(
         logger=False,
         enable_checkpointing=False,

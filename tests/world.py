@@ -28,8 +28,11 @@ def _serve(connection: Any, rank: int) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    while (call := connection.recv()) is not None:
-        fn, args, size, meeting, timeout = call
+    while True:
+        try:
+            fn, args, size, meeting, timeout = connection.recv()
+        except EOFError:  # the test session is gone
+            return
         try:
             dist.init_process_group(
                 "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
@@ -55,7 +58,7 @@ class World:
         """Call ``fn(rank, *args)`` on ``size`` ranks of one gloo group; return what each returned."""
         while len(self._workers) < self.size:
             here, there = self._context.Pipe()
-            worker = self._context.Process(target=_serve, args=(there, len(self._workers)), daemon=True)
+            worker = self._context.Process(target=_serve, args=(there, len(self._workers)))
             worker.start()
             self._workers.append((worker, here))
         with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,94 @@
+"""A synthetic task that cannot be learned without attention over half of the sequence."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from lightning_lss.data.sequences import Sample, SampleDataset, SequenceDataModule, Split
+from lightning_lss.loss import IGNORED
+
+_STREAM: dict[Split, int] = {"train": 0, "val": 1, "test": 2}
+
+
+class RecallDataset(SampleDataset):
+    """Random tokens whose second half repeats the first.
+
+    Of a sample, ``targets[L/2:]`` equals ``inputs[:L/2]``: the token to predict at position i >= L/2 stood L/2
+    positions before i. The targets before are random, so they are -100 and do not count.
+
+    Args:
+        seq_len: length L of a sample, even.
+        vocab_size: number of token values.
+        num_samples: number of samples.
+        seed: two integers or more, each at least 0; another seed, another dataset.
+
+    Each sample is drawn from the seed and its index alone, so it is the same in every process.
+    """
+
+    def __init__(self, seq_len: int, vocab_size: int, num_samples: int, seed: tuple[int, ...]) -> None:
+        self.seq_len = seq_len
+        self.vocab_size = vocab_size
+        self.num_samples = num_samples
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"Sample {index} does not exist: there are {len(self)}.")
+        half = self.seq_len // 2
+        # One more than half is random: the token on which the repetition starts has nothing to repeat.
+        drawn = np.random.default_rng((*self.seed, index)).integers(self.vocab_size, size=half + 1)
+        tokens = torch.from_numpy(np.concatenate((drawn, drawn[:half])))  # int64 [L + 1]
+        targets = tokens[1:].clone()
+        targets[:half] = IGNORED
+        return {"inputs": tokens[:-1], "targets": targets}
+
+
+class RecallDataModule(SequenceDataModule):
+    """Random tokens whose second half repeats the first; only the second half counts.
+
+    A model that sees the whole sequence reaches a loss of 0; one that sees less than half of it is left with
+    ln(vocab_size). Batches are those of :class:`~lightning_lss.data.sequences.SequenceDataModule`, with -100 as the
+    targets of the first half.
+
+    Args:
+        seq_len: global sequence length L, even.
+        batch_size: sequences B per sequence group and step.
+        vocab_size: number of token values.
+        train_samples: samples in an epoch.
+        val_samples: samples for validation, and as many others for test.
+        seed: another seed, another set of samples.
+        num_workers: processes that load ahead, per rank.
+
+    Raises:
+        ValueError: if a number is out of range or ``seq_len`` is odd.
+    """
+
+    def __init__(
+        self,
+        seq_len: int,
+        batch_size: int,
+        vocab_size: int = 16,
+        train_samples: int = 10_000,
+        val_samples: int = 256,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(seq_len, batch_size, num_workers)
+        if seq_len % 2:
+            raise ValueError(f"seq_len={seq_len} must be even, so that its second half can repeat the first.")
+        if vocab_size < 2 or min(train_samples, val_samples) < 1 or seed < 0:
+            raise ValueError(
+                f"vocab_size={vocab_size} must be at least 2, train_samples={train_samples} and "
+                f"val_samples={val_samples} at least 1, seed={seed} at least 0."
+            )
+        self.vocab_size = vocab_size
+        self.num_samples: dict[Split, int] = {"train": train_samples, "val": val_samples, "test": val_samples}
+        self.seed = seed
+
+    def dataset(self, split: Split) -> SampleDataset:
+        """The samples of ``split``; no split repeats another's draws."""
+        return RecallDataset(self.seq_len, self.vocab_size, self.num_samples[split], (self.seed, _STREAM[split]))

@@ -1,0 +1,67 @@
+"""The default data: the source of Python's standard library, which is there without a download."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+from pathlib import Path
+
+from lightning_lss.data.sequences import SampleDataset, SequenceDataModule, Split, TokenFiles, WindowDataset
+
+MIN_FILES = 200  # a full library has more than 600
+_LEFT_OUT = {
+    "site-packages",
+    "dist-packages",  # other packages
+    "__pycache__",
+    "test",
+    "tests",
+    "idle_test",  # as much as all the rest together
+    "pydoc_data",  # one generated file, larger than a split
+}
+_EVERY = 20  # of so many files one is for validation and the next one for test
+
+
+class StdlibDataModule(SequenceDataModule):
+    """About 11 MB of Python, as bytes: the standard library of the interpreter that runs, without its tests.
+
+    Of every 20 files, in the order of their paths, 18 are for training, one for validation and one for test, so the
+    splits are alike and share no file. The text depends on the version of Python, and so do losses: compare only runs
+    with the same one. Batches are those of :class:`~lightning_lss.data.sequences.SequenceDataModule`.
+
+    Args:
+        seq_len: global sequence length L.
+        batch_size: sequences B per sequence group and step.
+        num_workers: processes that load ahead, per rank.
+
+    Raises:
+        FileNotFoundError: if the interpreter comes without the source of its library.
+        ValueError: if a number is out of range; in ``setup``, if a split is too short.
+    """
+
+    def __init__(self, seq_len: int, batch_size: int, num_workers: int = 0) -> None:
+        super().__init__(seq_len, batch_size, num_workers)
+        self.files = _find_sources(Path(sysconfig.get_path("stdlib")))
+
+    def dataset(self, split: Split) -> SampleDataset:
+        """Windows of the files of ``split``, one after another."""
+        files = [file for index, file in enumerate(self.files) if _split_of(index) == split]
+        return WindowDataset(TokenFiles(files), self.seq_len, self.vocab_size, name=f"{split} split")
+
+
+def _split_of(index: int) -> Split:
+    place = index % _EVERY
+    return "val" if place == _EVERY - 2 else "test" if place == _EVERY - 1 else "train"
+
+
+def _find_sources(root: Path) -> list[Path]:
+    """All source files below ``root`` but those left out, sorted by their paths."""
+    names = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _LEFT_OUT]
+        names += [Path(folder, name).relative_to(root).as_posix() for name in files if name.endswith(".py")]
+    if len(names) < MIN_FILES:
+        raise FileNotFoundError(
+            f"{root} holds {len(names)} source files of Python's standard library, fewer than {MIN_FILES}: this "
+            "interpreter comes without them (zipped or stripped). Train on a text of yours: data=text data.path=..."
+        )
+    return [root / name for name in sorted(names)]

@@ -1,0 +1,79 @@
+"""Any text or token file, or a folder of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_lss.data.sequences import (
+    SampleDataset,
+    SequenceDataModule,
+    Split,
+    TokenFiles,
+    WindowDataset,
+    spans_by_position,
+)
+
+
+class TextDataModule(SequenceDataModule):
+    """A file, or the files of a folder one after another (sorted by name), split by position: training comes first.
+
+    Batches are those of :class:`~lightning_lss.data.sequences.SequenceDataModule`. The files are memory-mapped.
+
+    Args:
+        path: the file or folder. In a folder, hidden files and folders do not count.
+        seq_len: global sequence length L.
+        batch_size: sequences B per sequence group and step.
+        dtype: ``"uint8"`` for bytes; ``"uint16"``, ``"uint32"``, ``"int32"`` or ``"int64"`` for raw token files.
+        splits: shares of training, validation and test.
+        vocab_size: number of token values; None for 256 with bytes.
+        bytes_per_token: mean number of bytes of text in a token.
+        pattern: which files of a folder to use, a glob; ``**`` for any folders.
+        num_workers: processes that load ahead, per rank.
+
+    Raises:
+        FileNotFoundError: if there is no such file or folder.
+        ValueError: if the folder holds no such files, if a file's size is no multiple of a token's, if ``vocab_size``
+            is missing, or a number is out of range; in ``setup``, if a split is too short; on reading, if a token is
+            not in [0, vocab_size).
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        seq_len: int,
+        batch_size: int,
+        dtype: str = "uint8",
+        splits: Sequence[float] = (0.9, 0.05, 0.05),
+        vocab_size: int | None = None,
+        bytes_per_token: float = 1.0,
+        pattern: str = "**/*",
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(seq_len, batch_size, num_workers)
+        self.tokens = TokenFiles(_find_files(Path(path).expanduser(), pattern), dtype)
+        self.spans = spans_by_position(len(self.tokens), splits)
+        if vocab_size is None:
+            if dtype != "uint8":
+                raise ValueError(f"vocab_size is required with dtype={dtype!r}: give the number of token values.")
+            vocab_size = 256
+        if vocab_size < 1 or bytes_per_token <= 0:
+            raise ValueError(f"vocab_size={vocab_size} and bytes_per_token={bytes_per_token} must be positive.")
+        self.vocab_size = vocab_size
+        self.bytes_per_token = bytes_per_token
+
+    def dataset(self, split: Split) -> SampleDataset:
+        """Windows of the part of the stream that belongs to ``split``."""
+        return WindowDataset(self.tokens, self.seq_len, self.vocab_size, self.spans[split], f"{split} split")
+
+
+def _find_files(path: Path, pattern: str) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"path={str(path)!r} does not exist. Give a file or a folder (data.path=...).")
+    found = {file.relative_to(path): file for file in path.glob(pattern) if file.is_file()}
+    names = sorted(name.as_posix() for name in found if not any(part.startswith(".") for part in name.parts))
+    if not names:
+        raise ValueError(f"The folder path={str(path)!r} holds no file that matches pattern={pattern!r}.")
+    return [path / name for name in names]

@@ -1,0 +1,311 @@
+"""Each kernel against the textbook formula in float64: output, log-sum-exp and every gradient."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_lss import kernels
+from lightning_lss.kernels import KERNELS, select_kernel
+
+CPU_KERNELS = ["cpu_flash", "reference"]
+SCALE = 0.3
+
+# How much one rounding of each dtype changes a number. Results are sums of some tens of products of numbers around 1,
+# so a right kernel is off by ten roundings or so (by fewer in the short types, which it sums up in float32), a wrong
+# one by 1e-1 and more.
+ROUNDING = {torch.float64: 1.1e-16, torch.float32: 6e-8, torch.float16: 4.9e-4, torch.bfloat16: 3.9e-3}
+NAMES = ("out", "lse", "dq", "dk", "dv")
+
+
+class Inputs(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad: Tensor
+
+
+def make_inputs(
+    m: int,
+    n: int,
+    heads: int = 2,
+    kv_heads: int = 2,
+    width: int = 8,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+) -> Inputs:
+    generator = torch.Generator().manual_seed(m * 1000 + n)
+    shapes = [(2, heads, m, width), (2, kv_heads, n, width), (2, kv_heads, n, width), (2, heads, m, width)]
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return Inputs(*(x.to(device, dtype) for x in tensors))
+
+
+def textbook(inputs: Inputs, causal: bool) -> list[Tensor]:
+    """Out, lse, dq, dk, dv from softmax(scale q k^T) v in float64, the causal diagonal ending in the bottom right
+    corner."""
+    q, k, v, grad = (x.double() for x in inputs)
+    q, k, v = (x.requires_grad_() for x in (q.clone(), k.clone(), v.clone()))
+    repeat = q.size(1) // k.size(1)
+    scores = q @ k.repeat_interleave(repeat, 1).mT * SCALE
+    m, n = scores.shape[-2:]
+    if causal:
+        hidden = torch.ones(m, n, device=q.device).triu(n - m + 1).bool()
+        scores = scores.masked_fill(hidden, float("-inf"))
+    out = scores.softmax(-1) @ v.repeat_interleave(repeat, 1)
+    return [out.detach(), scores.logsumexp(-1).detach(), *torch.autograd.grad(out, (q, k, v), grad)]
+
+
+def compute(name: str, inputs: Inputs, causal: bool) -> list[Tensor]:
+    """The same five by the kernel, checked for their shapes and dtypes."""
+    q, k, v, grad = inputs
+    kernel = KERNELS[name]
+    out, lse = kernel.forward(q, k, v, causal, SCALE)
+    grads = kernel.backward(grad, q, k, v, out, lse, causal, SCALE)
+    assert out.dtype == q.dtype
+    assert lse.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
+    assert [x.shape for x in (out, lse, *grads)] == [q.shape, q.shape[:3], q.shape, k.shape, v.shape]
+    assert all(x.dtype == q.dtype for x in grads)
+    return [out, lse, *grads]
+
+
+def worst_error(results: list[Tensor], expected: list[Tensor]) -> tuple[float, str]:
+    errors = [((x.double() - y).norm() / y.norm().clamp(min=1e-30)).item() for x, y in zip(results, expected)]
+    return max(zip(errors, NAMES))
+
+
+@pytest.mark.parametrize("width", [4, 5, 64])
+@pytest.mark.parametrize("rows", [1, 7, 33, 130])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", CPU_KERNELS)
+def test_square_tiles_of_even_and_odd_sizes(name, causal, rows, width) -> None:
+    inputs = make_inputs(rows, rows, width=width)
+    if rows == 1:  # one key: the gradient of a softmax over it is 0, up to rounding, which has no relative error
+        for result, value in zip(compute(name, inputs, causal), textbook(inputs, causal)):
+            torch.testing.assert_close(result, value, rtol=1e-14, atol=1e-14)
+        return
+    error, which = worst_error(compute(name, inputs, causal), textbook(inputs, causal))
+    assert error < 30 * ROUNDING[torch.float64], which
+
+
+@pytest.mark.parametrize(("m", "n"), [(3, 17), (17, 3), (1, 40), (33, 34), (64, 200)])
+@pytest.mark.parametrize("name", CPU_KERNELS)
+def test_rectangles_without_a_mask(name, m, n) -> None:
+    inputs = make_inputs(m, n)
+    error, which = worst_error(compute(name, inputs, False), textbook(inputs, False))
+    assert error < 30 * ROUNDING[torch.float64], which
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", CPU_KERNELS)
+def test_grouped_query_heads(name, causal, kv_heads) -> None:
+    inputs = make_inputs(24, 24, heads=6, kv_heads=kv_heads)
+    error, which = worst_error(compute(name, inputs, causal), textbook(inputs, causal))
+    assert error < 30 * ROUNDING[torch.float64], which
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", CPU_KERNELS)
+def test_lower_precisions_are_off_by_a_few_roundings(name, causal, dtype) -> None:
+    # rounded first, so that the formula sees the same numbers
+    inputs = make_inputs(40, 40, heads=4, kv_heads=2, dtype=dtype)
+    error, which = worst_error(compute(name, inputs, causal), textbook(inputs, causal))
+    assert error < (10 if dtype == torch.float32 else 4) * ROUNDING[dtype], which
+
+
+@pytest.mark.parametrize("name", CPU_KERNELS)
+def test_inputs_of_any_stride(name) -> None:
+    # as attention passes them: heads and lengths cut out of larger tensors, [B, l, H, D] in memory
+    whole = make_inputs(20, 20, heads=4, kv_heads=4)
+    strided = Inputs(*(x.transpose(1, 2).contiguous().transpose(1, 2)[:, 1:3, 4:13] for x in whole))
+    plain = Inputs(*(x.contiguous() for x in strided))
+    error, which = worst_error(compute(name, strided, True), textbook(plain, True))
+    assert error < 30 * ROUNDING[torch.float64], which
+
+
+@pytest.mark.parametrize("name", CPU_KERNELS)
+def test_large_scores_do_not_overflow(name) -> None:
+    inputs = make_inputs(16, 16)
+    inputs = inputs._replace(q=inputs.q * 1000)  # scores of about 1,000, whose exponentials exceed float64
+    for result, expected in zip(compute(name, inputs, True), textbook(inputs, True)):
+        # a probability carries the roundings of its score, 1,000 x 1e-16, and dk multiplies it by the 1,000 of q
+        torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("m", "n"), [(5, 12), (12, 12), (1, 9)])
+def test_an_offset_diagonal_gives_the_last_rows_of_the_square(m, n) -> None:
+    square = make_inputs(n, n)
+    square.grad[:, :, : n - m] = 0  # so that keys and values hear of the last rows only
+    last_rows = Inputs(square.q[:, :, n - m :], square.k, square.v, square.grad[:, :, n - m :])
+    out, lse, dq, dk, dv = compute("reference", square, True)
+    expected = [*(x[:, :, n - m :] for x in (out, lse, dq)), dk, dv]
+    error, which = worst_error(compute("reference", last_rows, True), expected)
+    assert error < 10 * ROUNDING[torch.float64], which
+    error, which = worst_error(compute("reference", last_rows, True), textbook(last_rows, True))
+    assert error < 30 * ROUNDING[torch.float64], which
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("m", "n"), [(16, 16), (20, 33), (17, 17)])
+def test_the_reference_works_in_blocks_of_rows(monkeypatch, m, n, causal) -> None:
+    monkeypatch.setattr(kernels, "_REFERENCE_ROWS", 8)
+    inputs = make_inputs(m, n)
+    error, which = worst_error(compute("reference", inputs, causal), textbook(inputs, causal))
+    assert error < 30 * ROUNDING[torch.float64], which
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_more_rows_than_one_block_of_the_reference(causal) -> None:
+    inputs = make_inputs(kernels._REFERENCE_ROWS + 1, 600, heads=1, kv_heads=1, width=2)
+    error, which = worst_error(compute("reference", inputs, causal), textbook(inputs, causal))
+    assert error < 100 * ROUNDING[torch.float64], which  # sums of hundreds
+
+
+@pytest.mark.parametrize("cut", [1, 8, 20])
+@pytest.mark.parametrize("name", CPU_KERNELS)
+def test_backward_of_parts_of_the_keys_adds_up_to_the_whole(name, cut) -> None:
+    q, k, v, grad = inputs = make_inputs(24, 24, heads=4, kv_heads=2)
+    kernel = KERNELS[name]
+    out, lse, dq, dk, dv = compute(name, inputs, False)
+    parts = [
+        kernel.backward(grad, q, k[:, :, keys], v[:, :, keys], out, lse, False, SCALE)
+        for keys in (slice(0, cut), slice(cut, None))
+    ]
+    summed = [out, lse, parts[0][0] + parts[1][0], *(torch.cat([p[i] for p in parts], 2) for i in (1, 2))]
+    error, which = worst_error(summed, [out, lse, dq, dk, dv])
+    assert error < 10 * ROUNDING[torch.float64], which
+
+
+# -- which kernel ------------------------------------------------------------------------------------------------------
+
+
+def cuda_tensor(dtype: torch.dtype = torch.float16, width: int = 64) -> SimpleNamespace:
+    """What the selection looks at of a tensor on a GPU, on a machine without one."""
+    return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, size=lambda dim: width)
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_on_cpu_flash_is_chosen_for_every_dtype(dtype) -> None:
+    assert select_kernel(torch.empty(1, 1, 2, 4, dtype=dtype)).name == "cpu_flash"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "capability", "choice"),
+    [
+        (torch.float16, 64, (8, 0), "cuda_flash"),
+        (torch.bfloat16, 256, (9, 0), "cuda_flash"),
+        (torch.bfloat16, 264, (9, 0), "reference"),
+        (torch.float32, 64, (9, 0), "reference"),
+        (torch.float16, 64, (7, 5), "reference"),
+    ],
+)
+def test_on_cuda_the_choice_follows_dtype_width_and_capability(monkeypatch, dtype, width, capability, choice) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert select_kernel(cuda_tensor(dtype, width)).name == choice
+
+
+def test_any_other_device_gets_the_reference() -> None:
+    assert select_kernel(torch.empty(1, 1, 2, 4, device="meta")).name == "reference"
+
+
+@pytest.mark.parametrize("name", CPU_KERNELS)
+def test_a_kernel_is_found_by_name(name) -> None:
+    assert select_kernel(torch.empty(1, 1, 2, 4), name) is KERNELS[name]
+
+
+@pytest.mark.parametrize(
+    ("q", "name", "words"),
+    [
+        (torch.empty(1, 1, 2, 4), "magic", "kernel='magic' is unknown: choose 'auto' or one of 'cpu_flash'"),
+        (torch.empty(1, 1, 2, 4), "cuda_flash", "'cuda_flash' runs on CUDA tensors, not on cpu"),
+        (cuda_tensor(), "cpu_flash", "'cpu_flash' runs on CPU tensors, not on cuda"),
+        (cuda_tensor(torch.float32), "cudnn", r"in float16 and bfloat16, not in torch\.float32.*'reference'"),
+        (cuda_tensor(width=136), "cudnn", "heads of width up to 128, not 136"),
+        (cuda_tensor(width=264), "cuda_flash", "heads of width up to 256, not 264"),
+    ],
+)
+def test_a_kernel_that_cannot_take_the_tensor_says_why(monkeypatch, q, name, words) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(ValueError, match=words):
+        select_kernel(q, name)
+
+
+def test_old_gpus_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ValueError, match=r"compute capability 8\.0"):
+        select_kernel(cuda_tensor(), "cuda_flash")
+
+
+# -- kernels for CUDA --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [64, 12])
+@pytest.mark.parametrize(("m", "n"), [(16, 16), (16, 40)])
+@pytest.mark.parametrize("name", ["cuda_flash", "cudnn"])
+def test_the_operators_for_cuda_take_the_arguments_as_they_are_passed(name, m, n, width) -> None:
+    # on meta tensors torch checks schemas and gives the shapes without a GPU; numbers are checked below, with one
+    inputs = make_inputs(m, n, heads=4, kv_heads=2, width=width, dtype=torch.bfloat16)
+    compute(name, Inputs(*(x.to("meta") for x in inputs)), causal=m == n)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="computes on a CUDA device, and there is none")
+TWO_BYTES = [torch.bfloat16, torch.float16]
+GPU_KERNELS = ["cuda_flash", "cudnn"]
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("width", [64, 128, 20])
+@pytest.mark.parametrize("rows", [128, 200])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", TWO_BYTES)
+@pytest.mark.parametrize("name", GPU_KERNELS)
+def test_cuda_kernels_on_square_tiles(name, dtype, causal, rows, width, kv_heads) -> None:
+    inputs = make_inputs(rows, rows, 4, kv_heads, width, dtype, "cuda")
+    error, which = worst_error(compute(name, inputs, causal), textbook(inputs, causal))
+    # probabilities and their gradients pass through the two-byte type on their way into the tensor cores
+    assert error < 8 * ROUNDING[dtype], which
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("m", "n"), [(64, 256), (100, 333), (256, 64)])
+@pytest.mark.parametrize("dtype", TWO_BYTES)
+@pytest.mark.parametrize("name", GPU_KERNELS)
+def test_cuda_kernels_on_rectangles(name, dtype, m, n) -> None:
+    inputs = make_inputs(m, n, 4, 2, 64, dtype, "cuda")
+    error, which = worst_error(compute(name, inputs, False), textbook(inputs, False))
+    assert error < 8 * ROUNDING[dtype], which
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("m", "n"), [(64, 256), (100, 333), (1, 77)])
+@pytest.mark.parametrize("dtype", TWO_BYTES)
+def test_cuda_flash_ends_its_diagonal_in_the_bottom_right_corner(dtype, m, n) -> None:
+    inputs = make_inputs(m, n, 4, 2, 64, dtype, "cuda")
+    error, which = worst_error(compute("cuda_flash", inputs, True), textbook(inputs, True))
+    assert error < 8 * ROUNDING[dtype], which
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", TWO_BYTES)
+@pytest.mark.parametrize("name", GPU_KERNELS)
+def test_cuda_backward_of_parts_of_the_keys_adds_up_to_the_whole(name, dtype) -> None:
+    q, k, v, grad = inputs = make_inputs(128, 128, 4, 2, 64, dtype, "cuda")
+    kernel = KERNELS[name]
+    out, lse, dq, dk, dv = compute(name, inputs, False)
+    parts = [
+        kernel.backward(grad, q, k[:, :, keys], v[:, :, keys], out, lse, False, SCALE)
+        for keys in (slice(0, 32), slice(32, None))
+    ]
+    summed = [parts[0][0] + parts[1][0], *(torch.cat([p[i] for p in parts], 2) for i in (1, 2))]
+    error, which = worst_error(summed, [x.double() for x in (dq, dk, dv)])
+    assert error < 8 * ROUNDING[dtype], which

@@ -1,0 +1,128 @@
+"""One process against N: the same weights after several steps, every parameter by name.
+
+Runs go through the real Trainer with SGD (Adam would hide a gradient that is wrong by a factor), on batches whose
+targets are unevenly spread over the segments.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_lss import LSSAttention, RotaryEmbedding, sequence_shard, token_mean
+from tests.training import Run, fit, worst_difference
+from tests.world import World
+
+GRIDS = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]  # (W, S)
+CLIPS: dict[str, dict[str, Any]] = {
+    "no_clip": {},
+    "clip_by_norm": {"gradient_clip_val": 0.3},
+    "clip_by_value": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+}
+FACTORS: list[list[Any]] = [GRIDS, ["contiguous", "zigzag"], ["learned", "rotary"], [1, 3], list(CLIPS), [True, False]]
+
+
+def covering_combinations() -> list[tuple[Any, ...]]:
+    """A part of the product of all factors in which every pair of values of two factors occurs, chosen greedily."""
+    left = list(itertools.product(*FACTORS))
+    uncovered = {pair for combination in left for pair in pairs_in(combination)}
+    chosen = []
+    while uncovered:
+        best = max(left, key=lambda combination: len(uncovered & pairs_in(combination)))
+        uncovered -= pairs_in(best)
+        chosen.append(best)
+    return chosen
+
+
+def pairs_in(combination: tuple[Any, ...]) -> set[Any]:
+    return set(itertools.combinations(enumerate(combination), 2))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "combination" in metafunc.fixturenames:
+        whole = metafunc.config.getoption("--all-combinations")
+        combinations = list(itertools.product(*FACTORS)) if whole else covering_combinations()
+        metafunc.parametrize(
+            "combination", combinations, ids=lambda c: f"W{c[0][0]}S{c[0][1]}-" + "-".join(map(str, c[1:]))
+        )
+
+
+def make_run(positions: str, accumulate: int, clip: str, causal: bool, precision: str = "64-true", **more: Any) -> Run:
+    trainer = {"accumulate_grad_batches": accumulate, "precision": precision, **CLIPS[clip]}
+    return Run(model={"positions": positions, "causal": causal}, trainer=trainer, **more)
+
+
+@pytest.fixture(scope="module")
+def one_process(world: World) -> Any:
+    """Weights that one process without a parallel strategy arrives at, by options."""
+    return cache(lambda *options: world.run(1, fit, make_run(*options))[0])
+
+
+def assert_parity(states: list[dict[str, Tensor]], reference: dict[str, Tensor], bound: float) -> None:
+    for rank, state in enumerate(states):
+        difference, name = worst_difference(state, reference)
+        assert difference <= bound, f"rank {rank}: {name} differs by {difference:.1e}"
+
+
+def test_float64(world, one_process, combination) -> None:
+    # the order of summation is all that differs
+    (world_size, size), layout, *options = combination
+    run = make_run(*options, size=size, layout=layout, strategy={"check_batches": 1})
+    assert_parity(world.run(world_size, fit, run), one_process(*options), 1e-10)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"W{grid[0]}S{grid[1]}")
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_float32(world, one_process, grid, layout) -> None:
+    world_size, size = grid
+    options = ("learned", 3, "clip_by_norm", True, "32-true")
+    run = make_run(*options, size=size, layout=layout, strategy={"check_batches": 1})
+    assert_parity(world.run(world_size, fit, run), one_process(*options), 1e-5)
+
+
+class OwnModule(pl.LightningModule):
+    """A module as a user would write it, with nothing of ours but attention, positions and loss."""
+
+    def __init__(self, vocab_size: int, width: int, num_heads: int, **_: Any) -> None:
+        super().__init__()
+        self.heads = num_heads
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.scale = nn.Parameter(torch.ones(width))  # directly on the LightningModule
+        self.qkv = nn.Linear(width, 3 * width)
+        self.rotary = RotaryEmbedding(width // num_heads)
+        self.attention = LSSAttention(causal=True)
+        self.out = nn.Linear(width, vocab_size)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        x = self.embedding(batch["inputs"]) * self.scale
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = self.attention(self.rotary(q), self.rotary(k), v).transpose(1, 2).flatten(2)
+        targets = batch["targets"].flatten()
+        loss = F.cross_entropy(self.out(x + y).flatten(0, 1), targets, reduction="sum")
+        assert sequence_shard(self).size * batch["inputs"].size(1) == 16
+        return token_mean(loss, (targets >= 0).sum())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+@pytest.mark.parametrize("grid", GRIDS[1:], ids=lambda grid: f"W{grid[0]}S{grid[1]}")
+def test_a_users_own_module(world, grid) -> None:
+    world_size, size = grid
+    common = {"module": OwnModule, "steps": 5, "trainer": {"gradient_clip_val": 0.3}}
+    reference = world.run(1, fit, Run(**common))[0]
+    assert_parity(world.run(world_size, fit, Run(size=size, **common)), reference, 1e-5)
+
+
+def test_one_rank_a_sequence_is_bit_identical_to_ddp(world) -> None:
+    common = {"steps": 10, "size": 1, "trainer": {"gradient_clip_val": 0.3}}
+    lss, ddp = (world.run(2, fit, Run(**common, strategy=kind))[0] for kind in ({"check_batches": 2}, {"ddp": True}))
+    for name, value in ddp.items():
+        assert torch.equal(value, lss[name]), name

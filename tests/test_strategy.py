@@ -1,0 +1,300 @@
+"""The strategy's names, duties and refusals; whole runs of the Trainer inside test ranks."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import StrategyRegistry
+from torch import Tensor
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.utils.data import DataLoader
+
+from lightning_lss import LSSStrategy, sequence_shard
+from tests.training import (
+    LENGTH,
+    Run,
+    SGDTransformer,
+    fit,
+    make_loader,
+    make_module,
+    make_samples,
+    make_trainer,
+    worst_difference,
+)
+from tests.world import WorkerError, World
+
+
+@pytest.mark.parametrize(
+    ("name", "start_method"),
+    [("lss", "popen"), ("lss_spawn", "spawn"), ("lss_fork", "fork"), ("lss_notebook", "fork")],
+)
+def test_names_are_registered(name, start_method) -> None:
+    assert isinstance(StrategyRegistry.get(name), LSSStrategy)
+    assert StrategyRegistry.get(name)._start_method == start_method
+    unused = StrategyRegistry.get(f"{name}_find_unused_parameters_true")
+    assert unused._ddp_kwargs == {"find_unused_parameters": True}
+    assert isinstance(StrategyRegistry.get("ddp"), pl.strategies.DDPStrategy)
+    assert not isinstance(StrategyRegistry.get("ddp"), LSSStrategy)
+
+
+def test_data_ranks_are_known_before_the_process_group(monkeypatch) -> None:
+    for rank in range(4):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=4, strategy=LSSStrategy(2), logger=False, enable_checkpointing=False
+        )
+        assert trainer.strategy.distributed_sampler_kwargs == {"num_replicas": 2, "rank": rank // 2}
+        assert (trainer.strategy.data_parallel_size, trainer.strategy.sequence_parallel_size) == (2, 2)
+
+
+@pytest.mark.parametrize("size", [3, 8])
+def test_a_size_that_does_not_divide_the_world_is_refused_by_the_trainer(size) -> None:
+    with pytest.raises(
+        MisconfigurationException, match=f"sequence_parallel_size={size} does not divide the world size 4"
+    ):
+        pl.Trainer(accelerator="cpu", devices=4, strategy=LSSStrategy(size), logger=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"layout": "spiral"}, "layout='spiral' is unknown"),
+        ({"sequence_parallel_size": 0}, "must be 'auto' or a positive integer"),
+        ({"sequence_parallel_size": "two"}, "must be 'auto' or a positive integer"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(arguments, words) -> None:
+    with pytest.raises(ValueError, match=words):
+        LSSStrategy(**arguments)
+
+
+class TakesIterator(SGDTransformer):
+    def training_step(self, dataloader_iter: Any) -> Tensor:
+        raise AssertionError("never reached")
+
+
+def fit_counting_collectives(rank: int, run: Run, length: int, strategy_only: bool) -> str:
+    """The error that a run ends with, and that nothing was sent before it."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    module, trainer = make_module(run), make_trainer(rank, run)
+    samples = make_samples(8, length)
+    with CommDebugMode() as mode:
+        try:
+            trainer.fit(module, make_loader(trainer, samples, 2))
+        except Exception as error:
+            attention = mode.get_total_counts()
+            return (
+                f"{type(error).__name__}: {error}"
+                if attention == 0 or not strategy_only
+                else f"{attention} collectives"
+            )
+    return "nothing was raised"
+
+
+@pytest.mark.parametrize(
+    ("run", "length", "words"),
+    [
+        (Run(size=2, module=TakesIterator), LENGTH, "takes `dataloader_iter`"),
+        (
+            Run(size=2, model={"seq_len": 18}),
+            18,
+            r"num_positions=18\) cannot be shared out over sequence_parallel_size=2",
+        ),
+    ],
+)
+def test_modules_that_cannot_be_split_are_refused_before_any_collective(world, run, length, words) -> None:
+    for message in world.run(2, fit_counting_collectives, run, length, True):
+        assert message.startswith("MisconfigurationException")
+        assert re.search(words, message)
+
+
+@pytest.mark.parametrize(
+    ("length", "layout", "words"),
+    [
+        (15, "contiguous", "length 15 cannot be split over 2 ranks"),
+        (18, "zigzag", "not divisible by 4 .twice the sequence-parallel size"),
+        (18, "zigzag", "or layout='contiguous'"),
+    ],
+)
+def test_lengths_that_cannot_be_split_are_refused_on_every_rank(world, length, layout, words) -> None:
+    run = Run(size=2, layout=layout, model={"positions": "rotary", "seq_len": length})
+    for message in world.run(2, fit_counting_collectives, run, length, False):
+        assert message.startswith("ValueError: Batch entry inputs (2,")
+        assert re.search(words, message)
+
+
+class ZeroTransformer(SGDTransformer):
+    def configure_optimizers(self) -> Any:
+        return ZeroRedundancyOptimizer(self.parameters(), torch.optim.SGD, lr=0.1)
+
+
+def test_optimizers_that_copy_parameters_between_ranks_are_refused(world) -> None:
+    with pytest.raises(WorkerError, match="ZeroRedundancyOptimizer copies parameters between ranks"):
+        world.run(2, fit, Run(size=2, module=ZeroTransformer))
+
+
+class Recorder(SGDTransformer):
+    """Checks in every stage that batches are split, and collects metrics."""
+
+    def check(self, batch: dict[str, Tensor]) -> None:
+        assert batch["inputs"].size(1) * sequence_shard(self).size == LENGTH
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.check(batch)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.check(batch)
+        return super().validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.check(batch)
+        return super().predict_step(batch, batch_idx)
+
+
+def all_stages(rank: int, run: Run) -> dict[str, Any]:
+    samples = make_samples(8)
+    module = make_module(run)
+    trainer = make_trainer(rank, run, num_sanity_val_steps=1, limit_val_batches=2, val_check_interval=1)
+    data = make_loader(trainer, samples, 2)
+    trainer.fit(module, data, make_loader(trainer, samples, 2))
+    results = {"fit": trainer.callback_metrics["val/loss"].item()}
+    for stage in ("validate", "test"):
+        results |= {f"{stage} {k}": v for k, v in getattr(trainer, stage)(module, data, verbose=False)[0].items()}
+    results["predict"] = trainer.predict(module, DataLoader(samples, batch_size=2))
+    results["after"] = module(samples[0]["inputs"][None]).detach()  # out of a run the module takes whole sequences
+    return results
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_fit_validate_test_and_predict_agree_with_one_process(world, size) -> None:
+    run = {"module": Recorder, "model": {"positions": "rotary"}, "steps": 2}
+    reference = world.run(1, all_stages, Run(**run))[0]
+    for results in world.run(size, all_stages, Run(size=size, **run)):
+        assert results.keys() == reference.keys()
+        torch.testing.assert_close(results["after"], reference["after"], rtol=1e-4, atol=1e-5)
+        for key, value in reference.items():
+            if key == "predict":
+                assert all(torch.equal(ours, theirs) for ours, theirs in zip(results[key], value))
+            elif key != "after":
+                assert results[key] == pytest.approx(value, rel=1e-5), key
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-true", "64-true"])
+def test_precisions(world, precision) -> None:
+    # bfloat16 keeps 8 bits, so one step in it agrees to a few thousandths
+    bound = {"64-true": 1e-10, "16-true": 5e-3}.get(precision, 3e-2)
+    reference = world.run(1, fit, Run(steps=1, trainer={"precision": precision}))[0]
+    for state in world.run(2, fit, Run(size=2, steps=1, trainer={"precision": precision})):
+        assert worst_difference(state, reference)[0] < bound
+
+
+@pytest.mark.parametrize("trainer", [{"overfit_batches": 2, "max_epochs": 2}, {"fast_dev_run": 2}])
+def test_trainer_modes(world, trainer) -> None:
+    reference = world.run(1, fit, Run(trainer=trainer))[0]
+    for state in world.run(2, fit, Run(size=2, trainer=trainer)):
+        assert worst_difference(state, reference)[0] < 1e-5
+
+
+class SplitsItself(SGDTransformer):
+    def shard_batch(self, batch: dict[str, Tensor], shard: Any) -> dict[str, Tensor]:
+        self.was_asked = True
+        return {key: shard.split(value) for key, value in batch.items() if key != "label"}
+
+
+def fit_with_labels(rank: int, run: Run) -> dict[str, Tensor]:
+    samples = [{**sample, "label": torch.zeros(3)} for sample in make_samples(16)]
+    module, trainer = make_module(run), make_trainer(rank, run)
+    trainer.fit(module, make_loader(trainer, samples, 4))
+    return trainer.strategy.lightning_module_state_dict()
+
+
+@pytest.mark.parametrize("more", [{"module": SplitsItself}, {"strategy": {"sequence_dims": {"label": None}}}])
+def test_batches_with_entries_that_are_not_sequences(world, more) -> None:
+    reference = world.run(1, fit_with_labels, Run())[0]
+    for state in world.run(2, fit_with_labels, Run(size=2, **more)):
+        assert worst_difference(state, reference)[0] < 1e-5
+    with pytest.raises(WorkerError, match=r"disagree on the sequence length.*label \(4, 3\)"):
+        world.run(2, fit_with_labels, Run(size=2))
+
+
+def gradient_norms(rank: int, run: Run) -> list[float]:
+    norms = []
+
+    class Spy(pl.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            norm = getattr(trainer.strategy, "gradient_norm", lambda: torch.nn.utils.get_total_norm(grads))()
+            norms.append(norm.item())
+
+    trainer = make_trainer(rank, run, callbacks=[Spy()])
+    trainer.fit(make_module(run), make_loader(trainer, make_samples(16), 4))
+    return norms
+
+
+def test_gradient_norm_is_that_of_the_whole_model(world) -> None:
+    reference = world.run(1, gradient_norms, Run())[0]
+    for norms in world.run(4, gradient_norms, Run(size=4)):
+        assert norms == pytest.approx(reference, rel=1e-4)
+
+
+class TransformerBuiltLate(SGDTransformer):
+    """Makes its layers in ``configure_model`` or in ``setup``, when the strategy has handed out shards already."""
+
+    late_hook = "configure_model"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.kwargs = kwargs
+        self.model = None  # type: ignore[assignment]
+
+    def build(self) -> None:
+        if self.model is None:
+            torch.manual_seed(7)
+            self.model = SGDTransformer(**self.kwargs).model
+
+    def configure_model(self) -> None:
+        self.build()
+
+
+class TransformerBuiltInSetup(TransformerBuiltLate):
+    def setup(self, stage: str) -> None:
+        self.build()
+
+    def configure_model(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("module", [TransformerBuiltLate, TransformerBuiltInSetup])
+def test_modules_made_late_get_their_shard(world: World, module) -> None:
+    reference = world.run(1, fit, Run(module=module))[0]
+    for state in world.run(2, fit, Run(size=2, module=module)):
+        assert worst_difference(state, reference)[0] < 1e-5
+
+
+class BatchNormed(SGDTransformer):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.batch_norm = torch.nn.BatchNorm1d(4)
+
+
+def warnings_of_fit(rank: int, run: Run) -> list[str]:
+    import warnings
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = make_trainer(rank, run)
+        trainer.fit(make_module(run), make_loader(trainer, make_samples(16), 4))
+    return [str(warning.message) for warning in caught]
+
+
+def test_batch_norm_over_a_segment_is_warned_of(world) -> None:
+    run = Run(size=2, module=BatchNormed, strategy={"find_unused_parameters": True})
+    messages = world.run(2, warnings_of_fit, run)[0]
+    assert any("Batch normalization (batch_norm)" in message for message in messages)

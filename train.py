@@ -1,0 +1,207 @@
+"""Train the LSS Transformer from the command line: compose a configuration with Hydra, instantiate it, run it.
+
+python train.py                                      # the main job: two CPU ranks share sequences of 4,096 bytes
+python train.py seq_len=8192 devices=4 sequence_parallel_size=2
+python train.py --help                               # all groups and keys
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+MODES = ("fit", "validate", "test", "predict")
+RESULT = "result.json"
+
+
+def load_layout() -> ModuleType:
+    """The package's ``layout`` module by itself: pure integer arithmetic, while the package takes seconds to import
+    torch."""
+    package = importlib.util.find_spec("lightning_lss")
+    if package is None or not package.submodule_search_locations:
+        fail("the package lightning_lss is not installed: run `pip install -e .` in the folder of train.py.")
+    path = Path(package.submodule_search_locations[0]) / "layout.py"
+    spec = importlib.util.spec_from_file_location("layout", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fail(message: str) -> NoReturn:
+    """End with a sentence instead of a stack of frames."""
+    print(f"train.py: {message}\n(HYDRA_FULL_ERROR=1 shows where this was found.)", file=sys.stderr)
+    sys.exit(1)
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse combinations that cannot work, before anything slow happens.
+
+    Raises:
+        ValueError: naming the values and the remedy.
+    """
+    if cfg.mode not in MODES:
+        raise ValueError(f"mode={cfg.mode} is unknown: choose one of {', '.join(MODES)}.")
+    if cfg.mode != "fit" and cfg.ckpt_path is None:
+        raise ValueError(
+            f"mode={cfg.mode} needs a trained model: add ckpt_path=<folder of the run>/checkpoints/last.ckpt."
+        )
+    if cfg.ckpt_path is not None and not (Path(cfg.ckpt_path).exists() or "://" in cfg.ckpt_path):
+        raise ValueError(f"ckpt_path={cfg.ckpt_path} does not exist.")
+    for key in ("data.path", "seq_len", "devices"):
+        if OmegaConf.is_missing(*_parent(cfg, key)):
+            raise ValueError(f"{key} is not set: add {key}=...")
+    if isinstance(cfg.devices, int) and isinstance(cfg.trainer.num_nodes, int):
+        check_split(cfg, cfg.devices * cfg.trainer.num_nodes)
+
+
+def _parent(cfg: DictConfig, key: str) -> tuple[Any, str]:
+    group, _, name = key.rpartition(".")
+    return (OmegaConf.select(cfg, group) if group else cfg), name
+
+
+def check_split(cfg: DictConfig, world_size: int) -> None:
+    """Refuse sizes that do not divide each other; raises ``ValueError``."""
+    if "LSSStrategy" not in cfg.strategy.get("_target_", ""):
+        if cfg.sequence_parallel_size not in ("auto", 1):
+            raise ValueError(
+                f"sequence_parallel_size={cfg.sequence_parallel_size} has no meaning for this strategy: use strategy=lss."
+            )
+        return
+    layout = load_layout()
+    size = layout.resolve_sequence_parallel_size(world_size, cfg.strategy.sequence_parallel_size)
+    name = "zigzag" if cfg.strategy.layout == "auto" else cfg.strategy.layout
+    layout.check_layout(name)
+    layout.check_length(cfg.seq_len, size, name)
+
+
+def run_in_new_process() -> float | None:
+    """One run of a sweep. Processes and their group outlive a run, so each run of a multirun gets an interpreter of its
+    own."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    overrides = [*HydraConfig.get().overrides.task, f'hydra.run.dir="{folder}"', *_config_choice()]
+    subprocess.run([sys.executable, __file__, *overrides], check=True, cwd=hydra.utils.get_original_cwd())
+    result = json.loads((folder / RESULT).read_text())
+    return result.get("val/bits_per_byte")
+
+
+def _config_choice() -> list[str]:
+    """``--config-name`` and ``--config-dir`` as they were given."""
+    given = sys.argv[1:]
+    flags = ("--config-name", "-cn", "--config-dir", "-cd", "--config-path", "-cp")
+    pairs = [given[i : i + 2] for i, word in enumerate(given) if word in flags]
+    return [word for pair in pairs for word in pair] + [w for w in given if w.startswith(tuple(f"{f}=" for f in flags))]
+
+
+def run(cfg: DictConfig) -> None:
+    """Instantiate everything that ``cfg`` names and do what its mode says."""
+    import lightning.pytorch as pl
+
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    datamodule = hydra.utils.instantiate(cfg.data)
+    from_data = {
+        name: getattr(datamodule, name) for name in ("vocab_size", "bytes_per_token") if cfg.model[name] is None
+    }
+    model = hydra.utils.instantiate(cfg.model, **from_data)
+    logger = hydra.utils.instantiate(cfg.logger) if cfg.get("logger") else False
+    callbacks = [hydra.utils.instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
+    trainer: pl.Trainer = hydra.utils.instantiate(
+        cfg.trainer,
+        strategy=hydra.utils.instantiate(cfg.strategy),
+        logger=logger,
+        callbacks=callbacks,
+        default_root_dir=cfg.output_dir,
+    )
+    options = {"return_predictions": False} if cfg.mode == "predict" else {}
+    getattr(trainer, cfg.mode)(model, datamodule=datamodule, ckpt_path=cfg.ckpt_path, **options)
+    if trainer.is_global_zero:
+        report(trainer, Path(cfg.output_dir))
+
+
+def report(trainer: pl.Trainer, folder: Path) -> None:
+    """Print what the run came to and where things lie; write the metrics to ``result.json``."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lightning_lss.callbacks import LSSThroughputMonitor
+
+    result = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    rates = [x.tokens_per_second for x in trainer.callbacks if isinstance(x, LSSThroughputMonitor)]  # type: ignore[attr-defined]
+    table = Table.grid(padding=(0, 2))
+    for stage in ("val", "test"):
+        if f"{stage}/bits_per_byte" in result:
+            table.add_row(f"{stage} bits per byte", f"{result[f'{stage}/bits_per_byte']:.3f}")
+    if rates and rates[0] is not None:
+        result["train/tokens_per_sec"] = rates[0]
+        table.add_row("tokens per second", f"{rates[0]:,.0f}")
+    checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if checkpoint:
+        table.add_row("checkpoint", os.path.relpath(checkpoint))
+    if (folder / "predictions").is_dir():
+        table.add_row("predictions", os.path.relpath(folder / "predictions"))
+    if trainer.loggers:
+        table.add_row("follow it with", f"tensorboard --logdir {os.path.relpath(folder)}")
+    (folder / RESULT).write_text(json.dumps(result, indent=2))
+    print()
+    Console(soft_wrap=True).print(table)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> float | None:
+    """One run, or one of a multirun."""
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the data here is cheap to load
+    try:
+        check(cfg)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return run_in_new_process()
+        run(cfg)
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)  # the run has said why
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, InstantiationException) else error
+        if os.environ.get("HYDRA_FULL_ERROR") == "1" or not is_mistake_of_user(cause or error):
+            raise
+        fail(str(cause or error))
+    return None
+
+
+def is_mistake_of_user(error: BaseException) -> bool:
+    """Whether an error is about what was asked for, rather than a fault of the program."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    told = (ValueError, FileNotFoundError, OmegaConfBaseException)
+    return isinstance(error, told) or "MisconfigurationException" in names
+
+
+def keep_to_own_folder() -> None:
+    """Under torchrun or SLURM every rank composes its own configuration: only the first may make the run's folder.
+
+    Clocks differ, so the ranks' ``${now:...}`` would too; Lightning's checkpoints and logs follow rank 0 anyway.
+    """
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    if rank > 0:
+        folder = tempfile.mkdtemp(prefix=f"lightning_lss_rank_{rank}_")
+        sys.argv += ["hydra.output_subdir=null", f"hydra.run.dir={folder}"]
+
+
+if __name__ == "__main__":
+    keep_to_own_folder()
+    main()
