@@ -121,7 +121,7 @@ def run(cfg: DictConfig) -> None:
     from_data = {
         name: getattr(datamodule, name) for name in ("vocab_size", "bytes_per_token") if cfg.model[name] is None
     }
-    model = hydra.utils.instantiate(cfg.model, **from_data)
+    model = hydra.utils.instantiate(cfg.model, _convert_="all", **from_data)
     logger = hydra.utils.instantiate(cfg.logger) if cfg.get("logger") else False
     callbacks = [hydra.utils.instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
     trainer: pl.Trainer = hydra.utils.instantiate(

@@ -9,6 +9,7 @@ chunk is under way while a chunk is computed and a rank never holds more than tw
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -120,10 +121,15 @@ class LSSAttention(ShardedModule):
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where it is on, as torch's own attention does it (float64 is left alone)."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Leave the kernels the dtypes that they are given."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -179,7 +185,7 @@ class _Plan:
 
 @torch.compiler.disable  # the collectives and their handles are not for the compiler: a graph break around them
 def _split_attention(q: Tensor, k: Tensor, v: Tensor, plan: _Plan) -> Tensor:
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q.device.type):
         return _SplitAttention.apply(q, k, v, plan)
 
 
@@ -218,7 +224,7 @@ class _SplitAttention(torch.autograd.Function):
         chunks = iter(keys_values) if plan.keep_gathered else _gathered_chunks(keys_values[0], keys_values[1], plan)
         grads_q: list[Tensor] = []
         scattered: list[Pending] = []
-        with torch.autocast(q.device.type, enabled=False):
+        with _no_autocast(q.device.type):
             for heads in plan.chunks(q.size(1)):
                 rows = [x[:, heads] for x in (grad, q, out, lse)]
                 grad_q, grad_keys_values = _backward_tiles(rows, next(chunks), tiles, plan)

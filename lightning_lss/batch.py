@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import warnings
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -52,6 +54,9 @@ def split_batch(batch: Any, shard: SequenceShard, sequence_dims: SequenceDims | 
 
 
 def _check(leaves: list[tuple[Path, Tensor]], shard: SequenceShard, dims: SequenceDims) -> None:
+    unknown = set(dims) - {key for path, _ in leaves for key in path}
+    if unknown:  # no error: batches of other stages may have other entries
+        warnings.warn(f"sequence_dims names {sorted(map(str, unknown))}, which the batch does not have.", stacklevel=3)
     cuts = [(path, tensor, dim) for path, tensor in leaves if (dim := _dim_of(path, tensor, dims)) is not None]
     for path, tensor, dim in cuts:
         if not -tensor.dim() <= dim < tensor.dim():
@@ -123,12 +128,14 @@ def _map(node: Any, function: Callable[[Path, Tensor], Tensor], path: Path = ())
     if isinstance(node, (list, tuple)):
         values = [value for _, value in mapped]
         return type(node)(*values) if hasattr(node, "_fields") else type(node)(values)
+    if isinstance(node, Mapping) and not isinstance(node, (dict, UserDict)):
+        return type(node)(dict(mapped))  # type: ignore[call-arg]  # its copy may share the entries
     new = copy.copy(node)
     for key, value in mapped:
-        if dataclasses.is_dataclass(node) and not isinstance(node, Mapping):
-            object.__setattr__(new, str(key), value)  # also where it is frozen
-        else:
+        if hasattr(node, "keys"):
             new[key] = value
+        else:
+            object.__setattr__(new, str(key), value)  # a dataclass, perhaps frozen
     return new
 
 

@@ -18,6 +18,8 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from typing_extensions import override
 
 from lightning_lss.attention import LSSAttention
@@ -140,8 +142,8 @@ class PeakMemoryMonitor(pl.Callback):
 
 
 class RunLayout(pl.Callback):
-    """Writes to TensorBoard, once, how the run is laid out: a picture of the attention tiles by rank and a table of its
-    sizes."""
+    """Writes to TensorBoard, once, how a run is laid out: attention tiles by rank, a table of sizes,
+    hyperparameters."""
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
@@ -149,6 +151,12 @@ class RunLayout(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for writer in _tensorboard_writers(trainer):
+            # Lightning writes them only together with a value; here the metric's own curve is named instead.
+            watched = getattr(trainer.checkpoint_callback, "monitor", None)
+            values = {key: x if isinstance(x, (bool, int, float)) else str(x) for key, x in pl_module.hparams.items()}
+            for summary in hparams(values, {watched: 0.0} if watched else {}):
+                writer._get_file_writer().add_summary(summary)
         self._keys = []
         modules = [module for module in pl_module.modules() if isinstance(module, LSSAttention)]
         self._handles = [module.register_forward_pre_hook(self._see) for module in modules]
@@ -191,11 +199,17 @@ class RunLayout(pl.Callback):
             "precision": str(trainer.precision),
         }
         table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("run layout", table)
-                picture = draw_attention_tiles(local_length * shard.size, shard.size, shard.layout, attention.causal)
-                logger.experiment.add_figure("attention tiles", picture)
+        for writer in _tensorboard_writers(trainer):
+            writer.add_text("run layout", table)
+            picture = draw_attention_tiles(local_length * shard.size, shard.size, shard.layout, attention.causal)
+            writer.add_figure("attention tiles", picture)
+
+
+def _tensorboard_writers(trainer: pl.Trainer) -> list[SummaryWriter]:
+    """The writers behind the Trainer's TensorBoard loggers, on rank 0; none elsewhere."""
+    if not trainer.is_global_zero:
+        return []
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 class PredictionWriter(BasePredictionWriter):

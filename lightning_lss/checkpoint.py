@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,28 +37,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir():
             raise IsADirectoryError(f"The checkpoint path {target} is a folder: give the path of a file.")
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
         try:
-            with open(descriptor, "wb") as file:
+            with open(part, "xb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
-            os.replace(name, target)
+            os.replace(part, target)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             raise
 
 
 def _protocols(path: _PATH) -> tuple[str, ...]:
     protocol = get_filesystem(path).protocol
     return (protocol,) if isinstance(protocol, str) else tuple(protocol)
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 def tables_by_name(root: nn.Module) -> dict[str, SegmentPositionalEmbedding]:
@@ -83,7 +76,8 @@ def gather_model_state(state: Any, tables: Mapping[str, SegmentPositionalEmbeddi
     for key, value in state.items():
         table = tables.get(key)
         if table is not None and isinstance(value, Tensor) and value.size(0) != table.num_positions:
-            gathered[key] = table.shard.gather(value.detach(), dim=0)
+            rows = value.detach().to(table.weight.device)  # weight averaging may keep its copy elsewhere
+            gathered[key] = table.shard.gather(rows, dim=0).to(value.device)
         else:
             gathered[key] = gather_model_state(value, tables)
     return gathered

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lss.mesh import SequenceMesh
+from lightning_lss.positions import SegmentPositionalEmbedding
 
 
 def ignore_in_ddp(module: nn.Module, names: Iterable[str]) -> None:
@@ -39,6 +40,21 @@ def broadcast_over_data_group(module: nn.Module, names: Iterable[str], mesh: Seq
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
     for name in names:
         dist.broadcast(tensors[name].detach(), group=mesh.data_group, group_src=0)
+
+
+_ROWS_AT_A_TIME = 4096
+
+
+def broadcast_rows(table: SegmentPositionalEmbedding, whole: Tensor | None, device: torch.device) -> None:
+    """Give every rank of the world its rows of global rank 0's table ``whole`` [num_positions, dim], a few rows at a
+    time."""
+    for start in range(0, table.num_positions, _ROWS_AT_A_TIME):
+        count = min(_ROWS_AT_A_TIME, table.num_positions - start)
+        rows = torch.empty(count, table.dim, dtype=table.weight.dtype, device=device)
+        if whole is not None and dist.get_rank() == 0:
+            rows.copy_(whole[start : start + count])
+        dist.broadcast(rows, src=0)
+        table.take_rows(start, rows)
 
 
 def average_segment_local_gradients(

@@ -32,4 +32,5 @@ def token_mean(loss_sum: Tensor, num_tokens: Tensor | int) -> Tensor:
         total = count.clone()
         dist.all_reduce(total)
     counted = torch.where(count > 0, loss_sum, loss_sum.new_zeros(()))
-    return counted * world_size / total.clamp(min=1)
+    wide = counted.to(torch.promote_types(counted.dtype, torch.float32))  # in float16 the product would overflow
+    return (wide * world_size / total.clamp(min=1)).to(loss_sum.dtype)

@@ -31,8 +31,8 @@ class BitsPerByte(Metric):
 
     def update(self, nats: Tensor | float, num_bytes: Tensor | float) -> None:
         """Add ``nats``, a sum of negative log-likelihoods, over ``num_bytes`` bytes of text."""
-        self.nats += torch.as_tensor(nats, device=self.nats.device).detach().double()
-        self.num_bytes += torch.as_tensor(num_bytes, device=self.nats.device).double()
+        self.nats += torch.as_tensor(nats, dtype=torch.float64, device=self.nats.device).detach()
+        self.num_bytes += torch.as_tensor(num_bytes, dtype=torch.float64, device=self.nats.device)
 
     def compute(self) -> Tensor:
         """Bits per byte, float64 scalar; NaN before any byte was seen."""

@@ -194,7 +194,10 @@ class Transformer(nn.Module):
         linear -= {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}  # a tied head is an embedding
         decayed = [p for p in self.parameters() if id(p) in linear]
         others = [p for p in self.parameters() if id(p) not in linear]
-        return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        return [
+            {"name": "decayed", "params": decayed, "weight_decay": weight_decay},
+            {"name": "others", "params": others, "weight_decay": 0.0},
+        ]
 
 
 def count_parameters(model: nn.Module, shares: int = 1) -> int:

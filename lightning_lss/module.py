@@ -123,7 +123,7 @@ class LSSTransformer(pl.LightningModule):
         """AdamW with a linear warm-up and a cosine down to ``min_lr`` over the steps that the Trainer will take."""
         optimizer = torch.optim.AdamW(self.model.parameter_groups(self.weight_decay), lr=self.lr, betas=self.betas)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"}}
 
     def _lr_factor(self, step: int) -> float:
         if step < self.warmup_steps:

@@ -41,10 +41,10 @@ class TableSpec:
         return torch.cat(runs).mul_(self.std)
 
     def _run(self, start: int, stop: int) -> Tensor:
-        rows = torch.empty(stop - start, self.dim)
+        rows = torch.empty(stop - start, self.dim, device="cpu", dtype=torch.float32)
         for block in range(start // _BLOCK, (stop - 1) // _BLOCK + 1):
-            generator = torch.Generator().manual_seed((self.seed + block * 0x9E3779B97F4A7C15) % 2**63)
-            drawn = torch.randn(_BLOCK, self.dim, generator=generator, dtype=torch.float32)
+            generator = torch.Generator("cpu").manual_seed((self.seed + block * 0x9E3779B97F4A7C15) % 2**63)
+            drawn = torch.randn(_BLOCK, self.dim, generator=generator, device="cpu", dtype=torch.float32)
             first, last = max(start, block * _BLOCK), min(stop, (block + 1) * _BLOCK)
             rows[first - start : last - start] = drawn[first - block * _BLOCK : last - block * _BLOCK]
         return rows
@@ -121,9 +121,10 @@ class SegmentPositionalEmbedding(ShardedModule):
             raise ValueError(f"num_positions={num_positions} and dim={dim} must be positive.")
         self.num_positions = num_positions
         self.dim = dim
+        self.std = std
         # one draw from the default generator whatever the size, so that what is initialized next does not depend on it
         self.seed = int(torch.randint(2**62, (), device="cpu").item())
-        self.weight: nn.Parameter = DeferredTable(TableSpec(num_positions, dim, std, self.seed))
+        self.weight: nn.Parameter = DeferredTable(self._spec())
 
     def set_shard(self, shard: SequenceShard) -> None:
         """Keep only the rows of ``shard``.
@@ -133,8 +134,8 @@ class SegmentPositionalEmbedding(ShardedModule):
             RuntimeError: if the rows of another segment have been let go already.
         """
         wanted = position_ranges(self.num_positions, shard.rank, shard.size, shard.layout)
-        if isinstance(self.weight, DeferredTable):
-            self.weight.spec = replace(self.weight.spec, shard=shard, seed=self.seed)
+        if isinstance(self.weight, DeferredTable):  # as is_deferred, but for type checkers
+            self.weight.spec = replace(self._spec(), shard=shard)
             self.weight.build()
         elif wanted != self._runs():
             self._cut(shard, wanted)
@@ -151,6 +152,29 @@ class SegmentPositionalEmbedding(ShardedModule):
         self.weight.data = torch.cat([self.weight.data[run.start : run.stop] for run in wanted])
         self.weight.grad = None
 
+    @property
+    def is_deferred(self) -> bool:
+        """Whether nobody has looked at the table yet."""
+        return isinstance(self.weight, DeferredTable)
+
+    def reset_parameters(self) -> None:
+        """Set this rank's rows to their initial values, which depend on ``seed`` and the position alone."""
+        with torch.no_grad():
+            self.weight.copy_(self._spec().rows())
+
+    @torch.no_grad()
+    def take_rows(self, start: int, rows: Tensor) -> None:
+        """Copy those of the table's rows ``[start, start + len(rows))`` that belong to this rank."""
+        place = self.shard.positions(self.weight.size(0), device=rows.device) - start
+        ours = (place >= 0) & (place < rows.size(0))
+        self.weight[ours.to(self.weight.device)] = rows[place[ours]].to(self.weight)
+
+    def become_whole(self) -> None:
+        """Hold the rows of all segments again, as before a run; every rank of the sequence group must call it."""
+        self.weight.data = self.shard.gather(self.weight.detach(), dim=0)
+        self.weight.grad = None
+        super().set_shard(WHOLE_SEQUENCE)
+
     def forward(self, local_length: int) -> Tensor:
         """Rows of the local positions, [l, dim].
 
@@ -166,6 +190,9 @@ class SegmentPositionalEmbedding(ShardedModule):
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""
         return f"{self.num_positions}, {self.dim}"
+
+    def _spec(self) -> TableSpec:
+        return TableSpec(self.num_positions, self.dim, self.std, self.seed, self.shard)
 
     def _runs(self) -> tuple[range, ...]:
         return position_ranges(self.num_positions, self.shard.rank, self.shard.size, self.shard.layout)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lightning_lss.collectives import all_gather, reduce_scatter
 from lightning_lss.layout import check_layout, chunks_of_rank, chunks_per_rank, holder_of_chunks, position_ranges
@@ -100,6 +101,9 @@ class SequenceShard:
         return self.group
 
     # A process group belongs to its process: copies of a model share it, and a pickled shard arrives without one.
+    def __copy__(self) -> SequenceShard:
+        return self
+
     def __deepcopy__(self, memo: dict[int, Any]) -> SequenceShard:
         return self
 
@@ -174,6 +178,7 @@ class _Gather(torch.autograd.Function):
         return shard.in_position_order(all_gather(x, shard.require_group()).wait(), dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         stacked = ctx.shard.stacked_by_rank(grad, ctx.dim)
         return reduce_scatter(stacked, ctx.shard.require_group()).wait(), None, None

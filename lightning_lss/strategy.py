@@ -38,6 +38,7 @@ from lightning_lss.gradients import (
     SegmentGradScaler,
     average_segment_local_gradients,
     broadcast_over_data_group,
+    broadcast_rows,
     clip_grad_norm,
     ignore_in_ddp,
     total_norm,
@@ -188,6 +189,9 @@ class LSSStrategy(DDPStrategy):
         # Whoever leaves first closes its connections. No rank may do so while another still waits for data, but where a
         # rank has failed the others are lost in a collective of the step and never come here: then there is no waiting.
         if not self._failed:
+            if self._start_method != "popen" and self.lightning_module is not None:
+                for table in tables_by_name(self.lightning_module).values():
+                    table.become_whole()  # the process that spawned this one takes the weights over from rank 0
             self.barrier("LSSStrategy.teardown")
         super().teardown()
         self._take_shards()
@@ -217,11 +221,19 @@ class LSSStrategy(DDPStrategy):
         """Hand this rank's shard to every module that takes one."""
         modules = [module for module in sharded_modules(self._module) if module.shard != self._shard]
         tables = [module for module in modules if isinstance(module, SegmentPositionalEmbedding)]
-        if tables:  # as DDP starts from rank 0's weights, a table that is yet to be built starts from rank 0's seed
-            for table, seed in zip(tables, self.broadcast([table.seed for table in tables])):
-                table.seed = seed
+        # As DDP starts from rank 0's weights, a table starts from rank 0's rows, or from its seed while it has none.
+        whole = [None if table.is_deferred else table.weight.detach() for table in tables]
+        own = [(table.seed, rows is not None) for table, rows in zip(tables, whole)]
+        facts = self.broadcast(own) if own else []
+        for table, (seed, _) in zip(tables, facts):
+            table.seed = seed
         for module in modules:
             module.set_shard(self._shard)
+        for table, rows, (_, exists) in zip(tables, whole, facts):
+            if exists:
+                broadcast_rows(table, rows, self.root_device)
+            elif rows is not None:
+                table.reset_parameters()
 
     def _take_shards(self) -> None:
         """After a run attention is plain again; a table keeps its place, since it has only its own rows."""

@@ -353,6 +353,23 @@ def test_weight_averaging_averages_own_rows(world) -> None:
         assert worst_difference(state, reference)[0] < 1e-5
 
 
+def load_on_rank_zero(rank: int, run: Run, table: Tensor) -> dict[str, Tensor]:
+    module, trainer = make_module(run), make_trainer(rank, run)
+    if rank == 0:
+        module.model.positions.load_state_dict({"weight": table})
+    elif rank == 1:
+        module.model.positions.load_state_dict({"weight": -table})
+    trainer.fit(module, make_loader(trainer, make_samples(run.samples), 4))
+    return trainer.strategy.lightning_module_state_dict()
+
+
+def test_rows_start_from_those_of_rank_zero(world) -> None:
+    # as DDP starts from rank 0's weights, whatever the other ranks made of theirs
+    table = torch.randn(LENGTH, 16)
+    for state in world.run(4, load_on_rank_zero, Run(size=4, steps=0), table):
+        assert torch.equal(state[TABLE], table)
+
+
 def print_parameters_on_rank_zero(rank: int, run: Run) -> dict[str, Tensor]:
     # what every training script does; it builds the table on one rank only
     module, trainer = make_module(run), make_trainer(rank, run)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_lss.layout import LAYOUTS, position_ranges
@@ -215,6 +216,25 @@ def test_cutting_a_built_table_lets_go_of_the_rest() -> None:
     table.set_shard(SequenceShard(0, 2, "contiguous"))
     assert table.weight.untyped_storage().nbytes() == NUM // 2 * DIM * 4
     assert table.weight.grad is None
+
+
+def become_whole_on_rank(rank: int, layout: str) -> Any:
+    shard = SequenceShard(rank, 2, layout, dist.group.WORLD)
+    table = make_table(shard)
+    table(NUM // 2).sum().backward()
+    weight = table.weight
+    table.become_whole()
+    assert table.weight is weight
+    assert weight.grad is None  # that of the own rows no longer fits
+    assert torch.equal(table(NUM), weight)
+    return weight.detach(), table.shard
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_spread_table_can_become_whole_again(world, layout) -> None:
+    for rows, shard in world.run(2, become_whole_on_rank, layout):
+        assert torch.equal(rows, whole_table())
+        assert shard == WHOLE_SEQUENCE
 
 
 # -- forward and gradients ---------------------------------------------------------------------------------------------
