@@ -112,6 +112,8 @@ def _map_moments(
     state: dict[str, Any], optimizer: Optimizer, tables: Mapping[nn.Parameter, Any], convert: Any
 ) -> dict[str, Any]:
     """``state`` with ``convert(table, tensor)`` applied to what the optimizer keeps for each row of a table."""
+    if not tables:  # also where the state is empty: ZeroRedundancyOptimizer's is collected on rank 0 alone
+        return state
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     indices = [index for group in state["param_groups"] for index in group["params"]]
     converted = dict(state["state"])

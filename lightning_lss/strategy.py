@@ -146,7 +146,8 @@ class LSSStrategy(DDPStrategy):
     @override
     def setup_environment(self) -> None:
         self._failed = False
-        self._check_module()
+        if self.lightning_module is not None:
+            self._check_module()
         super().setup_environment()
         size = self.sequence_parallel_size
         if self._mesh is None:
@@ -155,8 +156,8 @@ class LSSStrategy(DDPStrategy):
         self._batches_checked.clear()
         if self._mesh.sequence_group is not None:
             share_random_state(self._mesh.sequence_group, self.root_device)
-        # Before any callback's setup: weight averaging copies the module there.
-        self._give_shards()
+        if self.lightning_module is not None:
+            self._give_shards()  # before any callback's setup: weight averaging copies the module there
 
     @contextmanager
     @override
