@@ -297,14 +297,17 @@ def _backward_tiles(
 
     ``rows`` are the gradient of the output, the queries, the output [B, h, l, D] and its log-sum-exp [B, h, l].
     """
-    grad_q = torch.zeros_like(rows[1])
     grad_keys_values = torch.zeros_like(keys_values)
-    for tile in tiles:
-        grad, q, out, lse = (x[:, :, tile.q_start : tile.q_stop] for x in rows)
-        k, v = keys_values[..., tile.k_start : tile.k_stop, :]
-        tile_q, tile_k, tile_v = plan.kernel.backward(grad, q, k, v, out, lse, tile.causal, plan.scale)
-        grad_q[:, :, tile.q_start : tile.q_stop] += tile_q
-        grad_k, grad_v = grad_keys_values[..., tile.k_start : tile.k_stop, :]
-        grad_k += tile_k
-        grad_v += tile_v
-    return grad_q, grad_keys_values
+    grads_q = []
+    for _, row_tiles in groupby(tiles, key=lambda tile: (tile.q_start, tile.q_stop)):
+        grad_q = None
+        for tile in row_tiles:
+            grad, q, out, lse = (x[:, :, tile.q_start : tile.q_stop] for x in rows)
+            k, v = keys_values[..., tile.k_start : tile.k_stop, :]
+            tile_q, tile_k, tile_v = plan.kernel.backward(grad, q, k, v, out, lse, tile.causal, plan.scale)
+            grad_q = tile_q if grad_q is None else grad_q.add_(tile_q)
+            grad_k, grad_v = grad_keys_values[..., tile.k_start : tile.k_stop, :]
+            grad_k += tile_k
+            grad_v += tile_v
+        grads_q.append(grad_q)
+    return _cat(grads_q, 2), grad_keys_values

@@ -107,6 +107,11 @@ class LSSTransformer(pl.LightningModule):
         self.flops_per_batch = self._training_flops(batch_size, local_length)
         return loss
 
+    @torch.compiler.disable  # Lightning's log cannot be traced: a module compiled as a whole would fail in it
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """See :meth:`lightning.pytorch.LightningModule.log`."""
+        super().log(*args, **kwargs)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count towards ``val/loss`` (nats per token) and ``val/bits_per_byte``."""
         self._evaluate(batch, "val", self.val_loss, self.val_bits_per_byte)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Polygon
 
@@ -25,7 +26,12 @@ def draw_attention_tiles(length: int, size: int, layout: str, causal: bool) -> F
         ValueError: if the length cannot be shared out equally.
     """
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
-    axes = figure.subplots()
+    paint_attention_tiles(figure.subplots(), length, size, layout, causal)
+    return figure
+
+
+def paint_attention_tiles(axes: Axes, length: int, size: int, layout: str, causal: bool) -> None:
+    """The same onto existing axes."""
     tiles = [attention_tiles(length, rank, size, layout, causal) for rank in range(size)]
     pairs = [sum(tile.pairs for tile in own) for own in tiles]
     handles = []
@@ -34,11 +40,11 @@ def draw_attention_tiles(length: int, size: int, layout: str, causal: bool) -> F
         for tile in own:
             for corners in _outlines(tile, position_ranges(length, rank, size, layout)):
                 axes.add_patch(Polygon(corners, facecolor=color, edgecolor="white", linewidth=0.8))
-        handles.append(Patch(color=color, label=f"rank {rank}: {100 * pairs[rank] / sum(pairs):.1f} % of the work"))
-    figure.legend(handles=handles[:_MOST_NAMED], loc="outside right upper", fontsize=8)
+        handles.append(Patch(color=color, label=f"rank {rank}: {100 * pairs[rank] / sum(pairs):.1f} %"))
+    named = handles[:_MOST_NAMED]
+    axes.legend(handles=named, title="share of the work", loc="upper right" if causal else "center", fontsize=9)
     axes.set(xlim=(0, length), ylim=(length, 0), aspect="equal", xlabel="key position", ylabel="query position")
     axes.set_title(f"{layout}, S = {size}, L = {length:,}, {'causal' if causal else 'bidirectional'}")
-    return figure
 
 
 def _outlines(tile: Tile, runs: tuple[range, ...]) -> list[list[tuple[int, int]]]:

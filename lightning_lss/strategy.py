@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins import CheckpointIO, MixedPrecision
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.connectors.data_connector import _auto_add_worker_init_fn
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -48,6 +49,11 @@ from lightning_lss.mesh import SequenceMesh, build_mesh
 from lightning_lss.positions import SegmentPositionalEmbedding
 from lightning_lss.rng import share_random_state
 from lightning_lss.shard import WHOLE_SEQUENCE, SequenceShard, segment_local_names, sharded_modules
+
+_OTHER_LIGHTNING = (
+    "`pytorch_lightning` has been imported. lightning_lss works with `lightning` (`import lightning.pytorch as pl`): the Trainer,"
+    " LightningModules and callbacks of the two packages do not mix."
+)
 
 
 class LSSStrategy(DDPStrategy):
@@ -85,6 +91,8 @@ class LSSStrategy(DDPStrategy):
             check_layout(layout)
         if sequence_parallel_size != "auto":
             resolve_sequence_parallel_size(sequence_parallel_size, sequence_parallel_size)
+        if "pytorch_lightning" in sys.modules:
+            rank_zero_warn(_OTHER_LIGHTNING)
         self._requested_size = sequence_parallel_size
         self._layout = "zigzag" if layout == "auto" else layout
         self._sequence_dims = sequence_dims
@@ -94,6 +102,10 @@ class LSSStrategy(DDPStrategy):
         self._shard = WHOLE_SEQUENCE
         self._handles: list[RemovableHandle] = []
         self._failed = False
+
+    def __repr__(self) -> str:  # shown by pytorch_lightning.Trainer when it refuses the object
+        size, layout = self._requested_size, self._layout
+        return f"LSSStrategy(sequence_parallel_size={size!r}, layout={layout!r}) for lightning.pytorch.Trainer"
 
     # -- who this process is -------------------------------------------------------------------------------------------
 
@@ -415,3 +427,17 @@ class LSSStrategy(DDPStrategy):
                     start_method=start_method,
                     find_unused_parameters=value,
                 )
+
+
+def refuse_other_lightning() -> None:
+    """Have ``pytorch_lightning``, where it is imported already, say why it does not know ``"lss"``."""
+    other = sys.modules.get("pytorch_lightning.strategies")
+    if other is None:
+        return
+
+    def refuse(**_: Any) -> None:
+        raise MisconfigurationException(_OTHER_LIGHTNING)
+
+    for name in StrategyRegistry:
+        if name.startswith("lss"):
+            other.StrategyRegistry.register(name, refuse, description="only in `lightning`", override=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,9 +15,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import StrategyRegistry
 from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from lightning_lss import LSSStrategy, sequence_shard
+from lightning_lss import LSSStrategy, SequenceShard, sequence_shard
 from tests.training import (
     LENGTH,
     Run,
@@ -298,3 +302,85 @@ def test_batch_norm_over_a_segment_is_warned_of(world) -> None:
     run = Run(size=2, module=BatchNormed, strategy={"find_unused_parameters": True})
     messages = world.run(2, warnings_of_fit, run)[0]
     assert any("Batch normalization (batch_norm)" in message for message in messages)
+
+
+class CheckpointedTransformer(SGDTransformer):
+    """Recomputes every block in backward."""
+
+    use_reentrant = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for block in self.model.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=self.use_reentrant)
+
+
+class ReentrantTransformer(CheckpointedTransformer):
+    use_reentrant = True
+
+
+@pytest.mark.parametrize("module", [CheckpointedTransformer, ReentrantTransformer])
+def test_activation_checkpointing(world, module) -> None:
+    reference = world.run(1, fit, Run())[0]
+    for state in world.run(2, fit, Run(size=2, module=module)):
+        assert worst_difference(state, reference)[0] < 1e-5
+
+
+def fit_compiled(rank: int, run: Run) -> dict[str, Tensor]:
+    trainer = make_trainer(rank, run)
+    module = torch.compile(make_module(run), backend="eager")
+    trainer.fit(module, make_loader(trainer, make_samples(16), 4))
+    return trainer.strategy.lightning_module_state_dict()
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_a_compiled_module(world, positions) -> None:
+    run = {"model": {"positions": positions}}
+    reference = world.run(1, fit, Run(samples=16, **run))[0]
+    for state in world.run(2, fit_compiled, Run(size=2, **run), timeout=120):
+        assert worst_difference(state, reference)[0] < 1e-5
+
+
+class CutAtBorders(SGDTransformer):
+    """Attention that stays within a segment, as if each were a sequence of its own."""
+
+    def on_fit_start(self) -> None:
+        for block in self.model.blocks:
+            block.attention.attention.set_shard(SequenceShard())
+
+
+def fit_recall(rank: int, run: Run) -> float:
+    from lightning_lss.data import RecallDataModule
+
+    run.trainer["gradient_clip_val"] = 1.0
+    trainer = make_trainer(rank, run, limit_val_batches=4, num_sanity_val_steps=0, use_distributed_sampler=True)
+    module = make_module(run)
+    module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), lr=5e-3)
+    data = RecallDataModule(seq_len=16, batch_size=64, vocab_size=8)
+    trainer.fit(module, datamodule=data)
+    return trainer.validate(module, datamodule=data, verbose=False)[0]["val/loss"]
+
+
+def test_recall_is_learned_across_segments_and_only_there(world) -> None:
+    model = {"vocab_size": 8, "seq_len": 16, "width": 32, "positions": "learned"}
+    learned = world.run(2, fit_recall, Run(size=2, layout="contiguous", model=model, steps=400), timeout=200)
+    assert max(learned) < 0.1
+    cut = Run(size=2, layout="contiguous", model=model, steps=400, module=CutAtBorders)
+    assert min(world.run(2, fit_recall, cut, timeout=200)) > 1.8  # ln 8 = 2.08 is chance
+
+
+def test_pytorch_lightning_is_refused(tmp_path) -> None:
+    script = tmp_path / "other.py"
+    script.write_text(
+        "import pytorch_lightning as pl, lightning_lss, lightning as L\n"
+        "for strategy in ('lss', lightning_lss.LSSStrategy()):\n"
+        "    try:\n"
+        "        pl.Trainer(strategy=strategy, accelerator='cpu', devices=2)\n"
+        "    except Exception as error:\n"
+        "        print(error)\n"
+    )
+    process = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    by_name, by_object = process.stdout.splitlines()
+    assert "lightning_lss works with `lightning`" in by_name
+    assert "for lightning.pytorch.Trainer" in by_object
+    assert "do not mix" in process.stderr
