@@ -11,8 +11,9 @@ from lightning_lss.loss import token_mean
 from lightning_lss.metrics import BitsPerByte
 from lightning_lss.module import LSSTransformer
 from lightning_lss.positions import RotaryEmbedding, SegmentPositionalEmbedding
+from lightning_lss.refusals import refuse_other_lightning
 from lightning_lss.shard import SequenceShard, ShardedModule, sequence_shard
-from lightning_lss.strategy import LSSStrategy, refuse_other_lightning
+from lightning_lss.strategy import LSSStrategy
 from lightning_lss.version import __version__
 
 __all__ = [

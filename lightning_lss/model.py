@@ -34,7 +34,9 @@ class TransformerConfig:
         num_heads: query heads H; the head width is ``width / num_heads``.
         num_kv_heads: key/value heads G, a divisor of H; None for as many as query heads.
         positions: ``"learned"``, a segment-local table as in the paper, or ``"rotary"``.
-        mlp: ``"gelu"`` (hidden width 4 E) or ``"swiglu"`` (8/3 E, rounded up to a multiple of 64).
+        mlp: ``"gelu"`` or ``"swiglu"``.
+        mlp_width: hidden width of the MLP; None for 4 E with GELU and 8/3 E, rounded up to a multiple of 64, with
+            SwiGLU.
         causal: decoder if true, encoder (every token sees all) if false.
         tie_embeddings: whether the output head is the embedding's transpose.
         dropout: probability of dropping an element of the embedding and of each residual branch.
@@ -52,13 +54,14 @@ class TransformerConfig:
     num_kv_heads: int | None = None
     positions: Positions = "learned"
     mlp: MLP = "gelu"
+    mlp_width: int | None = None
     causal: bool = True
     tie_embeddings: bool = True
     dropout: float = 0.0
     keep_gathered: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "seq_len", "width", "num_layers", "num_heads", "kv_heads"):
+        for name in ("vocab_size", "seq_len", "width", "num_layers", "num_heads", "kv_heads", "hidden_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive.")
         if self.width % self.num_heads:
@@ -80,6 +83,13 @@ class TransformerConfig:
         """Head width D."""
         return self.width // self.num_heads
 
+    @property
+    def hidden_width(self) -> int:
+        """Hidden width of the MLP."""
+        if self.mlp_width is not None:
+            return self.mlp_width
+        return 4 * self.width if self.mlp == "gelu" else -(-8 * self.width // 3 // 64) * 64
+
     def training_flops(self, batch_size: int, length: int) -> float:
         """Floating-point operations of one training step on ``batch_size`` sequences of ``length``, forward and
         backward.
@@ -88,15 +98,11 @@ class TransformerConfig:
         weight and token, and 12 E for each layer and visible query-key pair; a causal mask hides half of the pairs. The
         embedding look-up is free.
         """
-        hidden_weights = _hidden_width(self) * (3 if self.mlp == "swiglu" else 2)
+        hidden_weights = self.hidden_width * (3 if self.mlp == "swiglu" else 2)
         projections = self.width * (2 * self.width + 2 * self.kv_heads * self.head_dim)
         weights = self.num_layers * (projections + self.width * hidden_weights) + self.width * self.vocab_size
         pairs = length**2 / (2 if self.causal else 1)
         return batch_size * (6.0 * weights * length + 12.0 * self.num_layers * self.width * pairs)
-
-
-def _hidden_width(config: TransformerConfig) -> int:
-    return 4 * config.width if config.mlp == "gelu" else -(-8 * config.width // 3 // 64) * 64
 
 
 class SelfAttention(nn.Module):
@@ -125,7 +131,7 @@ class MLPBlock(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        hidden = _hidden_width(config)
+        hidden = config.hidden_width
         self.gate = nn.Linear(config.width, hidden, bias=False) if config.mlp == "swiglu" else None
         self.up = nn.Linear(config.width, hidden, bias=False)
         self.out = nn.Linear(hidden, config.width, bias=False)

@@ -31,8 +31,8 @@ class LSSTransformer(pl.LightningModule):
     segment.
 
     Args:
-        vocab_size, seq_len, width, num_layers, num_heads, num_kv_heads, positions, mlp, causal, tie_embeddings,
-        dropout, keep_gathered:
+        vocab_size, seq_len, width, num_layers, num_heads, num_kv_heads, positions, mlp, mlp_width, causal,
+        tie_embeddings, dropout, keep_gathered:
             see :class:`~lightning_lss.model.TransformerConfig`.
         lr: highest learning rate of AdamW.
         min_lr: learning rate at the end of the cosine.
@@ -55,6 +55,7 @@ class LSSTransformer(pl.LightningModule):
         num_kv_heads: int | None = None,
         positions: Positions = "learned",
         mlp: MLP = "gelu",
+        mlp_width: int | None = None,
         causal: bool = True,
         tie_embeddings: bool = True,
         dropout: float = 0.0,
@@ -78,6 +79,7 @@ class LSSTransformer(pl.LightningModule):
                 num_kv_heads=num_kv_heads,
                 positions=positions,
                 mlp=mlp,
+                mlp_width=mlp_width,
                 causal=causal,
                 tie_embeddings=tie_embeddings,
                 dropout=dropout,

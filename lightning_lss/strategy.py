@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -15,14 +14,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins import CheckpointIO, MixedPrecision
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.connectors.data_connector import _auto_add_worker_init_fn
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
@@ -44,16 +41,12 @@ from lightning_lss.gradients import (
     ignore_in_ddp,
     total_norm,
 )
-from lightning_lss.layout import check_layout, chunks_per_rank, resolve_sequence_parallel_size
+from lightning_lss.layout import check_layout, resolve_sequence_parallel_size
 from lightning_lss.mesh import SequenceMesh, build_mesh
 from lightning_lss.positions import SegmentPositionalEmbedding
+from lightning_lss.refusals import check_module, check_optimizers, warn_of_batch_norm, warn_of_other_lightning
 from lightning_lss.rng import share_random_state
 from lightning_lss.shard import WHOLE_SEQUENCE, SequenceShard, segment_local_names, sharded_modules
-
-_OTHER_LIGHTNING = (
-    "`pytorch_lightning` has been imported. lightning_lss works with `lightning` (`import lightning.pytorch as pl`): the Trainer,"
-    " LightningModules and callbacks of the two packages do not mix."
-)
 
 
 class LSSStrategy(DDPStrategy):
@@ -91,8 +84,7 @@ class LSSStrategy(DDPStrategy):
             check_layout(layout)
         if sequence_parallel_size != "auto":
             resolve_sequence_parallel_size(sequence_parallel_size, sequence_parallel_size)
-        if "pytorch_lightning" in sys.modules:
-            rank_zero_warn(_OTHER_LIGHTNING)
+        warn_of_other_lightning()
         self._requested_size = sequence_parallel_size
         self._layout = "zigzag" if layout == "auto" else layout
         self._sequence_dims = sequence_dims
@@ -159,7 +151,7 @@ class LSSStrategy(DDPStrategy):
     def setup_environment(self) -> None:
         self._failed = False
         if self.lightning_module is not None:
-            self._check_module()
+            check_module(self.lightning_module, self.sequence_parallel_size, self._layout)
         super().setup_environment()
         size = self.sequence_parallel_size
         if self._mesh is None:
@@ -185,12 +177,13 @@ class LSSStrategy(DDPStrategy):
         ignore_in_ddp(self._module, local)
         super().setup(trainer)
         assert self._mesh is not None
-        self._check_buffers()
+        if self._shard.size > 1:
+            warn_of_batch_norm(self._module)
         parameters = self._segment_local_parameters()
         broadcast_over_data_group(self._module, local, self._mesh)
         if trainer.state.fn != TrainerFn.FITTING or not parameters:
             return
-        self._check_optimizers(parameters)
+        check_optimizers(self.optimizers, self._model_averaging_period is not None, len(parameters))
         self._handles = average_segment_local_gradients(parameters, self._mesh, self._is_last_backward)
         self._watch_precision_plugin(set(parameters))
 
@@ -199,6 +192,7 @@ class LSSStrategy(DDPStrategy):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        vars(self.precision_plugin).pop("clip_grad_by_norm", None)
         # Whoever leaves first closes its connections. No rank may do so while another still waits for data, but where a
         # rank has failed the others are lost in a collective of the step and never come here: then there is no waiting.
         if not self._failed:
@@ -255,52 +249,6 @@ class LSSStrategy(DDPStrategy):
             for module in sharded_modules(self.lightning_module):
                 if not module.segment_local:
                     module.set_shard(WHOLE_SEQUENCE)
-
-    # -- refusing what cannot work -------------------------------------------------------------------------------------
-
-    def _check_module(self) -> None:
-        for step in ("training_step", "validation_step", "test_step", "predict_step"):
-            if is_param_in_hook_signature(getattr(self._module, step), "dataloader_iter", explicit=True):
-                raise MisconfigurationException(
-                    f"{type(self._module).__name__}.{step} takes `dataloader_iter`, which bypasses the hook in which LSSStrategy splits"
-                    " batches along the sequence. Take `batch` instead."
-                )
-        for module in sharded_modules(self._module):
-            if isinstance(module, SegmentPositionalEmbedding):
-                self._check_table(module)
-
-    def _check_table(self, table: SegmentPositionalEmbedding) -> None:
-        size = self.sequence_parallel_size
-        divisor = size * chunks_per_rank(size, self._layout)
-        if table.num_positions % divisor:
-            raise MisconfigurationException(
-                f"SegmentPositionalEmbedding(num_positions={table.num_positions}) cannot be shared out over"
-                f" sequence_parallel_size={size} with layout={self._layout!r}: it needs a multiple of {divisor}. Change one of them, or use"
-                " RotaryEmbedding, which takes any length."
-            )
-
-    def _check_optimizers(self, parameters: list[nn.Parameter]) -> None:
-        """Refuse what would mix up the rows of different ranks."""
-        sharding = next((opt for opt in self.optimizers if isinstance(opt, ZeroRedundancyOptimizer)), None)
-        if sharding is not None or self._model_averaging_period is not None:
-            what = "ZeroRedundancyOptimizer" if sharding is not None else "post-local SGD (model_averaging_period)"
-            raise MisconfigurationException(
-                f"{what} copies parameters between ranks, but {len(parameters)} parameters of this model (SegmentPositionalEmbedding) stand"
-                " for one segment each. Use an ordinary optimizer, or RotaryEmbedding."
-            )
-
-    def _check_buffers(self) -> None:
-        """Warn of batch statistics that would be taken over a segment."""
-        per_segment = [
-            name
-            for name, x in self._module.named_modules()
-            if type(x).__name__ in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
-        ]
-        if per_segment and self._shard.size > 1:
-            rank_zero_warn(
-                f"Batch normalization ({', '.join(per_segment)}) takes its statistics over one segment of the sequence, which is not the"
-                " training that one device would give. Use Trainer(sync_batchnorm=True) or LayerNorm."
-            )
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
@@ -427,17 +375,3 @@ class LSSStrategy(DDPStrategy):
                     start_method=start_method,
                     find_unused_parameters=value,
                 )
-
-
-def refuse_other_lightning() -> None:
-    """Have ``pytorch_lightning``, where it is imported already, say why it does not know ``"lss"``."""
-    other = sys.modules.get("pytorch_lightning.strategies")
-    if other is None:
-        return
-
-    def refuse(**_: Any) -> None:
-        raise MisconfigurationException(_OTHER_LIGHTNING)
-
-    for name in StrategyRegistry:
-        if name.startswith("lss"):
-            other.StrategyRegistry.register(name, refuse, description="only in `lightning`", override=True)

@@ -1,0 +1,72 @@
+"""What callbacks log, and the picture of the tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_lss.callbacks import GradientNormMonitor, LSSThroughputMonitor, PeakMemoryMonitor, RunLayout, peak_memory
+from lightning_lss.plots import draw_attention_tiles
+from tests.training import Run, make_loader, make_module, make_samples, make_trainer
+
+
+class Logged(CSVLogger):
+    """Keeps what is logged."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        self.seen: dict[str, list[float]] = {}
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        for name, value in metrics.items():
+            self.seen.setdefault(name, []).append(float(value))
+
+
+def fit_and_log(rank: int, run: Run, folder: str) -> dict[str, list[float]]:
+    logger = Logged(folder)
+    callbacks: list[pl.Callback] = [GradientNormMonitor(), PeakMemoryMonitor(), RunLayout(), LSSThroughputMonitor(2)]
+    trainer = make_trainer(rank, run, logger=logger, callbacks=callbacks, log_every_n_steps=1)
+    trainer.fit(make_module(run), make_loader(trainer, make_samples(16), 4))
+    return logger.seen
+
+
+def test_a_run_over_two_ranks_logs_what_one_process_logs(world, tmp_path) -> None:
+    reference = world.run(1, fit_and_log, Run(), str(tmp_path))[0]
+    ours = world.run(2, fit_and_log, Run(size=2), str(tmp_path))[0]
+    for name in ("train/loss", "train/bits_per_byte", "train/gradient_norm"):
+        assert len(ours[name]) == 3
+        assert ours[name] == pytest.approx(reference[name], rel=1e-4), name
+    assert min(ours["memory/rank_0"] + ours["memory/rank_1"]) > 0.05  # GiB
+    assert ours["memory/peak"][-1] == max(ours["memory/rank_0"][-1], ours["memory/rank_1"][-1])
+    assert "memory/rank_0" not in reference
+    assert {"train/tokens_per_sec", "train/device/flops_per_sec"} <= ours.keys() & reference.keys()
+
+
+def test_peak_memory_never_falls() -> None:
+    before = peak_memory(torch.device("cpu"))
+    torch.ones(2**24).sum()
+    assert peak_memory(torch.device("cpu")) >= before > 2**20
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_picture_covers_the_visible_pairs_once(size, layout, causal) -> None:
+    length = 24
+    axes = draw_attention_tiles(length, size, layout, causal).axes[0]
+    areas = [_area(patch.get_xy()[:-1]) for patch in axes.patches]
+    assert sum(areas) == pytest.approx(length**2 / 2 if causal else length**2)
+    shares = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert len(shares) == size
+    if layout == "zigzag" or not causal:
+        assert {share.split(": ")[1] for share in shares} == {f"{100 / size:.1f} %"}
+
+
+def _area(corners: Any) -> float:
+    """Of a polygon, by the shoelace formula."""
+    x, y = torch.tensor(corners, dtype=torch.float64).T
+    return (0.5 * (x * y.roll(-1) - x.roll(-1) * y).sum().abs()).item()
