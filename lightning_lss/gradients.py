@@ -1,9 +1,9 @@
 """Double gradient averaging, and what else must know which parameters stand for one segment only.
 
 DistributedDataParallel averages the gradients of shared parameters over the world. A segment-local parameter (LSS
-Transformer, section 3.3) is left to this module: the backward of the attention's gathers has already added up what the
-losses of all S ranks say about it, so its gradient is S times that of their mean; it is divided by S and averaged over
-the data group.
+Transformer, arXiv 2311.02382, on double gradient averaging) is left to this module: the backward of the attention's
+gathers has already added up what the losses of all S ranks say about it, so its gradient is S times that of their mean;
+it is divided by S and averaged over the data group.
 """
 
 from __future__ import annotations

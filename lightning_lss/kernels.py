@@ -7,7 +7,7 @@ A kernel takes ``q`` [B, H, m, D] and ``k``, ``v`` [B, G, n, D] with H a multipl
   of the sum of the exponentials of each row's scores (float32, or float64 for float64 inputs);
 - ``backward(grad, q, k, v, out, lse, causal, scale)`` returns ``dq``, ``dk``, ``dv``. ``out`` and ``lse`` may be those
   of the whole row while ``k`` and ``v`` are only a part of its keys: the result is then that part's share of the
-  gradient (FlashAttention, arXiv 2205.14135, section 3.1), which is why tiles need no correction.
+  gradient (FlashAttention-2, arXiv 2307.08691, algorithm 2), which is why tiles need no correction.
 
 Tiles with ``causal`` are square unless the kernel says ``offset_diagonal``: the diagonal then ends in the bottom right
 corner.

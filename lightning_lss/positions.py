@@ -98,8 +98,8 @@ class DeferredTable(nn.Parameter):
 
 
 class SegmentPositionalEmbedding(ShardedModule):
-    """A learned absolute positional table of which each rank keeps only its segment's rows (LSS Transformer, section
-    3).
+    """A learned absolute positional table of which each rank keeps only its segment's rows (LSS Transformer, arXiv
+    2311.02382).
 
     Its weight is segment-local: each rank learns the embedding of its own positions, and gradients are averaged only
     over the ranks that hold the same segment. Saved and loaded it is one table [num_positions, dim] in position order.
