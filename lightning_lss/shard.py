@@ -159,7 +159,7 @@ def sequence_shard(module: nn.Module) -> SequenceShard:
     if isinstance(module, ShardedModule):
         return module.shard
     trainer = getattr(module, "_trainer", None)
-    shard = getattr(getattr(trainer, "strategy", None), "sequence_shard", None)
+    shard = getattr(getattr(trainer, "strategy", None), "shard_of_run", None)
     return shard if isinstance(shard, SequenceShard) else WHOLE_SEQUENCE
 
 

@@ -92,6 +92,7 @@ class LSSStrategy(DDPStrategy):
         self._batches_checked: Counter[tuple[Any, int]] = Counter()
         self._mesh: SequenceMesh | None = None
         self._shard = WHOLE_SEQUENCE
+        self._running = False
         self._handles: list[RemovableHandle] = []
         self._failed = False
 
@@ -121,8 +122,17 @@ class LSSStrategy(DDPStrategy):
 
     @property
     def sequence_shard(self) -> SequenceShard:
-        """This process's place in its sequence group; the trivial shard before and after a run."""
-        return self._shard
+        """This process's place in its sequence group; it has a process group from the first run on."""
+        if self._mesh is not None or self.cluster_environment is None or not self.num_processes:
+            return self._shard
+        size = self.sequence_parallel_size
+        return SequenceShard(self.global_rank % size, size, self._layout)
+
+    @property
+    def shard_of_run(self) -> SequenceShard:
+        """The shard that modules work under now: the trivial one before and after a run, when they take whole
+        sequences."""
+        return self._shard if self._running else WHOLE_SEQUENCE
 
     @property
     def device_mesh(self) -> DeviceMesh:
@@ -157,6 +167,7 @@ class LSSStrategy(DDPStrategy):
         if self._mesh is None:
             self._mesh = build_mesh(self.world_size, self.global_rank, size, self._timeout)
         self._shard = SequenceShard(self._mesh.sequence_rank, size, self._layout, self._mesh.sequence_group)
+        self._running = True
         self._batches_checked.clear()
         if self._mesh.sequence_group is not None:
             share_random_state(self._mesh.sequence_group, self.root_device)
@@ -244,7 +255,7 @@ class LSSStrategy(DDPStrategy):
 
     def _take_shards(self) -> None:
         """After a run attention is plain again; a table keeps its place, since it has only its own rows."""
-        self._shard = WHOLE_SEQUENCE
+        self._running = False
         if self.lightning_module is not None:
             for module in sharded_modules(self.lightning_module):
                 if not module.segment_local:

@@ -54,6 +54,7 @@ def test_data_ranks_are_known_before_the_process_group(monkeypatch) -> None:
         )
         assert trainer.strategy.distributed_sampler_kwargs == {"num_replicas": 2, "rank": rank // 2}
         assert (trainer.strategy.data_parallel_size, trainer.strategy.sequence_parallel_size) == (2, 2)
+        assert trainer.strategy.sequence_shard == SequenceShard(rank % 2, 2, "zigzag")
 
 
 @pytest.mark.parametrize("size", [3, 8])
@@ -173,6 +174,8 @@ def all_stages(rank: int, run: Run) -> dict[str, Any]:
         results |= {f"{stage} {k}": v for k, v in getattr(trainer, stage)(module, data, verbose=False)[0].items()}
     results["predict"] = trainer.predict(module, DataLoader(samples, batch_size=2))
     results["after"] = module(samples[0]["inputs"][None]).detach()  # out of a run the module takes whole sequences
+    assert sequence_shard(module).size == 1
+    assert getattr(trainer.strategy, "sequence_shard", SequenceShard()).size == run.size
     return results
 
 
