@@ -70,7 +70,7 @@ def check(cfg: DictConfig) -> None:
     for key in ("data.path", "seq_len", "devices"):
         if OmegaConf.is_missing(*_parent(cfg, key)):
             raise ValueError(f"{key} is not set: add {key}=...")
-    if isinstance(cfg.devices, int) and isinstance(cfg.trainer.num_nodes, int):
+    if isinstance(cfg.devices, int) and cfg.devices > 0:
         check_split(cfg, cfg.devices * cfg.trainer.num_nodes)
 
 
@@ -81,7 +81,12 @@ def _parent(cfg: DictConfig, key: str) -> tuple[Any, str]:
 
 def check_split(cfg: DictConfig, world_size: int) -> None:
     """Refuse sizes that do not divide each other; raises ``ValueError``."""
-    if "LSSStrategy" not in cfg.strategy.get("_target_", ""):
+    target = cfg.strategy.get("_target_", "")
+    if target == "builtins.str" and world_size > 1:
+        raise ValueError(
+            f"strategy=single has one process, not devices={world_size}: use strategy=lss or strategy=ddp."
+        )
+    if "LSSStrategy" not in target:
         if cfg.sequence_parallel_size not in ("auto", 1):
             raise ValueError(
                 f"sequence_parallel_size={cfg.sequence_parallel_size} has no meaning for this strategy: use strategy=lss."
@@ -172,6 +177,10 @@ def main(cfg: DictConfig) -> float | None:
     try:
         check(cfg)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
+            if "RANK" in os.environ:
+                raise ValueError(
+                    "-m starts a process for each run and does not work under torchrun: give one run at a time."
+                )
             return run_in_new_process()
         run(cfg)
     except subprocess.CalledProcessError as error:
@@ -188,7 +197,7 @@ def is_mistake_of_user(error: BaseException) -> bool:
     """Whether an error is about what was asked for, rather than a fault of the program."""
     names = {kind.__name__ for kind in type(error).__mro__}
     told = (ValueError, FileNotFoundError, OmegaConfBaseException)
-    return isinstance(error, told) or "MisconfigurationException" in names
+    return isinstance(error, told) or bool(names & {"MisconfigurationException", "DownloadError"})
 
 
 def keep_to_own_folder() -> None:

@@ -185,6 +185,8 @@ class _Plan:
 
 @torch.compiler.disable  # the collectives and their handles are not for the compiler: a graph break around them
 def _split_attention(q: Tensor, k: Tensor, v: Tensor, plan: _Plan) -> Tensor:
+    if q.stride(-1) != 1:  # the kernels read heads as contiguous rows, and do not check
+        q = q.contiguous()
     with _no_autocast(q.device.type):
         return _SplitAttention.apply(q, k, v, plan)
 
@@ -221,6 +223,8 @@ class _SplitAttention(torch.autograd.Function):
         plan: _Plan = ctx.plan
         q, out, lse, *keys_values = ctx.saved_tensors
         tiles = plan.tiles(q.size(2))
+        if grad.stride(-1) != 1:
+            grad = grad.contiguous()
         chunks = iter(keys_values) if plan.keep_gathered else _gathered_chunks(keys_values[0], keys_values[1], plan)
         grads_q: list[Tensor] = []
         scattered: list[Pending] = []

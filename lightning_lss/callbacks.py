@@ -125,13 +125,16 @@ class PeakMemoryMonitor(pl.Callback):
 
     def __init__(self, most_ranks: int = 64) -> None:
         self.most_ranks = most_ranks
+        self._last_step = -1
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        step = trainer.global_step
+        if step == self._last_step or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
+        self._last_step = step  # which several batches share when gradients accumulate
         own = torch.tensor(peak_memory(trainer.strategy.root_device) / _GIB, device=trainer.strategy.root_device)
         peaks = trainer.strategy.all_gather(own).flatten().tolist()
         metrics = {"memory/peak": max(peaks)}
@@ -159,11 +162,11 @@ class RunLayout(pl.Callback):
                 writer._get_file_writer().add_summary(summary)
         self._keys = []
         modules = [module for module in pl_module.modules() if isinstance(module, LSSAttention)]
-        self._handles = [module.register_forward_pre_hook(self._see) for module in modules]
+        self._handles = [module.register_forward_pre_hook(self._see, with_kwargs=True) for module in modules]
 
-    def _see(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def _see(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         """Note the shape of the keys of an attention call, and the dtype in which they travel."""
-        keys = inputs[1]
+        keys = kwargs["k"] if "k" in kwargs else args[1]
         autocast = torch.is_autocast_enabled(keys.device.type)
         dtype = torch.get_autocast_dtype(keys.device.type) if autocast else keys.dtype
         assert isinstance(module, LSSAttention)
@@ -222,6 +225,11 @@ class PredictionWriter(BasePredictionWriter):
     def __init__(self, folder: str | Path) -> None:
         super().__init__(write_interval="epoch")
         self.folder = Path(folder)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self.folder = Path(trainer.strategy.broadcast(str(self.folder)))  # ranks may have composed other names
 
     @override
     def write_on_epoch_end(

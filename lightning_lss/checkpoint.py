@@ -33,7 +33,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None or "file" not in _protocols(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        target = Path(path).expanduser().absolute()
+        target = Path(get_filesystem(path)._strip_protocol(str(path))).expanduser().absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir():
             raise IsADirectoryError(f"The checkpoint path {target} is a folder: give the path of a file.")

@@ -97,12 +97,17 @@ def total_norm(parameters: Iterable[Tensor], segment_local: Collection[Tensor], 
     total^2 = |shared|^2 + sum over ranks of |segment-local|^2; every rank of ``group`` must call it.
     """
     parameters = list(parameters)
-    local = nn.utils.get_total_norm([x.grad for x in parameters if x.grad is not None and x in segment_local]) ** 2
-    shared = nn.utils.get_total_norm([x.grad for x in parameters if x.grad is not None and x not in segment_local]) ** 2
+    local = _squared_norm([x.grad for x in parameters if x.grad is not None and x in segment_local])
+    shared = _squared_norm([x.grad for x in parameters if x.grad is not None and x not in segment_local])
     if parameters:
         local = local.to(parameters[0].device)
     dist.all_reduce(local, group=group)
     return (local + shared.to(local.device)).sqrt()
+
+
+def _squared_norm(grads: list[Tensor]) -> Tensor:
+    norm = nn.utils.get_total_norm(grads)
+    return norm.to(torch.promote_types(norm.dtype, torch.float32)) ** 2  # in float16 it would overflow from 256
 
 
 def clip_grad_norm(

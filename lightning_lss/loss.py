@@ -19,7 +19,8 @@ def token_mean(loss_sum: Tensor, num_tokens: Tensor | int) -> Tensor:
 
     Args:
         loss_sum: sum of the losses of the local tokens, a scalar.
-        num_tokens: how many local tokens were counted; 0 makes this rank contribute 0.
+        num_tokens: how many local tokens were counted; 0 makes this rank contribute 0. ``loss_sum`` must depend on the
+            model's output all the same: other ranks wait for this one in the backward pass of attention.
 
     Returns:
         a scalar of the dtype of ``loss_sum``; 0 if no rank has tokens.

@@ -94,7 +94,13 @@ class LSSTransformer(pl.LightningModule):
         self.bytes_per_token = bytes_per_token
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.val_bits_per_byte, self.test_bits_per_byte = BitsPerByte(), BitsPerByte()
-        self.flops_per_batch = 0.0  # floating-point operations of this rank in the last training batch
+        self._flops = 0.0
+
+    @property
+    def flops_per_batch(self) -> float | None:
+        """Floating-point operations of this rank in the last training batch, for throughput monitors; None in
+        evaluation."""
+        return self._flops if self.training else None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, l, V] of tokens, int64 [B, l]: of the segment within a run under LSS, else of whole sequences."""
@@ -107,7 +113,7 @@ class LSSTransformer(pl.LightningModule):
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
         self.log("train/bits_per_byte", loss.detach() / (math.log(2) * self.bytes_per_token), sync_dist=True)
         batch_size, local_length = batch["inputs"].shape
-        self.flops_per_batch = self._training_flops(batch_size, local_length)
+        self._flops = self._training_flops(batch_size, local_length)
         return loss
 
     @torch.compiler.disable  # Lightning's log cannot be traced: a module compiled as a whole would fail in it

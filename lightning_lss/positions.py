@@ -181,11 +181,12 @@ class SegmentPositionalEmbedding(ShardedModule):
         Raises:
             ValueError: if ``local_length`` does not fit the table.
         """
-        if self.shard.size == 1 and 0 < local_length <= self.num_positions:
-            return self.weight[:local_length]
-        if self.shard.size == 1 or local_length * self.shard.size != self.num_positions:
+        length = local_length * self.shard.size
+        fits = 0 < length <= self.num_positions if self.shard.size == 1 else length == self.num_positions
+        if not fits:
             self._refuse(local_length)
-        return self.weight
+        # A copy, since torch's module tracker (FLOPs in the model summary) cannot follow a view of a parameter.
+        return self.weight[:local_length].clone()
 
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -71,6 +71,15 @@ def warn_of_batch_norm(module: nn.Module) -> None:
         rank_zero_warn(
             f"Batch normalization ({', '.join(names)}) takes its statistics over one segment of the sequence, which is not"
             " the training that one device would give. Use Trainer(sync_batchnorm=True) or LayerNorm."
+        )
+
+
+def warn_of_unsaved_state(names: Collection[str]) -> None:
+    """Warn of segment-local state whose rows on other ranks no checkpoint will hold."""
+    if names:
+        rank_zero_warn(
+            f"Checkpoints will hold only rank 0's values of {', '.join(sorted(names))}: only positional tables"
+            " (SegmentPositionalEmbedding) are put together over ranks. Save the others in on_save_checkpoint."
         )
 
 

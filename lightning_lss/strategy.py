@@ -44,7 +44,13 @@ from lightning_lss.gradients import (
 from lightning_lss.layout import check_layout, resolve_sequence_parallel_size
 from lightning_lss.mesh import SequenceMesh, build_mesh
 from lightning_lss.positions import SegmentPositionalEmbedding
-from lightning_lss.refusals import check_module, check_optimizers, warn_of_batch_norm, warn_of_other_lightning
+from lightning_lss.refusals import (
+    check_module,
+    check_optimizers,
+    warn_of_batch_norm,
+    warn_of_other_lightning,
+    warn_of_unsaved_state,
+)
 from lightning_lss.rng import share_random_state
 from lightning_lss.shard import WHOLE_SEQUENCE, SequenceShard, segment_local_names, sharded_modules
 
@@ -95,6 +101,7 @@ class LSSStrategy(DDPStrategy):
         self._running = False
         self._handles: list[RemovableHandle] = []
         self._failed = False
+        self._example_input: Any = None
 
     def __repr__(self) -> str:  # shown by pytorch_lightning.Trainer when it refuses the object
         size, layout = self._requested_size, self._layout
@@ -190,6 +197,8 @@ class LSSStrategy(DDPStrategy):
         assert self._mesh is not None
         if self._shard.size > 1:
             warn_of_batch_norm(self._module)
+            warn_of_unsaved_state(set(local) - tables_by_name(self._module).keys())
+            self._put_aside_example_input()
         parameters = self._segment_local_parameters()
         broadcast_over_data_group(self._module, local, self._mesh)
         if trainer.state.fn != TrainerFn.FITTING or not parameters:
@@ -211,6 +220,9 @@ class LSSStrategy(DDPStrategy):
                 for table in tables_by_name(self.lightning_module).values():
                     table.become_whole()  # the process that spawned this one takes the weights over from rank 0
             self.barrier("LSSStrategy.teardown")
+        if self._example_input is not None:
+            self._module.example_input_array = self._example_input
+            self._example_input = None
         super().teardown()
         self._take_shards()
 
@@ -230,6 +242,13 @@ class LSSStrategy(DDPStrategy):
         trainer = getattr(self.lightning_module, "_trainer", None)
         return self._failed or (trainer is not None and trainer.interrupted)
 
+    def _put_aside_example_input(self) -> None:
+        """Lightning would run it unsplit for the model summary, and on rank 0 alone to log a graph."""
+        if self._module.example_input_array is not None:
+            rank_zero_warn("`example_input_array` is not used under LSSStrategy: a forward pass takes all ranks.")
+            self._example_input = self._module.example_input_array
+            self._module.example_input_array = None
+
     @property
     def _module(self) -> pl.LightningModule:
         assert self.lightning_module is not None
@@ -239,6 +258,7 @@ class LSSStrategy(DDPStrategy):
         """Hand this rank's shard to every module that takes one."""
         modules = [module for module in sharded_modules(self._module) if module.shard != self._shard]
         tables = [module for module in modules if isinstance(module, SegmentPositionalEmbedding)]
+        tables = [table for table in tables if table.shard.size == 1]  # one of an earlier run has its rows already
         # As DDP starts from rank 0's weights, a table starts from rank 0's rows, or from its seed while it has none.
         whole = [None if table.is_deferred else table.weight.detach() for table in tables]
         own = [(table.seed, rows is not None) for table, rows in zip(tables, whole)]

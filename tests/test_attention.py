@@ -71,6 +71,26 @@ def test_output_and_gradients_match_one_process(world, size, layout, causal, hea
     assert worst_error(world, size, inputs, layout, causal=causal, kernel=kernel) < 1e-12
 
 
+def attend_with_strides(rank: int, inputs: list[Tensor]) -> list[Tensor]:
+    def as_channels_first(x: Tensor) -> Tensor:
+        return x.mT.contiguous().mT  # what a convolution's output looks like: positions are neighbours in memory
+
+    shard = SequenceShard(rank, dist.get_world_size(), "zigzag", dist.group.WORLD)
+    q, k, v, grad = (as_channels_first(shard.split(x, dim=2)) for x in inputs)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = lss_attention(*leaves, shard)
+    out.backward(grad)
+    return [shard.gather(x.detach(), dim=2) for x in (out, *(leaf.grad for leaf in leaves))]
+
+
+def test_any_memory_layout_of_the_inputs(world) -> None:
+    inputs = make_inputs()
+    reference = expected(inputs, causal=True)
+    for tensors in world.run(2, attend_with_strides, inputs):
+        for ours, theirs in zip(tensors, reference):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("options", [{"keep_gathered": True}, {"head_chunks": 1}, {"head_chunks": 2}, {"scale": None}])
 @pytest.mark.parametrize("wrap", ["", "reentrant", "non_reentrant", "compile"])
 def test_variants_give_the_same_gradients(world, wrap, options) -> None:

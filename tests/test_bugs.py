@@ -385,6 +385,39 @@ def test_looking_at_parameters_on_one_rank_changes_nothing(world) -> None:
         assert worst_difference(state, reference)[0] < 1e-5
 
 
+def fit_and_test_with_two_trainers(rank: int, run: Run) -> float:
+    module = make_module(run)
+    module.example_input_array = make_samples(1)[0]["inputs"][None]
+    samples = make_samples(16)
+    for _ in range(2):
+        trainer = make_trainer(rank, run, enable_model_summary=True)
+        trainer.fit(module, make_loader(trainer, samples, 4))
+    assert module.example_input_array.shape == (1, LENGTH)
+    other = make_trainer(rank, run)
+    return other.test(module, make_loader(other, samples, 4), verbose=False)[0]["test/loss"]
+
+
+def test_one_model_under_several_trainers(world) -> None:
+    # the table has been cut by the first of them
+    reference = world.run(1, fit_and_test_with_two_trainers, Run(steps=2))[0]
+    for loss in world.run(2, fit_and_test_with_two_trainers, Run(size=2, steps=2)):
+        assert loss == pytest.approx(reference, rel=1e-5)
+
+
+def clip_large_half_gradients(rank: int) -> float:
+    from lightning_lss.gradients import clip_grad_norm
+
+    parameters = [torch.nn.Parameter(torch.zeros(2, dtype=torch.float16)) for _ in range(2)]
+    for parameter in parameters:
+        parameter.grad = torch.full((2,), 300.0, dtype=torch.float16)
+    return clip_grad_norm(parameters, 1.0, {parameters[1]}, dist.group.WORLD).item()
+
+
+def test_the_norm_does_not_overflow_in_half_precision(world) -> None:
+    # its square would, from 256 on, and the gradients would be clipped to nothing
+    assert world.run(2, clip_large_half_gradients) == [pytest.approx((6 * 300.0**2) ** 0.5, rel=1e-3)] * 2
+
+
 def test_a_table_may_be_saved_whole_by_hand(tmp_path: Path) -> None:
     # without a strategy nothing is deferred that anyone could notice
     table = SegmentPositionalEmbedding(8, 4)

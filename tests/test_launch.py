@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,17 @@ def test_the_readmes_example_runs_and_is_the_one_in_examples(tmp_path) -> None:
     example = ROOT / "examples/own_module.py"
     assert example.read_text() in (ROOT / "README.md").read_text()
     python(example, cwd=tmp_path)
+
+
+def test_links_in_documents_lead_somewhere() -> None:
+    for document in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *ROOT.glob("docs/*.md"),
+        ROOT / "benchmarks/README.md",
+    ]:
+        for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / link).exists(), f"{document.name}: {link}"
 
 
 def test_a_failing_rank_shows_its_error_and_ends_the_run(tmp_path) -> None:
@@ -154,6 +166,7 @@ def test_multirun_gives_each_run_a_folder(tmp_path) -> None:
         (["devices=3", "sequence_parallel_size=2"], "sequence_parallel_size=2 does not divide the world size 3"),
         (["strategy.layout=spiral"], "layout='spiral' is unknown"),
         (["strategy=ddp", "sequence_parallel_size=2"], "use strategy=lss"),
+        (["strategy=single", "devices=2"], "strategy=single has one process, not devices=2"),
         (["mode=test"], "mode=test needs a trained model"),
         (["mode=train"], "mode=train is unknown"),
         (["ckpt_path=nowhere.ckpt"], "ckpt_path=nowhere.ckpt does not exist"),
