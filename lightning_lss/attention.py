@@ -24,7 +24,10 @@ from lightning_lss.kernels import Kernel, select_kernel
 from lightning_lss.shard import WHOLE_SEQUENCE, SequenceShard, ShardedModule
 from lightning_lss.tiles import Tile, attention_tiles
 
-_MOST_CHUNKS = 4  # with "auto": enough to hide all but the first gather; more only makes messages smaller
+# With head_chunks="auto": small chunks hide the first gather and stay in the cache, but small messages waste the
+# network.
+_MOST_CHUNKS = 8
+_LEAST_BYTES = 2**20  # of keys and values that a rank sends at a time
 
 
 def lss_attention(
@@ -49,7 +52,8 @@ def lss_attention(
         causal: whether a query sees only keys at or before its own global position.
         scale: factor on the scores, 1 / sqrt(D) by default.
         kernel: ``"auto"`` or a name in :data:`lightning_lss.kernels.KERNELS`.
-        head_chunks: in how many parts the key/value heads are gathered; a divisor of G, or ``"auto"``.
+        head_chunks: in how many parts the key/value heads are gathered; a divisor of G, or ``"auto"``: up to 8 parts of
+            at least 1 MiB.
         keep_gathered: keep the gathered keys and values for the backward pass instead of gathering them again. Then a
             layer has exactly two collectives, one all-gather and one reduce-scatter, as in the paper, at the price of K
             and V of the whole sequence in memory between forward and backward.
@@ -69,7 +73,7 @@ def lss_attention(
         select_kernel(q, kernel),
         causal,
         q.size(-1) ** -0.5 if scale is None else scale,
-        _resolve_chunks(k.size(1), head_chunks, keep_gathered),
+        _resolve_chunks(k, head_chunks, keep_gathered),
         keep_gathered,
     )
     return _split_attention(q, k, v, plan)
@@ -148,9 +152,11 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"Queries, keys and values must have one dtype; got {q.dtype}, {k.dtype} and {v.dtype}.")
 
 
-def _resolve_chunks(heads: int, head_chunks: int | Literal["auto"], keep_gathered: bool) -> int:
+def _resolve_chunks(k: Tensor, head_chunks: int | Literal["auto"], keep_gathered: bool) -> int:
+    heads = k.size(1)
     if head_chunks == "auto":
-        return 1 if keep_gathered else max(n for n in range(1, _MOST_CHUNKS + 1) if heads % n == 0)
+        most = 1 if keep_gathered else min(_MOST_CHUNKS, 2 * k.nbytes // _LEAST_BYTES)
+        return max(n for n in range(1, max(1, most) + 1) if heads % n == 0)
     if isinstance(head_chunks, bool) or not isinstance(head_chunks, int) or head_chunks < 1 or heads % head_chunks:
         raise ValueError(f"head_chunks={head_chunks!r} must be 'auto' or a divisor of the {heads} key/value heads.")
     if keep_gathered and head_chunks != 1:

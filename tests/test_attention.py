@@ -91,7 +91,9 @@ def test_any_memory_layout_of_the_inputs(world) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [{"keep_gathered": True}, {"head_chunks": 1}, {"head_chunks": 2}, {"scale": None}])
+@pytest.mark.parametrize(
+    "options", [{"keep_gathered": True}, {"head_chunks": 1}, {"head_chunks": 2}, {"head_chunks": 4}, {"scale": None}]
+)
 @pytest.mark.parametrize("wrap", ["", "reentrant", "non_reentrant", "compile"])
 def test_variants_give_the_same_gradients(world, wrap, options) -> None:
     assert worst_error(world, 2, make_inputs(), "zigzag", wrap, causal=True, **options) < 1e-12
