@@ -160,20 +160,27 @@ def report(trainer: pl.Trainer, folder: Path) -> None:
         table.add_row("tokens per second", f"{rates[0]:,.0f}")
     checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if checkpoint:
-        table.add_row("checkpoint", os.path.relpath(checkpoint))
+        table.add_row("checkpoint", shown(checkpoint))
     if (folder / "predictions").is_dir():
-        table.add_row("predictions", os.path.relpath(folder / "predictions"))
+        table.add_row("predictions", shown(folder / "predictions"))
     if trainer.loggers:
-        table.add_row("follow it with", f"tensorboard --logdir {os.path.relpath(folder)}")
+        table.add_row("follow it with", f"tensorboard --logdir {shown(folder)}")
     (folder / RESULT).write_text(json.dumps(result, indent=2))
     print()
     Console(soft_wrap=True).print(table)
+
+
+def shown(path: str | Path) -> str:
+    """A path as the user would type it from here."""
+    near = Path(path).absolute().is_relative_to(Path.cwd())
+    return os.path.relpath(path) if near else str(path)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """One run, or one of a multirun."""
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the data here is cheap to load
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.")  # its own use of torch
     try:
         check(cfg)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
