@@ -68,15 +68,7 @@ def lss_attention(
     _check_inputs(q, k, v)
     if shard.size == 1 and kernel == "auto":
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.size(1) != k.size(1))
-    plan = _Plan(
-        shard,
-        select_kernel(q, kernel),
-        causal,
-        q.size(-1) ** -0.5 if scale is None else scale,
-        _resolve_chunks(k, head_chunks, keep_gathered),
-        keep_gathered,
-    )
-    return _split_attention(q, k, v, plan)
+    return _split_attention(q, k, v, shard, causal, scale, kernel, head_chunks, keep_gathered)
 
 
 class LSSAttention(ShardedModule):
@@ -190,7 +182,25 @@ class _Plan:
 
 
 @torch.compiler.disable  # the collectives and their handles are not for the compiler: a graph break around them
-def _split_attention(q: Tensor, k: Tensor, v: Tensor, plan: _Plan) -> Tensor:
+def _split_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shard: SequenceShard,
+    causal: bool,
+    scale: float | None,
+    kernel: str,
+    head_chunks: int | Literal["auto"],
+    keep_gathered: bool,
+) -> Tensor:
+    plan = _Plan(
+        shard,
+        select_kernel(q, kernel),
+        causal,
+        q.size(-1) ** -0.5 if scale is None else scale,
+        _resolve_chunks(k, head_chunks, keep_gathered),
+        keep_gathered,
+    )
     if q.stride(-1) != 1:  # the kernels read heads as contiguous rows, and do not check
         q = q.contiguous()
     with _no_autocast(q.device.type):
