@@ -120,7 +120,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend from each local token to the whole sequence."""
         q = self.query(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, l, D]
-        k, v = self.key_value(x).unflatten(-1, (2, -1, self.head_dim)).permute(2, 0, 3, 1, 4)  # [B, G, l, D] each
+        # key and value of a head side by side, so that heads can be shared out over ranks (tensor parallelism)
+        k, v = self.key_value(x).unflatten(-1, (-1, 2, self.head_dim)).permute(3, 0, 2, 1, 4)  # [B, G, l, D] each
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
         return self.out(self.attention(q, k, v).transpose(1, 2).flatten(2))

@@ -92,8 +92,8 @@ def test_grouped_query_heads_share_keys_and_values() -> None:
     config = replace(SMALL, num_kv_heads=2)
     grouped, full = SelfAttention(config, None).double(), SelfAttention(SMALL, None).double()
     full.load_state_dict({name: p for name, p in grouped.state_dict().items() if name != "key_value.weight"}, False)
-    by_head = grouped.key_value.weight.unflatten(0, (2, 2, config.head_dim))  # [K or V, G, D, E]
-    full.key_value.weight.data = by_head.repeat_interleave(2, 1).flatten(0, 2)
+    by_head = grouped.key_value.weight.unflatten(0, (2, 2, config.head_dim))  # [G, K or V, D, E]
+    full.key_value.weight.data = by_head.repeat_interleave(2, 0).flatten(0, 2)
     x = torch.randn(2, 16, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(grouped(x), full(x), rtol=1e-12, atol=1e-12)
 
