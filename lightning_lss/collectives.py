@@ -28,9 +28,10 @@ class Pending(NamedTuple):
         return self.tensor
 
 
-def all_gather(local: Tensor, group: dist.ProcessGroup) -> Pending:
-    """Start to gather ``local``, of one shape on every rank of ``group``, into ``[size, *local.shape]`` by rank."""
-    gathered = local.new_empty((dist.get_world_size(group), *local.shape))
+def all_gather(local: Tensor, group: dist.ProcessGroup, out: Tensor | None = None) -> Pending:
+    """Start to gather ``local``, of one shape on every rank of ``group``, into ``[size, *local.shape]`` by rank, which
+    is ``out`` where that is given."""
+    gathered = local.new_empty((dist.get_world_size(group), *local.shape)) if out is None else out
     work = _all_gather(gathered.view(-1), local.contiguous().view(-1), group=group, async_op=True)
     return Pending(gathered, work)
 

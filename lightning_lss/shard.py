@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_lss.collectives import all_gather, reduce_scatter
-from lightning_lss.layout import check_layout, chunks_of_rank, chunks_per_rank, holder_of_chunks, position_ranges
+from lightning_lss.layout import check_layout, chunks_per_rank, holder_of_chunks, position_ranges
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class SequenceShard:
         size: number of ranks S that share one sequence.
         layout: which positions a rank holds, ``contiguous`` or ``zigzag`` (see :mod:`lightning_lss.layout`).
         group: process group of the S ranks, in segment order; needed by whatever communicates.
+        communication_dtype: floating-point type in which keys, values and their gradients travel between the ranks,
+            such as ``torch.bfloat16`` for half the bytes of float32; None for the dtype that they are computed in.
 
     Raises:
         ValueError: if ``rank`` is not in ``[0, size)`` or the layout is unknown.
@@ -32,6 +34,7 @@ class SequenceShard:
     size: int = 1
     layout: str = "zigzag"
     group: dist.ProcessGroup | None = None
+    communication_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         check_layout(self.layout)
@@ -72,23 +75,36 @@ class SequenceShard:
             return x
         return _Gather.apply(x, self, dim % x.dim())
 
-    def in_position_order(self, stacked: Tensor, dim: int) -> Tensor:
-        """Segments stacked by rank to one sequence: [S, ..., l, ...] -> [..., L, ...]; ``dim`` is that of l in a
-        segment."""
+    def chunks_in_order(self, stacked: Tensor, dim: int) -> tuple[Tensor, ...]:
+        """Views of segments stacked by rank [S, ..., l, ...], chunk by chunk in position order; ``dim`` is that of l in
+        a segment."""
         chunk = stacked.size(1 + dim) // chunks_per_rank(self.size, self.layout)
         places = holder_of_chunks(self.size, self.layout)
-        return torch.cat([stacked[rank].narrow(dim, slot * chunk, chunk) for rank, slot in places], dim)
+        return tuple(stacked[rank].narrow(dim, slot * chunk, chunk) for rank, slot in places)
+
+    def in_position_order(self, stacked: Tensor, dim: int, out: Tensor | None = None) -> Tensor:
+        """Segments stacked by rank to one sequence: [S, ..., l, ...] -> [..., L, ...]; ``dim`` is that of l in a
+        segment.
+
+        With ``out`` it is written there, in the dtype of ``out``.
+        """
+        if out is None:
+            shape = list(stacked.shape[1:])
+            shape[dim] *= self.size
+            out = stacked.new_empty(shape)
+        chunks = self.chunks_in_order(stacked, dim)
+        for part, chunk in zip(out.chunk(len(chunks), dim), chunks):
+            part.copy_(chunk)
+        return out
 
     def stacked_by_rank(self, x: Tensor, dim: int) -> Tensor:
         """The inverse of :meth:`in_position_order`: [..., L, ...] -> contiguous [S, ..., l, ...]."""
-        per_rank = chunks_per_rank(self.size, self.layout)
-        chunk = x.size(dim) // (self.size * per_rank)
         shape = list(x.shape)
-        shape[dim] = chunk * per_rank
+        shape[dim] //= self.size
         stacked = x.new_empty((self.size, *shape))
-        for rank in range(self.size):
-            for slot, index in enumerate(chunks_of_rank(rank, self.size, self.layout)):
-                stacked[rank].narrow(dim, slot * chunk, chunk).copy_(x.narrow(dim, index * chunk, chunk))
+        chunks = self.chunks_in_order(stacked, dim)
+        for chunk, part in zip(chunks, x.chunk(len(chunks), dim)):
+            chunk.copy_(part)
         return stacked
 
     def require_group(self) -> dist.ProcessGroup:
@@ -108,7 +124,7 @@ class SequenceShard:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (SequenceShard, (self.rank, self.size, self.layout))
+        return (SequenceShard, (self.rank, self.size, self.layout, None, self.communication_dtype))
 
 
 WHOLE_SEQUENCE = SequenceShard()

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lss.attention import LSSAttention, lss_attention
@@ -48,7 +49,9 @@ def attend_on_rank(rank: int, inputs: list[Tensor], layout: str, wrap: str, opti
         return lss_attention(*tensors, shard, **options)
 
     if wrap == "compile":
-        attend = torch.compile(lambda *t: lss_attention(*(x * 1.0 for x in t), shard, **options) * 1.0, backend="eager")
+        attend = torch.compile(
+            lambda *t: lss_attention(*(x * 1.0 for x in t), shard, **options) * 1.0, backend="aot_eager", fullgraph=True
+        )
     out = checkpoint(attend, *leaves, use_reentrant=wrap == "reentrant") if "entrant" in wrap else attend(*leaves)
     out.backward(grad)
     return [shard.gather(x.detach(), dim=2) for x in (out, *(leaf.grad for leaf in leaves))]
@@ -92,11 +95,69 @@ def test_any_memory_layout_of_the_inputs(world) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"keep_gathered": True}, {"head_chunks": 1}, {"head_chunks": 2}, {"head_chunks": 4}, {"scale": None}]
+    "options",
+    [
+        {"keep_gathered": True},
+        {"head_chunks": 1},
+        {"head_chunks": 2},
+        {"head_chunks": 4},
+        {"scale": None},
+        {"as_operator": True},
+        {"as_operator": True, "keep_gathered": True},
+    ],
 )
 @pytest.mark.parametrize("wrap", ["", "reentrant", "non_reentrant", "compile"])
 def test_variants_give_the_same_gradients(world, wrap, options) -> None:
     assert worst_error(world, 2, make_inputs(), "zigzag", wrap, causal=True, **options) < 1e-12
+
+
+def travel(rank: int, inputs: list[Tensor], options: dict[str, Any]) -> tuple[list[Tensor], set[torch.dtype]]:
+    shard = SequenceShard(rank, dist.get_world_size(), "zigzag", dist.group.WORLD, torch.bfloat16)
+    q, k, v, grad = (shard.split(x, dim=2).clone().requires_grad_() for x in inputs)
+    with CollectiveDtypes() as seen:
+        out = lss_attention(q, k, v, shard, **options)
+        out.backward(grad)
+    return [shard.gather(x.detach(), dim=2) for x in (out, q.grad, k.grad, v.grad)], seen.dtypes
+
+
+class CollectiveDtypes(TorchDispatchMode):
+    """Notes the dtypes of what is gathered and scattered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.dtypes |= {x.dtype for x in args[:2] if isinstance(x, Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"keep_gathered": True}, {"head_chunks": 4}])
+def test_keys_and_values_may_travel_in_another_dtype(world, options) -> None:
+    inputs = make_inputs(dtype=torch.float32)
+    rounded = [x.bfloat16().float() if i in (1, 2) else x for i, x in enumerate(inputs)]
+    out, grad_q, *grads = expected(rounded, causal=True)  # as if they had been rounded before
+    for (own_out, own_grad_q, *own_grads), dtypes in world.run(2, travel, inputs, options):
+        assert dtypes == {torch.bfloat16}
+        for ours, theirs in zip((own_out, own_grad_q), (out, grad_q)):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+        for ours, theirs in zip(own_grads, grads):  # two summands of bfloat16, rounded at 4e-3 each
+            assert ours.dtype == torch.float32
+            assert (ours - theirs).norm() / theirs.norm() < 1e-2
+
+
+def check_operator(rank: int, keep_gathered: bool) -> None:
+    group = dist.group.WORLD.group_name
+    q, k, v, _ = (x[:, :, :16].clone().requires_grad_() for x in make_inputs(4, 2))
+    options = (rank, 2, "zigzag", group, None, True, 0.3, "auto", None, keep_gathered)
+    utils = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_static")
+    torch.library.opcheck(torch.ops.lightning_lss.attention.default, (q, k, v, *options), test_utils=utils)
+
+
+@pytest.mark.parametrize("keep_gathered", [True, False])
+def test_the_operator_is_what_its_registration_says(world, keep_gathered) -> None:
+    world.run(2, check_operator, keep_gathered)
 
 
 # float32 rounds at 6e-8 and bfloat16, float16 at 4e-3 and 5e-4 per operation, a few of which add up in a softmax row

@@ -1,0 +1,128 @@
+"""Attention along a split sequence as a registered operator, ``torch.ops.lightning_lss.attention``.
+
+The compiler and selective activation checkpointing see one operator with a known shape, instead of collectives and
+their handles: ``torch.compile(fullgraph=True)`` passes through, and a checkpointing policy can name it as something to
+keep. It computes what :class:`~lightning_lss.split_attention.SplitAttention` does. A process group enters by the name
+under which torch has it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from lightning_lss.shard import SequenceShard
+from lightning_lss.split_attention import Attended, Plan, attend, attend_backward, empty_attended, make_plan
+
+
+def _plan(
+    q: Tensor,
+    k: Tensor,
+    rank: int,
+    size: int,
+    layout: str,
+    group: str,
+    communication_dtype: torch.dtype | None,
+    causal: bool,
+    scale: float,
+    kernel: str,
+    head_chunks: int | None,
+    keep_gathered: bool,
+) -> Plan:
+    process_group = _resolve_process_group(group) if size > 1 else None  # type: ignore[arg-type]
+    shard = SequenceShard(rank, size, layout, process_group, communication_dtype)
+    return make_plan(q, k, shard, causal, scale, kernel, head_chunks, keep_gathered)
+
+
+@torch.library.custom_op("lightning_lss::attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rank: int,
+    size: int,
+    layout: str,
+    group: str,
+    communication_dtype: torch.dtype | None,
+    causal: bool,
+    scale: float,
+    kernel: str,
+    head_chunks: int | None,
+    keep_gathered: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = (rank, size, layout, group, communication_dtype, causal, scale, kernel, head_chunks, keep_gathered)
+    return attend(q, k, v, _plan(q, k, *options))
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, rank: int, size: int, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse, gathered = empty_attended(q)
+    if options[-1]:  # keep_gathered
+        batch, heads, local_length, width = k.shape
+        gathered = k.new_empty(2, batch, heads, local_length * size, width)
+    return out, lse, gathered
+
+
+@torch.library.custom_op("lightning_lss::attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    gathered: Tensor,
+    rank: int,
+    size: int,
+    layout: str,
+    group: str,
+    communication_dtype: torch.dtype | None,
+    causal: bool,
+    scale: float,
+    kernel: str,
+    head_chunks: int | None,
+    keep_gathered: bool,
+) -> tuple[Tensor, Tensor]:
+    options = (rank, size, layout, group, communication_dtype, causal, scale, kernel, head_chunks, keep_gathered)
+    return attend_backward(grad, q, k, v, Attended(out, lse, gathered), _plan(q, k, *options))
+
+
+@_attention_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return empty_attended(q).out, k.new_empty(2, *k.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, *options = inputs
+    ctx.options = options
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
+    grad_q, grad_keys_values = _attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return grad_q, grad_keys_values[0], grad_keys_values[1], *(None for _ in ctx.options)
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def attention_operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shard: SequenceShard,
+    causal: bool,
+    scale: float,
+    kernel: str,
+    head_chunks: int | None,
+    keep_gathered: bool,
+) -> Tensor:
+    """Attention as ``torch.ops.lightning_lss.attention``; for arguments see
+    :func:`~lightning_lss.split_attention.make_plan`."""
+    group = shard.require_group().group_name if shard.size > 1 else ""
+    place = (shard.rank, shard.size, shard.layout, group, shard.communication_dtype)
+    return _attention(q, k, v, *place, causal, scale, kernel, head_chunks, keep_gathered)[0]

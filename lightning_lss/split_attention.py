@@ -1,0 +1,290 @@
+"""Attention of one rank's queries over keys and values that are spread over its sequence group: the algorithm.
+
+Key/value heads are taken in chunks. While one chunk is computed, the keys and values of the next are being gathered and
+the gradients of the last are being scattered, each into one of two buffers that are made once a call, so beside its own
+tensors a rank holds two chunks of keys and values, and in the backward pass two chunks of their gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_lss.collectives import Pending, all_gather, reduce_scatter
+from lightning_lss.kernels import KERNELS, select_kernel
+from lightning_lss.shard import SequenceShard
+from lightning_lss.tiles import Tile, attention_tiles
+
+# Where the number of chunks is left open: small chunks hide the first gather and stay in the cache, but small messages
+# waste the network.
+_MOST_CHUNKS = 8
+_LEAST_BYTES = 2**20  # of keys and values that a rank sends at a time
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about one call that is not a tensor, every choice made.
+
+    Args:
+        shard: the rank's place in its sequence group.
+        kernel: name of a kernel in :data:`lightning_lss.kernels.KERNELS`.
+        causal: whether a query sees only keys at or before its own position.
+        scale: factor on the scores.
+        head_chunks: in how many parts the key/value heads are gathered, a divisor of their number.
+        keep_gathered: whether gathered keys and values are kept for the backward pass; then ``head_chunks`` is 1.
+    """
+
+    shard: SequenceShard
+    kernel: str
+    causal: bool
+    scale: float
+    head_chunks: int
+    keep_gathered: bool
+
+    def tiles(self, local_length: int) -> tuple[Tile, ...]:
+        """What this rank computes."""
+        shard, offset_diagonal = self.shard, KERNELS[self.kernel].offset_diagonal
+        return attention_tiles(
+            local_length * shard.size, shard.rank, shard.size, shard.layout, self.causal, offset_diagonal
+        )
+
+    def chunks(self, heads: int) -> list[slice]:
+        """Slices of ``heads`` heads, one a chunk; query heads of a chunk attend to its key/value heads."""
+        step = heads // self.head_chunks
+        return [slice(first, first + step) for first in range(0, heads, step)]
+
+
+def make_plan(
+    q: Tensor,
+    k: Tensor,
+    shard: SequenceShard,
+    causal: bool,
+    scale: float,
+    kernel: str,
+    head_chunks: int | None,
+    keep_gathered: bool,
+) -> Plan:
+    """Choose what was left open: the kernel with ``"auto"``, the number of chunks with None.
+
+    Raises:
+        ValueError: if the kernel cannot take ``q``, or the chunks do not fit the heads of ``k``.
+    """
+    chunks = _choose_chunks(k, keep_gathered) if head_chunks is None else head_chunks
+    if isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1 or k.size(1) % chunks:
+        raise ValueError(f"head_chunks={chunks!r} must be 'auto' or a divisor of the {k.size(1)} key/value heads.")
+    if keep_gathered and chunks != 1:
+        raise ValueError(
+            f"keep_gathered=True gathers all heads at once, so head_chunks={chunks} has no use: leave it at 'auto', or set"
+            " keep_gathered=False to gather in chunks."
+        )
+    return Plan(shard, select_kernel(q, kernel).name, causal, scale, chunks, keep_gathered)
+
+
+def _choose_chunks(k: Tensor, keep_gathered: bool) -> int:
+    heads = k.size(1)
+    most = 1 if keep_gathered else min(_MOST_CHUNKS, 2 * k.nbytes // _LEAST_BYTES)
+    return max(n for n in range(1, max(1, most) + 1) if heads % n == 0)
+
+
+class Attended(NamedTuple):
+    """What the forward pass of attention leaves."""
+
+    out: Tensor
+    """[B, H, l, D], in memory [B, l, H, D], so that heads can be put side by side without a copy."""
+    lse: Tensor
+    """Log of the sum of the exponentials of each row's scores, [B, H, l]; float64 for float64 queries, else float32."""
+    gathered: Tensor
+    """K and V of the whole sequence, [2, B, G, L, D], with ``keep_gathered``; else empty."""
+
+
+def empty_attended(q: Tensor) -> Attended:
+    """Room for the output and log-sum-exp of queries [B, H, l, D]."""
+    lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    return Attended(_rows_like(q), lse, q.new_empty(0))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Attended:
+    """Rows of ``q`` [B, H, l, D] over the whole sequence's ``k`` and ``v``, of which this rank has [B, G, l, D]."""
+    tiles = plan.tiles(q.size(2))
+    attended = empty_attended(q)
+    with _no_autocast(q.device.type):
+        for heads, keys_values in zip(plan.chunks(q.size(1)), _gathered_chunks(k, v, plan)):
+            rows = [x[:, heads] for x in (q, attended.out, attended.lse)]
+            _forward_tiles(rows, keys_values, tiles, plan)
+            if plan.keep_gathered:
+                return attended._replace(gathered=keys_values)
+    return attended
+
+
+def attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: Attended, plan: Plan
+) -> tuple[Tensor, Tensor]:
+    """Gradient of ``q`` [B, H, l, D], and that of ``k`` and ``v`` as one tensor [2, B, G, l, D], from that of the
+    output; every rank of the sequence group must call it."""
+    tiles = plan.tiles(q.size(2))
+    if grad.stride(-1) != 1:
+        grad = grad.contiguous()
+    gathered = iter([attended.gathered]) if plan.keep_gathered else _gathered_chunks(k, v, plan)
+    grad_q = _rows_like(q)
+    rooms: list[Tensor] = []  # for gradients of K and V: one is filled while the other is on its way
+    scattered: list[Pending] = []
+    with _no_autocast(q.device.type):
+        for index, heads in enumerate(plan.chunks(q.size(1))):
+            keys_values = next(gathered)
+            if index < 2:
+                rooms.append(_room_by_rank(keys_values, plan.shard))
+            by_rank = rooms[index % 2].zero_()
+            rows = [x[:, heads] for x in (grad, q, attended.out, attended.lse, grad_q)]
+            _backward_tiles(rows, keys_values, by_rank, tiles, plan)
+            if scattered:
+                scattered[-1].wait()
+            scattered.append(_scatter(by_rank, plan.shard))
+    return grad_q, _cat([pending.wait() for pending in scattered], 2).to(q.dtype)
+
+
+class SplitAttention(torch.autograd.Function):
+    """:func:`attend` with its adjoint.
+
+    ======== =============================================== ===================================================
+    forward  q [B, H, l, D], k and v [B, G, l, D]            K, V <- all-gather(k, v) [B, G, L, D]; out [B, H, l, D]
+    backward grad of out [B, H, l, D]                        dq [B, H, l, D]; dk, dv <- reduce-scatter(dK, dV) [B, G, l, D]
+    ======== =============================================== ===================================================
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+        """See :func:`attend`."""
+        attended = attend(q, k, v, plan)
+        own = (q.new_empty(0), q.new_empty(0)) if plan.keep_gathered else (k, v)
+        ctx.plan = plan
+        ctx.save_for_backward(q, *own, *attended)
+        return attended.out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """See :func:`attend_backward`."""
+        q, k, v, *attended = ctx.saved_tensors
+        grad_q, (grad_k, grad_v) = attend_backward(grad, q, k, v, Attended(*attended), ctx.plan)
+        return grad_q, grad_k, grad_v, None
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Leave the kernels the dtypes that they are given."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def _cat(tensors: list[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def _rows_like(q: Tensor) -> Tensor:
+    """Room for a tensor like ``q`` [B, H, l, D], in memory [B, l, H, D]."""
+    return q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
+
+
+# -- communication -----------------------------------------------------------------------------------------------------
+
+
+def _gathered_chunks(k: Tensor, v: Tensor, plan: Plan) -> Iterator[Tensor]:
+    """K and V of the whole sequence, [2, B, g, L, D] a chunk; while one is in use the next is being gathered.
+
+    All chunks share one tensor: each is good until the next is asked for.
+    """
+    chunks, shard = plan.chunks(k.size(1)), plan.shard
+    if shard.size == 1:
+        yield from (torch.stack((k[:, heads], v[:, heads])) for heads in chunks)
+        return
+    group, dtype = shard.require_group(), shard.communication_dtype or k.dtype
+
+    def start(heads: slice, out: Tensor | None = None) -> Pending:
+        return all_gather(torch.stack((k[:, heads], v[:, heads])).to(dtype), group, out)
+
+    batch, _, local_length, width = k.shape
+    in_use = k.new_empty(2, batch, k.size(1) // len(chunks), local_length * shard.size, width)
+    ahead: Pending | None = start(chunks[0])
+    for following in [*chunks[1:], None]:
+        assert ahead is not None
+        shard.in_position_order(ahead.wait(), dim=3, out=in_use)
+        ahead = start(following, ahead.tensor) if following is not None else None  # its contents have been copied
+        yield in_use
+
+
+def _room_by_rank(keys_values: Tensor, shard: SequenceShard) -> Tensor:
+    """Room for the gradients of a chunk of K and V [2, B, g, L, D], stacked by rank: [S, 2, B, g, l, D]."""
+    *outer, length, width = keys_values.shape
+    return keys_values.new_empty(shard.size, *outer, length // shard.size, width)
+
+
+def _scatter(by_rank: Tensor, shard: SequenceShard) -> Pending:
+    """Sum gradients [S, 2, B, g, l, D] over the ranks; each receives its own segment's [2, B, g, l, D]."""
+    if shard.size == 1:
+        return Pending(by_rank[0].clone(), None)  # the room is used again
+    return reduce_scatter(by_rank.to(shard.communication_dtype or by_rank.dtype), shard.require_group())
+
+
+# -- computation -------------------------------------------------------------------------------------------------------
+
+
+def _by_rows(tiles: Sequence[Tile]) -> Iterator[tuple[slice, list[Tile]]]:
+    """Ranges of local query rows, each with its tiles."""
+    for (start, stop), row_tiles in groupby(tiles, key=lambda tile: (tile.q_start, tile.q_stop)):
+        yield slice(start, stop), list(row_tiles)
+
+
+def _forward_tiles(rows: Sequence[Tensor], keys_values: Tensor, tiles: Sequence[Tile], plan: Plan) -> None:
+    """Attend over the tiles of K and V [2, B, g, L, D].
+
+    ``rows`` are the queries [B, h, l, D], and the output [B, h, l, D] and its log-sum-exp [B, h, l] to be filled in.
+    """
+    kernel = KERNELS[plan.kernel]
+    for span, row_tiles in _by_rows(tiles):
+        q, out, lse = (x[:, :, span] for x in rows)
+        joint: tuple[Tensor, Tensor] | None = None
+        for tile in row_tiles:
+            k, v = keys_values[..., tile.k_start : tile.k_stop, :]
+            part = kernel.forward(q, k, v, tile.causal, plan.scale)
+            joint = part if joint is None else _join(*joint, *part)
+        assert joint is not None
+        out.copy_(joint[0])
+        lse.copy_(joint[1])
+
+
+def _join(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys, from the two results; weights are exp(lse - joint lse)."""
+    joint = torch.logaddexp(lse, other_lse)
+    weight = (other_lse - joint).exp_().unsqueeze(-1)
+    return torch.lerp(out.to(joint.dtype), other_out.to(joint.dtype), weight), joint
+
+
+def _backward_tiles(
+    rows: Sequence[Tensor], keys_values: Tensor, by_rank: Tensor, tiles: Sequence[Tile], plan: Plan
+) -> None:
+    """Fill in the gradient of the queries and add those of K and V to ``by_rank`` [S, 2, B, g, l, D].
+
+    ``rows`` are the gradient of the output, the queries, the output [B, h, l, D], its log-sum-exp [B, h, l], and the
+    gradient of the queries to be filled in.
+    """
+    kernel = KERNELS[plan.kernel]
+    for span, row_tiles in _by_rows(tiles):
+        grad, q, out, lse, grad_q = (x[:, :, span] for x in rows)
+        for index, tile in enumerate(row_tiles):
+            k, v = keys_values[..., tile.k_start : tile.k_stop, :]
+            tile_q, *tile_keys_values = kernel.backward(grad, q, k, v, out, lse, tile.causal, plan.scale)
+            grad_q.add_(tile_q) if index else grad_q.copy_(tile_q)
+            for kind, tile_grad in enumerate(tile_keys_values):
+                _add(plan.shard.chunks_in_order(by_rank[:, kind], 2), tile_grad, tile.k_start)
+
+
+def _add(chunks: Sequence[Tensor], grad: Tensor, start: int) -> None:
+    """Add a tile's gradient [B, g, n, D] to the chunks of the sequence [B, g, c, D] from position ``start`` on."""
+    width = chunks[0].size(-2)
+    for chunk, part in zip(chunks[start // width :], grad.split(width, -2)):
+        chunk += part
