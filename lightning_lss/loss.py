@@ -1,10 +1,16 @@
-"""A loss whose average over the world is the mean over all tokens."""
+"""Cross entropy over long sequences, and a loss whose average over the world is the mean over all tokens."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lightning_lss.precision import in_autocast_dtype
 
 IGNORED = -100
 """The target of a token that does not count, as in torch's ``cross_entropy``."""
@@ -35,3 +41,74 @@ def token_mean(loss_sum: Tensor, num_tokens: Tensor | int) -> Tensor:
     counted = torch.where(count > 0, loss_sum, loss_sum.new_zeros(()))
     wide = counted.to(torch.promote_types(counted.dtype, torch.float32))  # in float16 the product would overflow
     return (wide * world_size / total.clamp(min=1)).to(loss_sum.dtype)
+
+
+_LEAST_ROWS = 256  # of logits at a time: fewer would leave matrix multiplications to the speed of memory
+
+
+def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the cross entropies of the logits ``features @ weight.T``, of which only a few rows exist at a time.
+
+    Where the vocabulary V is larger than the width E, rows are taken in chunks whose logits are about as large as all
+    ``features``, and the gradients are computed with the loss (Cut Your Losses, arXiv 2411.09009, gives the idea of
+    never holding [N, V]). In float32 and float64 torch's own ``F.linear_cross_entropy`` does it, where torch has one
+    (2.13); in lower precision that would round the sum itself.
+
+    Args:
+        features: [N, E]; under autocast the product is computed in its dtype.
+        weight: [V, E].
+        targets: int64 [N]; :data:`IGNORED` does not count.
+
+    Returns:
+        a scalar, float64 for float64 features and else float32.
+    """
+    features, weight = in_autocast_dtype(features, weight)
+    (rows, width), vocabulary = features.shape, weight.size(0)
+    if vocabulary <= width:
+        logits = F.linear(features, weight)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="sum")
+    chunk = max(1, min(rows, max(_LEAST_ROWS, rows * width // vocabulary)))
+    own = not hasattr(F, "linear_cross_entropy") or torch.compiler.is_compiling()  # torch's breaks the graph
+    if own or features.dtype not in (torch.float32, torch.float64):
+        return _ChunkedCrossEntropy.apply(features, weight, targets, chunk)
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
+    return F.linear_cross_entropy(features, weight, targets, reduction="sum", ignore_index=IGNORED, options=options)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of cross entropies with its gradients, ``chunk`` rows of logits at a time.
+
+    ======== ============================================ =====================================
+    forward  features [N, E], weight [V, E], targets [N]  loss, and its gradients for backward
+    backward gradient of the loss, a scalar               gradients [N, E] and [V, E] times it
+    ======== ============================================ =====================================
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        wide = torch.promote_types(features.dtype, torch.float32)
+        loss = features.new_zeros((), dtype=wide)
+        grads = torch.empty_like(features), torch.zeros_like(weight, dtype=wide)
+        wanted = any(ctx.needs_input_grad[:2])
+        for x, y, grad_x in zip(*(t.split(chunk) for t in (features, targets, grads[0]))):
+            logits = F.linear(x, weight).to(wide)
+            counts = y != IGNORED
+            index = y.where(counts, 0)[:, None]
+            log_sum = logits.logsumexp(-1)
+            loss += (log_sum - logits.gather(1, index)[:, 0]).where(counts, 0).sum()
+            if wanted:
+                grad = logits.sub_(log_sum[:, None]).exp_()  # probabilities, less one at the target
+                grad.scatter_add_(1, index, grad.new_full((), -1.0).expand(index.shape))
+                grad = grad.mul_(counts[:, None]).to(features.dtype)
+                torch.mm(grad, weight, out=grad_x)
+                grads[1].add_(grad.T @ x)
+        if wanted:
+            ctx.save_for_backward(grads[0], grads[1].to(weight.dtype))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_features, grad_weight = ctx.saved_tensors
+        return (grad_features * grad).to(grad_features.dtype), (grad_weight * grad).to(grad_weight.dtype), None, None

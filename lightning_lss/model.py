@@ -16,10 +16,12 @@ from torch.nn import functional as F
 
 from lightning_lss.attention import LSSAttention
 from lightning_lss.positions import RotaryEmbedding, SegmentPositionalEmbedding
+from lightning_lss.recompute import ActivationCheckpointing, run_block, run_in_tiles
 from lightning_lss.rng import SegmentDropout
 
 Positions = Literal["learned", "rotary"]
 MLP = Literal["gelu", "swiglu"]
+_CHOICES = {"positions": Positions, "mlp": MLP, "activation_checkpointing": ActivationCheckpointing}
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class TransformerConfig:
         tie_embeddings: whether the output head is the embedding's transpose.
         dropout: probability of dropping an element of the embedding and of each residual branch.
         keep_gathered: see :func:`~lightning_lss.attention.lss_attention`.
+        activation_checkpointing: what is kept of a block between forward and backward, ``"none"`` (all of it),
+            ``"full"``, ``"selective"`` or ``"offload"``; see :func:`~lightning_lss.recompute.run_block`.
+        mlp_tiles: in how many parts along the sequence the MLP is computed, each again in the backward pass. Lowers
+            the peak where the MLP's hidden activations of one block are what is largest, which is with activation
+            checkpointing.
 
     Raises:
         ValueError: if sizes do not fit together.
@@ -59,19 +66,30 @@ class TransformerConfig:
     tie_embeddings: bool = True
     dropout: float = 0.0
     keep_gathered: bool = False
+    activation_checkpointing: ActivationCheckpointing = "none"
+    mlp_tiles: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "seq_len", "width", "num_layers", "num_heads", "kv_heads", "hidden_width"):
+        for name in (
+            "vocab_size",
+            "seq_len",
+            "width",
+            "num_layers",
+            "num_heads",
+            "kv_heads",
+            "hidden_width",
+            "mlp_tiles",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive.")
         if self.width % self.num_heads:
             raise ValueError(f"width={self.width} must be a multiple of num_heads={self.num_heads}.")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.kv_heads}.")
-        if self.positions not in get_args(Positions):
-            raise ValueError(f"positions={self.positions!r} is unknown: choose 'learned' or 'rotary'.")
-        if self.mlp not in get_args(MLP):
-            raise ValueError(f"mlp={self.mlp!r} is unknown: choose 'gelu' or 'swiglu'.")
+        for name, kind in _CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                choices = " or ".join(map(repr, get_args(kind)))
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose {choices}.")
 
     @property
     def kv_heads(self) -> int:
@@ -114,7 +132,8 @@ class SelfAttention(nn.Module):
         self.query = nn.Linear(config.width, config.width, bias=False)
         self.key_value = nn.Linear(config.width, 2 * config.kv_heads * config.head_dim, bias=False)
         self.rotary = rotary
-        self.attention = LSSAttention(config.causal, keep_gathered=config.keep_gathered)
+        selective = config.activation_checkpointing == "selective"  # names attention as an operator
+        self.attention = LSSAttention(config.causal, keep_gathered=config.keep_gathered, as_operator=selective)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,11 +171,12 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.width)
         self.mlp = MLPBlock(config)
         self.dropout = SegmentDropout(config.dropout)
+        self.mlp_tiles = config.mlp_tiles
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, l, E] -> [B, l, E]."""
         x = x + self.dropout(self.attention(self.attention_norm(x)))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return x + self.dropout(run_in_tiles(lambda part: self.mlp(self.mlp_norm(part)), x, self.mlp_tiles))
 
 
 class Transformer(nn.Module):
@@ -187,13 +207,17 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, l, V] of the local tokens [B, l]."""
-        x = self.embedding(tokens)  # [B, l, E]
+        return self.head(self.features(tokens))
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """What the head turns into logits: [B, l, E] of the local tokens [B, l]."""
+        x = self.embedding(tokens)
         if self.positions is not None:
             x = x + self.positions(tokens.size(1))
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
+            x = run_block(block, x, self.config.activation_checkpointing)
+        return self.norm(x)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:
         """Parameters for an optimizer: weight decay for the matrices of linear layers and for nothing else."""

@@ -9,12 +9,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-from lightning_lss.loss import IGNORED, token_mean
+from lightning_lss.loss import IGNORED, linear_cross_entropy, token_mean
 from lightning_lss.metrics import BitsPerByte
 from lightning_lss.model import MLP, Positions, Transformer, TransformerConfig
+from lightning_lss.recompute import ActivationCheckpointing
 from lightning_lss.shard import sequence_shard
 
 Batch = dict[str, Tensor]
@@ -32,8 +32,9 @@ class LSSTransformer(pl.LightningModule):
 
     Args:
         vocab_size, seq_len, width, num_layers, num_heads, num_kv_heads, positions, mlp, mlp_width, causal,
-        tie_embeddings, dropout, keep_gathered:
+        tie_embeddings, dropout, keep_gathered, activation_checkpointing, mlp_tiles:
             see :class:`~lightning_lss.model.TransformerConfig`.
+        compile_blocks: compile each block with ``torch.compile``, without graph breaks unless there is dropout.
         lr: highest learning rate of AdamW.
         min_lr: learning rate at the end of the cosine.
         weight_decay: on the matrices of linear layers.
@@ -60,6 +61,9 @@ class LSSTransformer(pl.LightningModule):
         tie_embeddings: bool = True,
         dropout: float = 0.0,
         keep_gathered: bool = False,
+        activation_checkpointing: ActivationCheckpointing = "none",
+        mlp_tiles: int = 1,
+        compile_blocks: bool = False,
         lr: float = 3e-4,
         min_lr: float = 3e-5,
         weight_decay: float = 0.1,
@@ -84,8 +88,13 @@ class LSSTransformer(pl.LightningModule):
                 tie_embeddings=tie_embeddings,
                 dropout=dropout,
                 keep_gathered=keep_gathered,
+                activation_checkpointing=activation_checkpointing,
+                mlp_tiles=mlp_tiles,
             )
         )
+        if compile_blocks:
+            for block in self.model.blocks:
+                block.compile(fullgraph=dropout == 0)
         self.lr = lr
         self.min_lr = min_lr
         self.weight_decay = weight_decay
@@ -149,9 +158,8 @@ class LSSTransformer(pl.LightningModule):
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sum of the cross entropies of the local tokens that count, and their number."""
-        logits, targets = self(batch["inputs"]), batch["targets"]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-        loss_sum = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        features, targets = self.model.features(batch["inputs"]), batch["targets"]
+        loss_sum = linear_cross_entropy(features.flatten(0, 1), self.model.head.weight, targets.flatten())
         return loss_sum, (targets != IGNORED).sum()
 
     def _evaluate(self, batch: Batch, stage: str, loss: MeanMetric, bits_per_byte: BitsPerByte) -> None:

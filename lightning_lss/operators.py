@@ -109,6 +109,9 @@ def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
 
+ATTENTION = torch.ops.lightning_lss.attention.default
+"""The operator as dispatch modes and checkpointing policies see it."""
+
 
 def attention_operator(
     q: Tensor,

@@ -49,9 +49,13 @@ class SegmentDropout(ShardedModule):
         """Drop elements of ``x``, of any shape, and scale the others by 1 / (1 - p)."""
         if self.shard.size == 1 or not self.training or self.p == 0.0:
             return F.dropout(x, self.p, self.training)
+        return x * self._mask(x)
+
+    @torch.compiler.disable  # generators cannot be traced: a graph break, as long as there is dropout
+    def _mask(self, x: Tensor) -> Tensor:
         seed = int(torch.randint(2**62, (), device="cpu").item()) + self.shard.rank
         generator = torch.Generator(x.device).manual_seed(seed)
-        return x * torch.empty_like(x).bernoulli_(1 - self.p, generator=generator).div_(1 - self.p)
+        return torch.empty_like(x).bernoulli_(1 - self.p, generator=generator).div_(1 - self.p)
 
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""

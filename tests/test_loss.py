@@ -1,17 +1,20 @@
-"""The average over the world of ``token_mean`` is the mean over all tokens, exactly."""
+"""The average over the world of ``token_mean`` is the mean over all tokens, exactly; cross entropy without logits."""
 
 from __future__ import annotations
 
 import math
 import operator
 from functools import reduce
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from lightning_lss.loss import token_mean
+from lightning_lss.loss import IGNORED, linear_cross_entropy, token_mean
 
 
 def mean_on_rank(rank: int, sums: list[float], counts: list[int], dtype: torch.dtype, as_tensor: bool) -> Tensor:
@@ -105,3 +108,82 @@ def untouched_count(rank: int) -> int:
 
 def test_the_sum_over_the_world_is_not_written_into_the_count(world) -> None:
     assert world.run(2, untouched_count) == [1, 2]
+
+
+# -- cross entropy without logits --------------------------------------------------------------------------------------
+
+ROWS, WIDTH = 700, 12  # more than two chunks of the fewest rows
+
+
+def head_inputs(vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, WIDTH, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    targets = torch.randint(vocabulary, (ROWS,), generator=generator)
+    return features, weight, targets.masked_fill(torch.arange(ROWS) % 5 == 0, IGNORED)
+
+
+def loss_and_gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
+    return [loss.detach(), *torch.autograd.grad(loss * 0.37, leaves)]
+
+
+@pytest.fixture(params=["torch", "own"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "own":
+        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)  # torch before 2.13 has none
+    return request.param
+
+
+# float64 to the order of summation; bfloat16 rounds logits and gradients to 8 bits in both
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)]
+)
+@pytest.mark.parametrize("vocabulary", [8, 50])
+def test_cross_entropy_and_gradients_are_those_of_logits(implementation, vocabulary, dtype, bound) -> None:
+    features, weight, targets = head_inputs(vocabulary, dtype)
+    ours = loss_and_gradients(linear_cross_entropy(features, weight, targets), features, weight)
+    wide = [x.detach().double().requires_grad_() for x in (features, weight)]
+    plain = F.cross_entropy(F.linear(*wide), targets, ignore_index=IGNORED, reduction="sum")
+    assert ours[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for x, y in zip(ours, loss_and_gradients(plain, *wide)):
+        assert ((x.double() - y).norm() / y.norm()).item() < bound
+
+
+def test_cross_entropy_of_nothing_that_counts_is_zero(implementation) -> None:
+    features, weight, targets = head_inputs(50, torch.float32)
+    loss, *grads = loss_and_gradients(
+        linear_cross_entropy(features, weight, torch.full_like(targets, IGNORED)), features, weight
+    )
+    assert loss == 0
+    assert all(not grad.any() for grad in grads)
+
+
+def test_cross_entropy_in_autocast_and_without_gradients(implementation) -> None:
+    features, weight, targets = head_inputs(50, torch.float32)
+    plain = F.cross_entropy(F.linear(features, weight), targets, ignore_index=IGNORED, reduction="sum")
+    with torch.autocast("cpu", torch.bfloat16):
+        lower = linear_cross_entropy(features, weight, targets)
+    with torch.inference_mode():
+        torch.testing.assert_close(linear_cross_entropy(features, weight, targets), plain.detach())
+    assert lower.dtype == torch.float32
+    torch.testing.assert_close(lower, plain, rtol=1e-2, atol=0)
+    assert torch.autograd.grad(lower, features)[0].dtype == torch.float32
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements of any tensor that was made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))])
+        return result
+
+
+def test_cross_entropy_never_holds_all_logits(monkeypatch) -> None:
+    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)  # its inside is not visible
+    features, weight, targets = head_inputs(50, torch.float32)
+    with LargestTensor() as largest:
+        linear_cross_entropy(features, weight, targets).backward()
+    assert largest.elements < ROWS * 50 / 2

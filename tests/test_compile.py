@@ -1,0 +1,69 @@
+"""``torch.compile`` of whole models and of single blocks, without a graph break, on split sequences."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_lss.model import Transformer, TransformerConfig
+from lightning_lss.shard import SequenceShard, sharded_modules
+from tests.training import Run, fit, worst_difference
+
+CONFIG = TransformerConfig(vocab_size=11, seq_len=32, width=32, num_layers=2, num_heads=4, num_kv_heads=2)
+
+
+def gradients(model: Transformer, forward: Any, tokens: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    forward(tokens).square().sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def compare(rank: int, layout: str, whole: bool, options: dict[str, Any]) -> tuple[float, str]:
+    torch.manual_seed(0)
+    model = Transformer(replace(CONFIG, **options)).double()
+    shard = SequenceShard(rank, dist.get_world_size(), layout, dist.group.WORLD)
+    for module in sharded_modules(model):
+        module.set_shard(shard)
+    tokens = shard.split(torch.randint(11, (2, CONFIG.seq_len)))
+    expected = gradients(model, model, tokens)
+    if whole:
+        return worst_difference(
+            gradients(model, torch.compile(model, backend="aot_eager", fullgraph=True), tokens), expected
+        )
+    for block in model.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    return worst_difference(gradients(model, model, tokens), expected)
+
+
+@pytest.mark.parametrize(
+    ("layout", "whole", "options"),
+    [
+        ("zigzag", True, {"positions": "rotary"}),
+        ("contiguous", True, {"positions": "learned", "keep_gathered": True}),
+        ("zigzag", True, {"positions": "rotary", "activation_checkpointing": "selective"}),
+        ("zigzag", True, {"activation_checkpointing": "full", "mlp_tiles": 2}),
+        ("zigzag", False, {"positions": "rotary", "activation_checkpointing": "selective", "mlp_tiles": 2}),
+        ("zigzag", False, {"activation_checkpointing": "offload"}),
+    ],
+)
+def test_compiled_models_have_no_graph_break_and_the_same_gradients(world, layout, whole, options) -> None:
+    for difference, name in world.run(2, compare, layout, whole, options, timeout=200):
+        assert difference < 1e-12, name
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile's default backend needs a C++ compiler")
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_blocks_are_compiled_by_configuration(world, dropout) -> None:
+    # with dropout random numbers are drawn outside of the graph, in the same order
+    plain, compiled = (
+        world.run(2, fit, Run(size=2, model={"dropout": dropout, "compile_blocks": compile_blocks}), timeout=200)[0]
+        for compile_blocks in (False, True)
+    )
+    difference, name = worst_difference(compiled, plain)
+    assert difference < 1e-5, name

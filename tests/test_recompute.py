@@ -1,0 +1,121 @@
+"""Activation checkpointing: the same gradients, fewer activations, and never the quadratic part twice with
+``selective``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.nn import functional as F
+
+from lightning_lss import split_attention
+from lightning_lss.kernels import KERNELS
+from lightning_lss.model import Transformer, TransformerConfig
+from lightning_lss.recompute import run_in_tiles
+from lightning_lss.shard import SequenceShard, sharded_modules
+from tests.training import Run, fit
+
+CONFIG = TransformerConfig(vocab_size=11, seq_len=64, width=32, num_layers=3, num_heads=4)
+MODES = ["none", "full", "selective", "offload"]
+
+
+def make_model(**options: Any) -> tuple[Transformer, Tensor]:
+    torch.manual_seed(0)
+    model = Transformer(replace(CONFIG, **options)).double()
+    return model, torch.randint(11, (2, CONFIG.seq_len))
+
+
+def gradients(model: Transformer, tokens: Tensor) -> dict[str, Tensor]:
+    F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("tiles", [1, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_are_those_without(mode, tiles) -> None:
+    expected = gradients(*make_model())
+    for name, grad in gradients(*make_model(activation_checkpointing=mode, mlp_tiles=tiles)).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+def activations(model: Transformer, tokens: Tensor) -> tuple[int, int]:
+    """Bytes of activations that are held between forward and backward, and at the peak."""
+    tracker = MemTracker()
+    tracker.track_external(model)
+    with tracker:
+        logits = model(tokens)
+        held = tracker.get_tracker_snapshot("current")[torch.device("cpu")]
+        logits.sum().backward()
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    return held["Activation"], peak["Activation"] + peak["Temp"]
+
+
+def test_what_is_held_between_forward_and_backward() -> None:
+    stream = 2 * CONFIG.seq_len * CONFIG.width * 8  # bytes of [B, L, E]
+    held = {mode: activations(*make_model(activation_checkpointing=mode))[0] for mode in MODES}
+    assert held["none"] > 15 * CONFIG.num_layers * stream
+    assert held["full"] < (CONFIG.num_layers + 4) * stream  # a block's input each; final norm and logits
+    # beside it the output of attention, and its log-sum-exp, which is a head's width smaller
+    assert held["selective"] - held["full"] == CONFIG.num_layers * stream * (1 + 1 / CONFIG.head_dim)
+    assert held["offload"] == held["full"]  # host memory is where a CPU model is already
+
+
+def test_tiles_lower_the_peak_of_a_recomputed_block() -> None:
+    whole, tiled = (
+        activations(*make_model(activation_checkpointing="full", mlp_tiles=tiles, mlp_width=1024))[1]
+        for tiles in (1, 4)
+    )
+    assert tiled < 0.6 * whole
+
+
+def test_tiles_that_do_not_divide_the_sequence() -> None:
+    x = torch.randn(1, 10, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    layer = nn.Linear(4, 4).double()
+    torch.testing.assert_close(run_in_tiles(layer, x, 3), layer(x), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(run_in_tiles(layer, x, 64), layer(x), rtol=1e-14, atol=1e-14)
+
+
+def count_work(rank: int, mode: str) -> tuple[int, int]:
+    """How often the kernel runs forward, and how often keys and values are gathered, in a step."""
+    counts = {"kernel": 0, "gather": 0}
+    kernel, gather = KERNELS["cpu_flash"], split_attention.all_gather
+
+    def forward(*args: Any) -> Any:
+        counts["kernel"] += 1
+        return kernel.forward(*args)
+
+    def all_gather(*args: Any) -> Any:
+        counts["gather"] += 1
+        return gather(*args)
+
+    KERNELS["cpu_flash"], split_attention.all_gather = kernel._replace(forward=forward), all_gather
+    try:
+        model, tokens = make_model(activation_checkpointing=mode, positions="rotary")
+        shard = SequenceShard(rank, dist.get_world_size(), "contiguous", dist.group.WORLD)
+        for module in sharded_modules(model):
+            module.set_shard(shard)
+        model(shard.split(tokens)).sum().backward()
+    finally:
+        KERNELS["cpu_flash"], split_attention.all_gather = kernel, gather
+    return counts["kernel"], counts["gather"]
+
+
+def test_selective_computes_attention_once(world) -> None:
+    # rank 0 has one tile a layer, rank 1 two; a gather forward and one backward, and one more to compute again
+    layers = CONFIG.num_layers
+    for mode in ("none", "selective"):
+        assert world.run(2, count_work, mode) == [(layers, 2 * layers), (2 * layers, 2 * layers)], mode
+    assert world.run(2, count_work, "full") == [(2 * layers, 3 * layers), (4 * layers, 3 * layers)]
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_dropout_draws_the_same_masks_again(world, mode) -> None:
+    runs = [Run(size=2, model={"activation_checkpointing": m, "dropout": 0.5}) for m in ("none", mode)]
+    expected, own = (world.run(2, fit, run)[0] for run in runs)
+    for name, value in expected.items():
+        torch.testing.assert_close(own[name], value, rtol=1e-5, atol=1e-6, msg=name)
