@@ -190,6 +190,45 @@ def test_regathering_has_one_more_gather_a_chunk(world) -> None:
         assert backward == {"_allgather_base_": 2, "_reduce_scatter_base_": 2}
 
 
+class CopiedElements(TorchDispatchMode):
+    """How many elements are written by operators that only move or fill."""
+
+    MOVES = ("copy_", "stack", "cat", "clone", "_to_copy", "zero_", "zeros", "zeros_like", "fill_")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "aten" and func.overloadpacket.__name__ in self.MOVES:
+            self.elements += result.numel()
+        return result
+
+
+def count_copies(rank: int, options: dict[str, Any]) -> tuple[int, int]:
+    shard = SequenceShard(rank, dist.get_world_size(), "zigzag", dist.group.WORLD)
+    q, k, v, grad = (shard.split(x, dim=2).clone().requires_grad_() for x in make_inputs())
+    with CopiedElements() as forward:
+        out = lss_attention(q, k, v, shard, **options)
+    with CopiedElements() as backward:
+        torch.autograd.grad(out, (q, k, v), grad)
+    return forward.elements, backward.elements
+
+
+@pytest.mark.parametrize("options", [{"head_chunks": 4}, {"keep_gathered": True}])
+def test_nothing_is_copied_without_a_reason(world, options) -> None:
+    # docs/how-it-works.md gives the reason of each
+    size, local = 2, 2 * 4 * (L // 2) * WIDTH  # elements of the local queries, of the local keys, of the local values
+    chunked = "keep_gathered" not in options
+    gathered = 2 * local + 2 * size * local  # K and V side by side to be sent, and put into position order
+    forward = gathered + local + local // WIDTH  # rows of the output, of the log-sum-exp
+    backward = 2 * size * local + local + 2 * local  # zeros for dK and dV, rows of dq, gloo's own reduce-scatter
+    if chunked:
+        backward += gathered + 2 * local  # chunks of dk and dv joined
+    assert world.run(size, count_copies, options) == [(forward, backward)] * size
+
+
 def attend_under_autocast(rank: int) -> tuple[torch.dtype, list[torch.dtype]]:
     shard = SequenceShard(rank, 2, "zigzag", dist.group.WORLD)
     q, k, v, _ = (shard.split(x, dim=2).clone().requires_grad_() for x in make_inputs(dtype=torch.float32))
