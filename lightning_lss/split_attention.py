@@ -134,7 +134,8 @@ def attend_backward(
     gathered = iter([attended.gathered]) if plan.keep_gathered else _gathered_chunks(k, v, plan)
     grad_q = _rows_like(q)
     rooms: list[Tensor] = []  # for gradients of K and V: one is filled while the other is on its way
-    scattered: list[Pending] = []
+    grads: list[Tensor] = []
+    on_its_way: Pending | None = None
     with _no_autocast(q.device.type):
         for index, heads in enumerate(plan.chunks(q.size(1))):
             keys_values = next(gathered)
@@ -143,10 +144,12 @@ def attend_backward(
             by_rank = rooms[index % 2].zero_()
             rows = [x[:, heads] for x in (grad, q, attended.out, attended.lse, grad_q)]
             _backward_tiles(rows, keys_values, by_rank, tiles, plan)
-            if scattered:
-                scattered[-1].wait()
-            scattered.append(_scatter(by_rank, plan.shard))
-    return grad_q, _cat([pending.wait() for pending in scattered], 2).to(q.dtype)
+            if on_its_way is not None:
+                grads.append(on_its_way.wait())
+            on_its_way = _scatter(by_rank, plan.shard)
+    assert on_its_way is not None
+    grads.append(on_its_way.wait())
+    return grad_q, _cat(grads, 2).to(q.dtype)
 
 
 class SplitAttention(torch.autograd.Function):
