@@ -7,12 +7,16 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from lightning_lss.loss import IGNORED, token_mean
+from lightning_lss.megatron import parallelize
+from lightning_lss.megatron_strategy import MegatronStrategy
 from lightning_lss.metrics import BitsPerByte
 from lightning_lss.model import MLP, Positions, Transformer, TransformerConfig
 from lightning_lss.shard import sequence_shard
@@ -101,6 +105,18 @@ class LSSTransformer(pl.LightningModule):
         """Floating-point operations of this rank in the last training batch, for throughput monitors; None in
         evaluation."""
         return self._flops if self.training else None
+
+    def configure_model(self) -> None:
+        """Share out the model over the ranks of a tensor-parallel group, under
+        :class:`~lightning_lss.megatron_strategy.MegatronStrategy` only."""
+        if self.device_mesh is None or isinstance(self.model.head.weight, DTensor):  # Lightning may call it again
+            return
+        if not isinstance(self.trainer.strategy, MegatronStrategy):
+            raise MisconfigurationException(
+                f"{type(self.trainer.strategy).__name__} would neither split batches along the sequence nor finish the"
+                " gradients. Use lightning_lss.megatron_strategy.MegatronStrategy, which is a ModelParallelStrategy that does."
+            )
+        parallelize(self.model, self.device_mesh)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, l, V] of tokens, int64 [B, l]: of the segment within a run under LSS, else of whole sequences."""
