@@ -9,14 +9,13 @@ width, and scatter the sum: four collectives a layer forward and four backward, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -27,6 +26,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional as F
 
+from lightning_lss.layout import check_heads, check_length
 from lightning_lss.model import Transformer, TransformerConfig
 from lightning_lss.positions import SegmentPositionalEmbedding
 from lightning_lss.rng import SegmentDropout
@@ -66,35 +66,40 @@ def parallelize(model: Transformer, mesh: DeviceMesh) -> None:
     for block in model.blocks:
         for name in ("attention", "mlp"):
             block.get_submodule(name).register_forward_pre_hook(_cast_before_gather)
-        parallelize_module(block, tensor, _block_plan(model.config, tensor.size()))
+        parallelize_module(block, tensor, _block_plan(model.config, tensor.get_local_rank(), tensor.size()))
     _start_equal(model, mesh)
 
 
 def check_sizes(config: TransformerConfig, size: int) -> None:
     """Raise ``ValueError`` where ``size`` ranks cannot share out the heads, the hidden width or the learned positions
     equally."""
-    sizes = {"num_heads": config.num_heads, "hidden width of the MLP (mlp_width)": config.hidden_width}
+    check_heads(config.num_heads, size)
     if config.positions == "learned":
-        sizes["seq_len"] = config.seq_len
-    for name, value in sizes.items():
-        if value % size:
-            raise ValueError(
-                f"{name}={value} cannot be shared out over {size} tensor-parallel ranks: it is not divisible by"
-                f" {size}. Change one of them (sequence_parallel_size sets the number of ranks), or use strategy=lss,"
-                " which does not split heads or widths."
-            )
+        check_length(config.seq_len, size, "contiguous")
+    if config.hidden_width % size:
+        raise ValueError(
+            f"The MLP's hidden width of {config.hidden_width} cannot be shared out over {size} tensor-parallel ranks. Set"
+            f" mlp_width to a multiple of {size}, or change sequence_parallel_size."
+        )
 
 
 def _outer_plan(model: Transformer) -> dict[str, ParallelStyle]:
     """Everything before and after the blocks works on segments, with whole weights; so does the loss."""
-    plan: dict[str, ParallelStyle] = {name: SequenceParallel(use_local_output=True) for name in ("norm", "head")}
-    plan["embedding"] = SequenceParallel(use_local_output=True)
+    plan: dict[str, ParallelStyle] = {
+        "embedding": SequenceParallel(use_local_output=True),
+        "norm": SequenceParallel(use_local_output=True),
+        "head": _WholeWeight(),
+    }
     if model.positions is not None:
         plan["positions"] = _OwnRows()
     return plan
 
 
-def _block_plan(config: TransformerConfig, size: int) -> dict[str, ParallelStyle]:
+def _block_plan(config: TransformerConfig, rank: int, size: int) -> dict[str, ParallelStyle]:
+    rows = 2 * config.head_dim  # of a head's key and value
+    own_heads = own_key_value_heads(config, rank, size)
+    own_rows = [slice(head * rows, (head + 1) * rows) for head in own_heads]
+
     def gather() -> PrepareModuleInput:
         return PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
 
@@ -102,7 +107,8 @@ def _block_plan(config: TransformerConfig, size: int) -> dict[str, ParallelStyle
         "attention_norm": SequenceParallel(use_local_output=True),
         "attention": gather(),
         "attention.query": ColwiseParallel(),
-        "attention.key_value": _OwnHeads(config) if config.kv_heads % size else ColwiseParallel(),
+        # heads that cannot be shared out: each rank projects only those that its query heads attend to
+        "attention.key_value": _WholeWeight(own_rows) if config.kv_heads % size else ColwiseParallel(),
         "attention.out": RowwiseParallel(output_layouts=Shard(1)),
         "mlp_norm": SequenceParallel(use_local_output=True),
         "mlp": gather(),
@@ -124,56 +130,57 @@ class _OwnRows(ParallelStyle):
     """A learned positional table of which each rank holds and learns the rows of its segment."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        return distribute_module(module, device_mesh, self._keep_own_rows, self._whole_length, self._own_rows)
-
-    @staticmethod
-    def _keep_own_rows(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
         assert isinstance(module, SegmentPositionalEmbedding)
-        module.set_shard(SequenceShard(mesh.get_local_rank(), mesh.size(), "contiguous"))
+        module.set_shard(SequenceShard(device_mesh.get_local_rank(), device_mesh.size(), "contiguous"))
         rows = module.weight.detach()
         ShardedModule.set_shard(module, WHOLE_SEQUENCE)  # as a DTensor the table is whole
-        module.weight = nn.Parameter(DTensor.from_local(rows, mesh, [Shard(0)], run_check=False))
-
-    @staticmethod
-    def _whole_length(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
-        length = inputs[0] * mesh.size()
-        if length != module.num_positions:
-            raise ValueError(
-                f"A sequence of length {length} ({inputs[0]} on each of {mesh.size()} ranks) does not fit a learned table"
-                f" of {module.num_positions} positions: under tensor parallelism it takes exactly that many. Use sequences"
-                " of that length, set seq_len to theirs, or positions='rotary', which takes any length."
-            )
-        return (length,)
-
-    @staticmethod
-    def _own_rows(module: nn.Module, rows: Any, mesh: DeviceMesh) -> Tensor:
-        return rows.to_local()
-
-
-class _OwnHeads(ParallelStyle):
-    """Key/value heads that cannot be shared out, since there are fewer than ranks: every rank has the weights of all and
-    projects only those that its query heads attend to."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        self.config = config
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        weight = distribute_tensor(module.weight, device_mesh, [Replicate()])
-        module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
-        module.num_heads = self.config.kv_heads
-        module.own_heads = own_key_value_heads(self.config, device_mesh.get_local_rank(), device_mesh.size())
-        module.__class__ = _OwnHeadsLinear  # the parameter keeps its place and its name
+        module.weight = nn.Parameter(DTensor.from_local(rows, device_mesh, [Shard(0)], run_check=False))
+        module.__class__ = _OwnRowsTable  # the parameter keeps its place and its name
         return module
 
 
-class _OwnHeadsLinear(nn.Linear):
-    num_heads: int
-    own_heads: list[int]
+class _OwnRowsTable(SegmentPositionalEmbedding):
+    def forward(self, local_length: int) -> Tensor:
+        assert isinstance(self.weight, DTensor)
+        rows = self.weight.to_local()
+        if local_length != rows.size(0):
+            ranks = self.num_positions // rows.size(0)
+            raise ValueError(
+                f"A sequence of length {local_length * ranks} ({local_length} on each of {ranks} ranks) does not fit a"
+                f" learned table of {self.num_positions} positions: under tensor parallelism it takes exactly that many."
+                " Use sequences of that length, set seq_len to theirs, or positions='rotary', which takes any length."
+            )
+        return rows
+
+
+class _WholeWeight(ParallelStyle):
+    """A linear layer without bias of which every rank has the whole weight, and computes the given rows (all if none
+    are given) on tensors of its own.
+
+    ``SequenceParallel`` would do for the head, but for its backward pass torch gathers the sequence.
+    """
+
+    def __init__(self, rows: Sequence[slice] = ()) -> None:
+        self.rows = rows
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, nn.Linear)
+        weight = distribute_tensor(module.weight, device_mesh, [Replicate()])
+        module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+        module.__class__ = _WholeWeightLinear
+        assert isinstance(module, _WholeWeightLinear)
+        module.rows = self.rows
+        return module
+
+
+class _WholeWeightLinear(nn.Linear):
+    rows: Sequence[slice]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Replicated [B, L, E] -> keys and values of this rank's heads, [B, L, own heads * 2 * D]."""
-        heads = own_copy(self.weight).unflatten(0, (self.num_heads, -1))  # [G, 2 * D, E]
-        return F.linear(own_copy(x), torch.cat([heads[head] for head in self.own_heads]))
+        weight = own_copy(self.weight)
+        if self.rows:
+            weight = torch.cat([weight[rows] for rows in self.rows])
+        return F.linear(own_copy(x), weight)
 
 
 def own_key_value_heads(config: TransformerConfig, rank: int, size: int) -> list[int]:
@@ -196,7 +203,7 @@ def _start_equal(model: nn.Module, mesh: DeviceMesh) -> None:
     split."""
     for parameter in model.parameters():
         data = _local(parameter.detach())
-        if isinstance(parameter.placements[0], Replicate) and mesh[TENSOR].size() > 1:
+        if _placed_as(parameter, Replicate) and mesh[TENSOR].size() > 1:
             dist.broadcast(data, group=mesh[TENSOR].get_group(), group_src=0)
         if mesh[DATA].size() > 1:
             dist.broadcast(data, group=mesh[DATA].get_group(), group_src=0)
@@ -214,7 +221,7 @@ def reduce_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> No
         mesh: the mesh it was given.
     """
     with_grad = [parameter for parameter in parameters if parameter.grad is not None]
-    parts = [x for x in with_grad if isinstance(x.grad.placements[0], Partial)]
+    parts = [x for x in with_grad if _placed_as(x.grad, Partial)]
     if parts:
         flat = torch.cat([_local(x.grad).flatten() for x in parts])
         dist.all_reduce(flat, group=mesh[TENSOR].get_group())
@@ -226,6 +233,11 @@ def reduce_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> No
         for x, work in zip(with_grad, pending):
             work.wait()
             _local(x.grad).div_(mesh[DATA].size())
+
+
+def _placed_as(x: Tensor | None, placement: type[Placement]) -> bool:
+    assert isinstance(x, DTensor)
+    return isinstance(x.placements[0], placement)
 
 
 def _local(x: Tensor | None) -> Tensor:

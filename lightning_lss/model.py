@@ -209,5 +209,5 @@ class Transformer(nn.Module):
 
 def count_parameters(model: nn.Module, shares: int = 1) -> int:
     """Number of parameters of the whole model, of which segment-local tables lie on ``shares`` ranks in equal parts."""
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, SegmentPositionalEmbedding)}
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, SegmentPositionalEmbedding) and m.shard.size > 1}
     return sum(p.numel() * (shares if id(p) in tables else 1) for p in model.parameters())
