@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lss.megatron import DATA, TENSOR, check_sizes, own_key_value_heads, parallelize, reduce_gradients
-from lightning_lss.model import Transformer, TransformerConfig
+from lightning_lss.model import Transformer, TransformerConfig, count_parameters
 from tests.training import (
     LENGTH,
     VOCAB,
@@ -91,9 +91,9 @@ def test_gradients_accumulate(world, one_process) -> None:
     assert_parity(world.run(4, fit_whole, run), one_process(*options), 1e-10)
 
 
-def test_float32_with_a_table_that_is_built_in_parts(world) -> None:
-    # what differs from float64: the table is still deferred when the model is shared out
-    common = {"module": SGDTransformer}
+def test_float32_without_clipping_and_with_a_table_that_is_built_in_parts(world) -> None:
+    # .double() has the whole table built before the model is shared out; clipping hides a scale
+    common = {"module": SGDTransformer, "trainer": {}}
     reference = world.run(1, fit, make_run(**common))[0]
     states = world.run(4, fit_whole, make_run(size=4, strategy={"megatron": True}, **common))
     assert_parity(states, reference, 1e-5)
@@ -167,16 +167,19 @@ def test_four_collectives_a_layer_each_way_and_one_a_step(world, model) -> None:
         assert after == {"allreduce": 1}
 
 
-def hold_of_weights(rank: int, model: dict[str, Any]) -> float:
-    """The part of the blocks' matrices that this rank has in memory."""
+def hold_of_weights(rank: int, config: TransformerConfig) -> tuple[float, int]:
+    """The part of the blocks' matrices and of the positions that this rank has in memory, and how many weights there
+    are in all."""
     mesh = init_device_mesh("cpu", (1, 4), mesh_dim_names=(DATA, TENSOR))
-    blocks = shared_out(TransformerConfig(**model), mesh).blocks
-    matrices = [x for x in blocks.parameters() if x.dim() > 1]
-    return sum(x.to_local().untyped_storage().nbytes() for x in matrices) / sum(4 * x.numel() for x in matrices)
+    model = shared_out(config, mesh)
+    shared = [x for x in model.blocks.parameters() if x.dim() > 1] + list(model.positions.parameters())
+    held = sum(x.to_local().untyped_storage().nbytes() for x in shared)
+    return held / sum(4 * x.numel() for x in shared), count_parameters(model, 4)
 
 
 def test_a_rank_holds_its_share_of_the_weights(world) -> None:
-    assert world.run(4, hold_of_weights, {}) == [0.25] * 4
+    config = TransformerConfig(seq_len=64, width=32)
+    assert world.run(4, hold_of_weights, config) == [(0.25, count_parameters(Transformer(config)))] * 4
 
 
 def drop_masks(rank: int) -> Tensor:
