@@ -86,7 +86,7 @@ def check_split(cfg: DictConfig, world_size: int) -> None:
         raise ValueError(
             f"strategy=single has one process, not devices={world_size}: use strategy=lss or strategy=ddp."
         )
-    if "LSSStrategy" not in target:
+    if not target.endswith(("LSSStrategy", "MegatronStrategy")):
         if cfg.sequence_parallel_size not in ("auto", 1):
             raise ValueError(
                 f"sequence_parallel_size={cfg.sequence_parallel_size} has no meaning for this strategy: use strategy=lss."
@@ -94,6 +94,10 @@ def check_split(cfg: DictConfig, world_size: int) -> None:
         return
     layout = load_layout()
     size = layout.resolve_sequence_parallel_size(world_size, cfg.strategy.sequence_parallel_size)
+    if target.endswith("MegatronStrategy"):
+        layout.check_heads(cfg.model.num_heads, size)
+        layout.check_length(cfg.seq_len, size, "contiguous")
+        return
     name = "zigzag" if cfg.strategy.layout == "auto" else cfg.strategy.layout
     layout.check_layout(name)
     layout.check_length(cfg.seq_len, size, name)
@@ -180,6 +184,7 @@ def shown(path: str | Path) -> str:
 def main(cfg: DictConfig) -> float | None:
     """One run, or one of a multirun."""
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the data here is cheap to load
+    warnings.filterwarnings("ignore", "Detected an existing checkpoint")  # last.ckpt, a folder with strategy=megatron
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.")  # its own use of torch
     try:
         check(cfg)

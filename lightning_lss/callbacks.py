@@ -150,7 +150,7 @@ class RunLayout(pl.Callback):
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
-        self._keys: list[tuple[LSSAttention, torch.Size, torch.dtype]] = []
+        self._seen: list[tuple[LSSAttention, torch.Size, torch.Size, torch.dtype]] = []
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -160,17 +160,18 @@ class RunLayout(pl.Callback):
             values = {key: x if isinstance(x, (bool, int, float)) else str(x) for key, x in pl_module.hparams.items()}
             for summary in hparams(values, {watched: 0.0} if watched else {}):
                 writer._get_file_writer().add_summary(summary)
-        self._keys = []
+        self._seen = []
         modules = [module for module in pl_module.modules() if isinstance(module, LSSAttention)]
         self._handles = [module.register_forward_pre_hook(self._see, with_kwargs=True) for module in modules]
 
     def _see(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        """Note the shape of the keys of an attention call, and the dtype in which they travel."""
+        """Note the shapes of the queries and keys of an attention call, and the dtype in which keys travel."""
+        queries = kwargs["q"] if "q" in kwargs else args[0]
         keys = kwargs["k"] if "k" in kwargs else args[1]
         autocast = torch.is_autocast_enabled(keys.device.type)
         dtype = torch.get_autocast_dtype(keys.device.type) if autocast else keys.dtype
         assert isinstance(module, LSSAttention)
-        self._keys.append((module, keys.shape, dtype))
+        self._seen.append((module, queries.shape, keys.shape, dtype))
 
     @override
     def on_train_batch_end(
@@ -185,27 +186,32 @@ class RunLayout(pl.Callback):
 
     @rank_zero_only
     def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule, shard: SequenceShard) -> None:
-        if not self._keys:
+        if not self._seen:
             return
-        attention, shape, dtype = self._keys[0]
-        _, heads, local_length, head_dim = shape
-        received = 2 * shape.numel() * dtype.itemsize * (shard.size - 1)
+        attention, queries, keys, dtype = self._seen[0]
+        batch_size, heads, key_length, head_dim = keys
+        length = key_length * attention.shard.size
+        shares_heads = attention.shard.size != shard.size  # tensor parallelism: whole sequence, a part of the heads
+        # it receives two gathers and two sums of [B, l, E], which is as large as its queries, from every other rank
+        tensors = 4 * queries.numel() if shares_heads else 2 * keys.numel()
         rows = {
             "processes W = D x S": f"{trainer.world_size} = {trainer.world_size // shard.size} x {shard.size}",
-            "sequence length L": f"{local_length * shard.size:,}",
-            "segment length l = L / S": f"{local_length:,}",
+            "sequence length L": f"{length:,}",
+            "segment length l = L / S": f"{length // shard.size:,}",
             "layout": shard.layout if shard.size > 1 else "whole sequence on each rank",
-            "batch per sequence group": f"{shape[0]}",
-            "attention": f"{'causal' if attention.causal else 'bidirectional'}, {heads} key/value heads of {head_dim}",
+            "batch per sequence group": f"{batch_size}",
+            "attention": f"{'causal' if attention.causal else 'bidirectional'}, {heads} key/value heads of {head_dim}"
+            + (" on each rank" if shares_heads else ""),
             "parameters": f"{count_parameters(pl_module, shard.size):,}",
-            "bytes received per layer and rank, forward": f"{received:,}",
+            "bytes received per layer and rank, forward": f"{tensors * dtype.itemsize * (shard.size - 1):,}",
             "precision": str(trainer.precision),
         }
         table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
         for writer in _tensorboard_writers(trainer):
             writer.add_text("run layout", table)
-            picture = draw_attention_tiles(local_length * shard.size, shard.size, shard.layout, attention.causal)
-            writer.add_figure("attention tiles", picture)
+            if not shares_heads:
+                picture = draw_attention_tiles(length, shard.size, shard.layout, attention.causal)
+                writer.add_figure("attention tiles", picture)
 
 
 def _tensorboard_writers(trainer: pl.Trainer) -> list[SummaryWriter]:

@@ -68,6 +68,17 @@ def check_length(length: int, size: int, layout: str) -> None:
     )
 
 
+def check_heads(num_heads: int, size: int) -> None:
+    """Raise ``ValueError`` if ``size`` ranks cannot share out ``num_heads`` query heads equally, as tensor parallelism
+    has to."""
+    if num_heads % size:
+        divisors = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
+        raise ValueError(
+            f"num_heads={num_heads} cannot be shared out over {size} tensor-parallel ranks. Use a sequence_parallel_size of"
+            f" {', '.join(map(str, divisors))}, another number of heads, or strategy=lss, which does not split heads."
+        )
+
+
 def chunks_of_rank(rank: int, size: int, layout: str) -> tuple[int, ...]:
     """Indices of the chunks that ``rank`` holds, in the order in which it holds them."""
     if chunks_per_rank(size, layout) == 1:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from lightning_lss.attention import LSSAttention
@@ -234,4 +235,5 @@ class Transformer(nn.Module):
 def count_parameters(model: nn.Module, shares: int = 1) -> int:
     """Number of parameters of the whole model, of which segment-local tables lie on ``shares`` ranks in equal parts."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, SegmentPositionalEmbedding)}
+    tables -= {id(p) for p in model.parameters() if isinstance(p, DTensor)}  # which counts what other ranks hold
     return sum(p.numel() * (shares if id(p) in tables else 1) for p in model.parameters())

@@ -7,11 +7,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from lightning_lss.loss import IGNORED, linear_cross_entropy, token_mean
+from lightning_lss.megatron import own_copy, parallelize
+from lightning_lss.megatron_strategy import MegatronStrategy
 from lightning_lss.metrics import BitsPerByte
 from lightning_lss.model import MLP, Positions, Transformer, TransformerConfig
 from lightning_lss.recompute import ActivationCheckpointing
@@ -111,6 +115,18 @@ class LSSTransformer(pl.LightningModule):
         evaluation."""
         return self._flops if self.training else None
 
+    def configure_model(self) -> None:
+        """Share out the model over the ranks of a tensor-parallel group, under
+        :class:`~lightning_lss.megatron_strategy.MegatronStrategy` only."""
+        if self.device_mesh is None or isinstance(self.model.head.weight, DTensor):  # Lightning may call it again
+            return
+        if not isinstance(self.trainer.strategy, MegatronStrategy):
+            raise MisconfigurationException(
+                f"{type(self.trainer.strategy).__name__} would neither split batches along the sequence nor finish the"
+                " gradients. Use lightning_lss.megatron_strategy.MegatronStrategy, which is a ModelParallelStrategy that does."
+            )
+        parallelize(self.model, self.device_mesh)
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, l, V] of tokens, int64 [B, l]: of the segment within a run under LSS, else of whole sequences."""
         return self.model(tokens)
@@ -159,7 +175,7 @@ class LSSTransformer(pl.LightningModule):
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sum of the cross entropies of the local tokens that count, and their number."""
         features, targets = self.model.features(batch["inputs"]), batch["targets"]
-        loss_sum = linear_cross_entropy(features.flatten(0, 1), self.model.head.weight, targets.flatten())
+        loss_sum = linear_cross_entropy(features.flatten(0, 1), own_copy(self.model.head.weight), targets.flatten())
         return loss_sum, (targets != IGNORED).sum()
 
     def _evaluate(self, batch: Batch, stage: str, loss: MeanMetric, bits_per_byte: BitsPerByte) -> None:

@@ -34,9 +34,10 @@ def fit_and_log(rank: int, run: Run, folder: str) -> dict[str, list[float]]:
     return logger.seen
 
 
-def test_a_run_over_two_ranks_logs_what_one_process_logs(world, tmp_path) -> None:
+@pytest.mark.parametrize("strategy", [{}, {"megatron": True}], ids=["lss", "megatron"])
+def test_a_run_over_two_ranks_logs_what_one_process_logs(world, tmp_path, strategy) -> None:
     reference = world.run(1, fit_and_log, Run(), str(tmp_path))[0]
-    ours = world.run(2, fit_and_log, Run(size=2), str(tmp_path))[0]
+    ours = world.run(2, fit_and_log, Run(size=2, strategy=strategy), str(tmp_path))[0]
     for name in ("train/loss", "train/bits_per_byte", "train/gradient_norm"):
         assert len(ours[name]) == 3
         assert ours[name] == pytest.approx(reference[name], rel=1e-4), name

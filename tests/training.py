@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_lss import LSSStrategy, LSSTransformer
 from lightning_lss.loss import IGNORED
+from lightning_lss.megatron_strategy import MegatronStrategy
 
 VOCAB, LENGTH = 11, 16
 
@@ -71,6 +72,9 @@ def make_trainer(rank: int, run: Run, **more: Any) -> pl.Trainer:
     strategy: Any = "auto"
     if options.pop("ddp", False):
         strategy = DDPStrategy(**options)
+    elif options.pop("megatron", False):
+        del options["cluster_environment"]  # the Trainer's own choice is the same
+        strategy = MegatronStrategy(run.size, **options)
     elif world_size > 1 or run.strategy:
         strategy = LSSStrategy(run.size, run.layout, **options)
     quiet = dict(
