@@ -91,6 +91,15 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
+class _SavePlanner(dcp.DefaultSavePlanner):
+    """Writes a flat dict as it is; the default one takes :class:`SpreadRows` for no tensor."""
+
+    @override
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        value = self.state_dict[index.fqn]
+        return value.__get_tensor_shard__(index) if isinstance(value, SpreadRows) else super().lookup_object(index)
+
+
 def save_folder(
     checkpoint: dict[str, Any],
     folder: Path,
@@ -141,7 +150,7 @@ def save_folder(
     rest = take_out(checkpoint, ())
     part = folder.with_name(f".{folder.name}.{_same_on_all_ranks(uuid.uuid4().hex)}.part")
     try:
-        dcp.save(stored, checkpoint_id=part, planner=dcp.DefaultSavePlanner(flatten_state_dict=False))
+        dcp.save(stored, checkpoint_id=part, planner=_SavePlanner(flatten_state_dict=False))
         if dist.get_rank() == 0:
             with open(part / _METADATA_FILENAME, "xb") as file:
                 torch.save({**rest, _PLACES: places}, file)
@@ -182,8 +191,8 @@ def parameters_by_index(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-class _FlatLoadPlanner(dcp.DefaultLoadPlanner):
-    """Reads into a flat dict as it is; the default one drops values of classes that it does not know."""
+class _LoadPlanner(dcp.DefaultLoadPlanner):
+    """Reads into a flat dict as it is; the default one takes :class:`SpreadRows` for no tensor."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -193,6 +202,11 @@ class _FlatLoadPlanner(dcp.DefaultLoadPlanner):
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    @override
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        value = self.state_dict[index.fqn]
+        return value.__get_tensor_shard__(index) if isinstance(value, SpreadRows) else super().lookup_tensor(index)
 
 
 def load_folder(
@@ -289,7 +303,7 @@ def _read(
         kind = stored[key]
         assert isinstance(kind, TensorStorageMetadata)
         targets[key] = target(path, kind.size, kind.properties.dtype)
-    dcp.load(targets, checkpoint_id=folder, planner=_FlatLoadPlanner(), no_dist=True)  # ranks read different parts
+    dcp.load(targets, checkpoint_id=folder, planner=_LoadPlanner(), no_dist=True)  # ranks read different parts
     for key, path in places.items():
         holder: Any = checkpoint
         for step in path[:-1]:

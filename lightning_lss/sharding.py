@@ -8,8 +8,9 @@ step. Sharded tensors are torch's DTensors. Segment-local parameters are not sha
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -123,8 +124,16 @@ class ShardedRoot(nn.Module):
         self.broadcast_buffers = broadcast_buffers
         self.require_backward_grad_sync = True
         self.own_parameters = list(module.parameters())  # as optimizers know them, also while modules hold whole ones
+        in_units = {x for unit in units for x in unit.modules()}
+        self._held_by_root = [
+            (owner, name, parameter)
+            for owner in module.modules()
+            for name, parameter in owner.named_parameters(recurse=False)
+            if owner not in in_units
+        ]
         if not module.automatic_optimization:
-            self._follow_requires_grad({id(x) for unit in units for x in unit.modules()})
+            for method in ("toggle_optimizer", "untoggle_optimizer"):
+                setattr(module, method, self._followed_by_whole_parameters(getattr(module, method)))
         vars(module)["_sharded_root"] = self  # past nn.Module, for which it would be a submodule
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -133,13 +142,6 @@ class ShardedRoot(nn.Module):
             for buffer in self.shared_buffers:
                 dist.broadcast(buffer, src=0)
         return self.module(*args, **kwargs)
-
-    def _follow_requires_grad(self, in_units: set[int]) -> None:
-        """With manual optimization, optimizers are toggled within a step, when the root's parameters are whole."""
-        for owner in self.module.modules():
-            own = dict(owner.named_parameters(recurse=False))
-            if id(owner) not in in_units and own:
-                owner.register_forward_pre_hook(lambda owner, _, own=own: _copy_requires_grad(own, owner))
 
     @contextmanager
     def accumulate(self) -> Generator[None, None, None]:
@@ -164,6 +166,8 @@ class ShardedRoot(nn.Module):
 
     def before_manual_backward(self, loss: Tensor) -> None:
         """Have the backward from ``loss`` end with the root's gradients reduced."""
+        for owner, name, parameter in self._held_by_root:
+            parameter.requires_grad_(getattr(owner, name).requires_grad)  # users freeze what they find in modules
         fully_shard.state(self)._register_pre_backward_hook(loss)  # type: ignore[attr-defined]
 
     def put_together(self) -> None:
@@ -176,18 +180,22 @@ class ShardedRoot(nn.Module):
         assert isinstance(self, FSDPModule)
         self.reshard()
 
+    def _followed_by_whole_parameters(self, toggle: Callable[..., None]) -> Callable[..., None]:
+        """Lightning freezes what optimizers know."""
+
+        @wraps(toggle)
+        def toggle_both(*args: Any, **kwargs: Any) -> None:
+            toggle(*args, **kwargs)
+            for owner, name, parameter in self._held_by_root:
+                getattr(owner, name).requires_grad_(parameter.requires_grad)
+
+        return toggle_both
+
 
 def _start_equally(tensors: Iterable[Tensor], device: torch.device) -> None:
     for tensor in tensors:
         tensor.data = tensor.data.to(device)
         dist.broadcast(tensor.detach(), src=0)
-
-
-def _copy_requires_grad(own: dict[str, nn.Parameter], owner: nn.Module) -> None:
-    for name, parameter in own.items():
-        whole = getattr(owner, name)
-        if whole is not parameter and whole.requires_grad != parameter.requires_grad:
-            whole.requires_grad_(parameter.requires_grad)
 
 
 def sharded_root(module: nn.Module) -> ShardedRoot | None:
