@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -65,8 +65,11 @@ class ShardingStrategy(SavingStrategy):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        with self._layers_kept():
-            super().setup(trainer)
+        layer_sync = self._layer_sync
+        if self._is_sharded:  # batch normalization was synchronized then; FSDP would not follow an exchange of layers
+            self._layer_sync = None
+        super().setup(trainer)
+        self._layer_sync = layer_sync
 
     @override
     def model_to_device(self) -> None:
@@ -95,24 +98,19 @@ class ShardingStrategy(SavingStrategy):
 
     @override
     def teardown(self) -> None:
-        with self._layers_kept():
-            if self._root is not None:
-                self._root.put_away()
-                self.model = self.lightning_module
+        if self._sharding is None:
             super().teardown()
-
-    def _layers_kept(self) -> AbstractContextManager[None]:
-        """Within it Lightning does not exchange batch normalization for a synchronized one, or back, in a module that is
-        sharded: FSDP would go on with the old layers."""
-        return self._without_layer_sync() if self._is_sharded else nullcontext()
-
-    @contextmanager
-    def _without_layer_sync(self) -> Generator[None, None, None]:
-        layer_sync, self._layer_sync = self._layer_sync, None
-        try:
-            yield
-        finally:
-            self._layer_sync = layer_sync
+            return
+        # As every strategy's, but nothing is moved to the CPU: sharded tensors stay where their process groups can
+        # gather them, for a checkpoint after the run.
+        self._put_away()
+        self.model = self.lightning_module
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
