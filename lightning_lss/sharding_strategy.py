@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lss.checkpoint import gather_model_state
 from lightning_lss.mesh import SequenceMesh
 from lightning_lss.refusals import check_sharded_run
 from lightning_lss.saving import SavingStrategy
@@ -104,6 +105,8 @@ class ShardingStrategy(SavingStrategy):
         # As every strategy's, but nothing is moved to the CPU: sharded tensors stay where their process groups can
         # gather them, for a checkpoint after the run.
         self._put_away()
+        if self._start_method != "popen" and self._is_sharded:
+            self._module.register_state_dict_post_hook(_make_whole)  # Lightning's next look at it
         self.model = self.lightning_module
         assert self.cluster_environment is not None
         assert self.accelerator is not None
@@ -159,3 +162,8 @@ class ShardingStrategy(SavingStrategy):
     def _put_away(self) -> None:
         if self._root is not None:
             self._root.put_away()
+
+
+def _make_whole(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
+    """The process that has spawned this one takes its weights over; all ranks come here."""
+    state.update(gather_model_state(state, {}, lambda tensor: tensor.cpu()))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +131,22 @@ def test_users_modules(world: World, module, kind) -> None:
     reference = world.run(1, fit, Run(module=module, trainer=trainer))[0]
     run = Run(size=2, module=module, trainer=trainer, strategy=sharded(kind))
     assert_parity(world.run(4, fit, run), reference, 1e-10)
+
+
+class WithBatchNorm(OwnModule):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.norm = nn.BatchNorm1d(11)
+        self.out.register_forward_hook(lambda module, args, output: self.norm(output.transpose(1, 2)).transpose(1, 2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_buffers_are_those_of_ddp(world: World, kind) -> None:
+    trainer = {"precision": "64-true"}
+    plain = world.run(4, fit, Run(size=2, module=WithBatchNorm, trainer=trainer))
+    ours = world.run(4, fit, Run(size=2, module=WithBatchNorm, trainer=trainer, strategy=sharded(kind)))
+    for states in zip(ours, plain):
+        assert worst_difference(*states)[0] < 1e-10
 
 
 class TwoPlayers(pl.LightningModule):
@@ -343,6 +362,38 @@ def test_what_lies_at_the_path_is_replaced(world: World, tmp_path: Path) -> None
         world.run(2, fit, epochs(1, size=2, save=saved, strategy=options))
         assert is_folder(saved) == distributed
         assert [path.name for path in tmp_path.iterdir()] == ["saved.ckpt"]
+
+
+SPAWN = """
+import lightning.pytorch as pl, torch, warnings
+from lightning_lss import LSSStrategy
+from tests.training import Run, make_module, make_samples
+from torch.utils.data import DataLoader
+if __name__ == "__main__":
+    module = make_module(Run())
+    before = module.model.head.weight.detach().clone()
+    strategy = LSSStrategy(sharding="fsdp", start_method="fork")
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_steps=2, logger=False,
+                         enable_checkpointing=False, enable_progress_bar=False)
+    trainer.fit(module, DataLoader(make_samples(8), 4))
+    assert not torch.equal(before, module.model.head.weight)
+    assert module(make_samples(1)[0]["inputs"][None]).isfinite().all()
+    print("fine")
+"""
+
+
+def test_a_process_that_forks_others_gets_the_whole_model_back(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SPAWN)
+    root = str(Path(__file__).parent.parent)
+    process = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+    )
+    assert "fine" in process.stdout, process.stderr
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
