@@ -89,7 +89,7 @@ def check_sharded_run(
 
     Raises:
         MisconfigurationException: for callbacks that average weights, for ``"hybrid"`` where there is nothing to shard
-            over, for parameters without values, and for a module that is sharded already in another way.
+            over, and for parameters without values.
     """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     averaging = [x for x in callbacks if isinstance(x, (WeightAveraging, StochasticWeightAveraging))]
@@ -109,17 +109,27 @@ def check_sharded_run(
             f"Parameters on the meta device have no values to start from: {', '.join(without_values[:5])}. Build them in"
             " configure_model without `torch.device('meta')`; they stay on the CPU until they are sharded."
         )
+
+
+def check_sharded_before(module: pl.LightningModule, sharding: str | None, size: int, world_size: int) -> None:
+    """Refuse a module whose parameters an earlier run has sharded in another way.
+
+    Raises:
+        MisconfigurationException: if it is so.
+    """
     root = sharded_root(module)
-    is_sharded = any(isinstance(x, DTensor) for x in module.parameters())
-    if is_sharded and (
-        root is None or root.mesh.size() != world_size or (root.mesh.ndim == 2) != _is_grid(sharding, size, world_size)
-    ):
+    if root is None:
+        fits = sharding is None or not any(isinstance(x, DTensor) for x in module.parameters())
+    else:
+        fits = root.mesh.size() == world_size and root.mesh.ndim == 1 + _is_grid(sharding, size, world_size)
+    if not fits or (root is not None and sharding is None):
         raise MisconfigurationException(
             "The parameters of this module are sharded in another way already. Make a new module, and load a checkpoint."
         )
 
 
-def _is_grid(sharding: str, size: int, world_size: int) -> bool:
+def _is_grid(sharding: str | None, size: int, world_size: int) -> bool:
+    """Whether parameters are sharded over one dimension and copied along another."""
     return sharding == "hybrid" and size < world_size
 
 

@@ -88,7 +88,7 @@ class ShardedRoot(nn.Module):
         module: the LightningModule, which is sharded in place and stays so.
         mesh: the ranks to shard over, see :func:`sharding_mesh`.
         device: where a rank's parts go.
-        segment_local: names of parameters and buffers that are another rank's business on every rank.
+        segment_local: names of segment-local parameters and buffers, which are neither sharded nor made equal.
         unit_types: see :func:`units_of`.
         broadcast_buffers: whether buffers become those of rank 0 before each training step, as with DDP.
     """

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_lss.checkpoint import gather_model_state
 from lightning_lss.mesh import SequenceMesh
-from lightning_lss.refusals import check_sharded_run
+from lightning_lss.refusals import check_sharded_before, check_sharded_run
 from lightning_lss.saving import SavingStrategy
 from lightning_lss.sharding import ShardedRoot, Sharding, sharded_root, sharding_mesh
 
@@ -40,16 +40,16 @@ class ShardingStrategy(SavingStrategy):
         """Names of parameters and buffers that differ from segment to segment."""
         raise NotImplementedError
 
-    def check_sharding(self) -> None:
-        """Refuse a run that sharding cannot serve, before any process communicates."""
-        if self._sharding is not None:
-            size = self.num_nodes * self.num_processes // self.data_parallel_size
-            check_sharded_run(self._module.trainer, self._module, self._sharding, size, size * self.data_parallel_size)
-
     @property
-    def data_parallel_size(self) -> int:
-        """D, the number of different batches in flight."""
+    def sequence_parallel_size(self) -> int:
+        """S, the number of ranks that share one sequence."""
         raise NotImplementedError
+
+    def _check_sharded_run(self) -> None:
+        size, world_size = self.sequence_parallel_size, self.num_nodes * self.num_processes
+        check_sharded_before(self._module, self._sharding, size, world_size)
+        if self._sharding is not None:
+            check_sharded_run(self._module.trainer, self._module, self._sharding, size, world_size)
 
     # -- setting up and tearing down -----------------------------------------------------------------------------------
 
@@ -78,7 +78,7 @@ class ShardingStrategy(SavingStrategy):
         if self._sharding is None:
             super().model_to_device()
             return
-        self.check_sharding()
+        self._check_sharded_run()  # once more, with what configure_model has made
         assert self._mesh is not None
         root = sharded_root(self._module)
         if root is None:

@@ -73,8 +73,8 @@ class LSSStrategy(ShardingStrategy):
         sharding_units: with ``sharding``, the classes of modules whose parameters are gathered together (they must be
             called as modules, not through their children); None takes the blocks of every ``nn.ModuleList`` and
             ``nn.Sequential``.
-        save_distributed_checkpoint: write checkpoints as folders, every rank its own part, instead of one file. Either
-            can be resumed with any number of ranks, layout and sharding;
+        save_distributed_checkpoint: write checkpoints as folders, every rank its own part, instead of one file; all
+            ranks must see the same file system. Either can be resumed with any number of ranks, layout and sharding;
             :func:`lightning_lss.distributed_checkpoint.consolidate` makes a file of a folder.
         **ddp_kwargs: arguments of :class:`~lightning.pytorch.strategies.DDPStrategy` and of
             :class:`~torch.nn.parallel.DistributedDataParallel`; with ``sharding`` of the latter only
@@ -186,7 +186,7 @@ class LSSStrategy(ShardingStrategy):
         self._failed = False
         if self.lightning_module is not None:
             check_module(self.lightning_module, self.sequence_parallel_size, self._layout)
-            self.check_sharding()
+            self._check_sharded_run()
         super().setup_environment()
         size = self.sequence_parallel_size
         if self._mesh is None:

@@ -191,6 +191,14 @@ def test_manual_optimization(world: World, kind, units) -> None:
     assert_parity(world.run(4, fit, run), reference, 1e-10)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_accumulation_over_two_batches_in_flight(world: World, kind) -> None:
+    trainer = {"precision": "64-true", "accumulate_grad_batches": 3, "gradient_clip_val": 0.3}
+    reference = world.run(1, fit, Run(trainer=trainer))[0]
+    run = Run(size=2, trainer=trainer, strategy=sharded(kind))
+    assert_parity(world.run(4, fit, run), reference, 1e-10)
+
+
 class Unequal(SGDTransformer):
     """Starts from other weights on every rank, as a module does that is built without a seed."""
 
@@ -472,7 +480,8 @@ def fit_twice(rank: int, first: Run, second: Run) -> str:
     return str(caught.value)
 
 
-def test_a_module_is_not_sharded_anew(world: World) -> None:
-    first, second = (Run(size=2, model={"positions": "rotary"}, strategy=sharded(kind)) for kind in KINDS)
+@pytest.mark.parametrize("kind", ["hybrid", None])
+def test_a_module_is_not_sharded_anew(world: World, kind) -> None:
+    first, second = (Run(size=2, model={"positions": "rotary"}, strategy=sharded(kind)) for kind in ("fsdp", kind))
     for message in world.run(4, fit_twice, first, second):
         assert "sharded in another way already" in message
