@@ -137,7 +137,7 @@ class SegmentPositionalEmbedding(ShardedModule):
         if isinstance(self.weight, DeferredTable):  # as is_deferred, but for type checkers
             self.weight.spec = replace(self._spec(), shard=shard)
             self.weight.build()
-        elif wanted != self._runs():
+        elif wanted != self.row_ranges():
             self._cut(shard, wanted)
         super().set_shard(shard)
 
@@ -195,7 +195,8 @@ class SegmentPositionalEmbedding(ShardedModule):
     def _spec(self) -> TableSpec:
         return TableSpec(self.num_positions, self.dim, self.std, self.seed, self.shard)
 
-    def _runs(self) -> tuple[range, ...]:
+    def row_ranges(self) -> tuple[range, ...]:
+        """The positions whose rows this rank holds, in the order of the rows."""
         return position_ranges(self.num_positions, self.shard.rank, self.shard.size, self.shard.layout)
 
     def _refuse(self, local_length: int) -> NoReturn:
@@ -217,7 +218,7 @@ class SegmentPositionalEmbedding(ShardedModule):
 
     def own_rows(self, table: Tensor) -> Tensor:
         """This rank's rows of a whole table [num_positions, ...]."""
-        return torch.cat([table[run.start : run.stop] for run in self._runs()])
+        return torch.cat([table[run.start : run.stop] for run in self.row_ranges()])
 
 
 class RotaryEmbedding(ShardedModule):

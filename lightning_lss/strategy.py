@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -11,51 +11,43 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.plugins import CheckpointIO, MixedPrecision
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.connectors.data_connector import _auto_add_worker_init_fn
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_lss.batch import SequenceDims, check_same_batch, split_batch
-from lightning_lss.checkpoint import (
-    AtomicCheckpointIO,
-    gather_model_state,
-    gather_optimizer_state,
-    own_optimizer_state,
-    tables_by_name,
-)
+from lightning_lss.checkpoint import tables_by_name
 from lightning_lss.gradients import (
-    SegmentGradScaler,
+    average_replicated_gradients,
     average_segment_local_gradients,
-    broadcast_over_data_group,
-    broadcast_rows,
-    clip_grad_norm,
     ignore_in_ddp,
+    leave_precision_plugin,
     total_norm,
+    watch_precision_plugin,
 )
 from lightning_lss.layout import check_layout, resolve_sequence_parallel_size
 from lightning_lss.mesh import SequenceMesh, build_mesh
-from lightning_lss.positions import SegmentPositionalEmbedding
 from lightning_lss.refusals import (
     check_module,
     check_optimizers,
+    check_sharded_optimizers,
+    check_sharding,
     warn_of_batch_norm,
     warn_of_other_lightning,
     warn_of_unsaved_state,
 )
 from lightning_lss.rng import share_random_state
-from lightning_lss.shard import WHOLE_SEQUENCE, SequenceShard, segment_local_names, sharded_modules
+from lightning_lss.shard import WHOLE_SEQUENCE, SequenceShard, segment_local_names
+from lightning_lss.sharding import Sharding
+from lightning_lss.sharding_strategy import ShardingStrategy
+from lightning_lss.start import broadcast_over_data_group, give_shards, take_shards
 
 
-class LSSStrategy(DDPStrategy):
+class LSSStrategy(ShardingStrategy):
     """Distributed training of one long sequence (LSS Transformer, arXiv 2311.02382), combined with data parallelism.
 
     The world of W processes is a grid of D data-parallel groups x S ranks that share one sequence. Each rank runs the
@@ -68,11 +60,29 @@ class LSSStrategy(DDPStrategy):
         sequence_dims: for batch entries by key, the dimension that is the sequence or None to leave an entry whole; see
             :func:`lightning_lss.batch.split_batch`.
         check_batches: how many of the first batches of each data loader are compared over a sequence group.
+        sharding: how parameters, gradients and optimizer state are laid out, by torch's ``fully_shard``.
+
+            - None: whole on every rank, averaged by DistributedDataParallel.
+            - ``"fsdp"``: in equal parts over all W = D x S ranks of both dimensions: the least memory.
+            - ``"hybrid"``: in equal parts over the S ranks of a sequence group, with D copies. Where D > 1 and sequence
+              groups are joined by slower links than their own ranks, this keeps the gathering of parameters within a
+              group; only gradients cross, once a step. With D = 1 the two are the same.
+
+            Training is the same with all three. Positional tables are not sharded, since a rank has only its own rows.
+            After a run the LightningModule holds a rank's parts: use ``trainer.test`` and the like, or a checkpoint.
+        sharding_units: with ``sharding``, the classes of modules whose parameters are gathered together (they must be
+            called as modules, not through their children); None takes the blocks of every ``nn.ModuleList`` and
+            ``nn.Sequential``.
+        save_distributed_checkpoint: write checkpoints as folders, every rank its own part, instead of one file; all
+            ranks must see the same file system. Either can be resumed with any number of ranks, layout and sharding;
+            :func:`lightning_lss.distributed_checkpoint.consolidate` makes a file of a folder.
         **ddp_kwargs: arguments of :class:`~lightning.pytorch.strategies.DDPStrategy` and of
-            :class:`~torch.nn.parallel.DistributedDataParallel`.
+            :class:`~torch.nn.parallel.DistributedDataParallel`; with ``sharding`` of the latter only
+            ``broadcast_buffers``.
 
     Raises:
-        ValueError: at once, if the layout is unknown or a size is not positive.
+        ValueError: at once, if the layout or the sharding is unknown, a size is not positive, or arguments do not go
+            together.
         MisconfigurationException: from the Trainer, before any process communicates, if S does not divide W or the
             module uses a feature that cannot be split.
     """
@@ -83,9 +93,16 @@ class LSSStrategy(DDPStrategy):
         layout: Literal["contiguous", "zigzag", "auto"] = "auto",
         sequence_dims: SequenceDims | None = None,
         check_batches: int = 2,
+        sharding: Sharding | None = None,
+        sharding_units: Collection[type[nn.Module]] | None = None,
+        save_distributed_checkpoint: bool = False,
         **ddp_kwargs: Any,
     ) -> None:
         super().__init__(**ddp_kwargs)
+        check_sharding(sharding, save_distributed_checkpoint, ddp_kwargs)
+        self._sharding = sharding
+        self._sharding_units = sharding_units
+        self._save_distributed_checkpoint = save_distributed_checkpoint
         if layout != "auto":
             check_layout(layout)
         if sequence_parallel_size != "auto":
@@ -169,6 +186,7 @@ class LSSStrategy(DDPStrategy):
         self._failed = False
         if self.lightning_module is not None:
             check_module(self.lightning_module, self.sequence_parallel_size, self._layout)
+            self._check_sharded_run()
         super().setup_environment()
         size = self.sequence_parallel_size
         if self._mesh is None:
@@ -192,7 +210,8 @@ class LSSStrategy(DDPStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         self._give_shards()  # to modules made in LightningModule.setup
         local = self._segment_local()
-        ignore_in_ddp(self._module, local)
+        if self._sharding is None:
+            ignore_in_ddp(self._module, local)
         super().setup(trainer)
         assert self._mesh is not None
         if self._shard.size > 1:
@@ -201,18 +220,25 @@ class LSSStrategy(DDPStrategy):
             self._put_aside_example_input()
         parameters = self._segment_local_parameters()
         broadcast_over_data_group(self._module, local, self._mesh)
-        if trainer.state.fn != TrainerFn.FITTING or not parameters:
+        if trainer.state.fn != TrainerFn.FITTING:
             return
-        check_optimizers(self.optimizers, self._model_averaging_period is not None, len(parameters))
-        self._handles = average_segment_local_gradients(parameters, self._mesh, self._is_last_backward)
-        self._watch_precision_plugin(set(parameters))
+        if parameters:
+            check_optimizers(self.optimizers, self._model_averaging_period is not None, len(parameters))
+            self._handles = average_segment_local_gradients(parameters, self._mesh, self._is_last_backward)
+        group = self._shard.require_group() if parameters else None
+        if self._root is not None:
+            check_sharded_optimizers(self.optimizers)
+            self._handles += average_replicated_gradients(self._root.scalars, self._is_last_backward)
+            watch_precision_plugin(self.precision_plugin, set(parameters), group, torch.distributed.group.WORLD)
+        elif parameters:
+            watch_precision_plugin(self.precision_plugin, set(parameters), group, group)
 
     @override
     def teardown(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        vars(self.precision_plugin).pop("clip_grad_by_norm", None)
+        leave_precision_plugin(self.precision_plugin)
         # Whoever leaves first closes its connections. No rank may do so while another still waits for data, but where a
         # rank has failed the others are lost in a collective of the step and never come here: then there is no waiting.
         if not self._failed:
@@ -236,12 +262,6 @@ class LSSStrategy(DDPStrategy):
         if not self._interrupted:  # the other ranks will not come
             super().barrier(*args, **kwargs)
 
-    @property
-    def _interrupted(self) -> bool:
-        """Whether this rank is on its way out after an exception."""
-        trainer = getattr(self.lightning_module, "_trainer", None)
-        return self._failed or (trainer is not None and trainer.interrupted)
-
     def _put_aside_example_input(self) -> None:
         """Lightning would run it unsplit for the model summary, and on rank 0 alone to log a graph."""
         if self._module.example_input_array is not None:
@@ -249,37 +269,13 @@ class LSSStrategy(DDPStrategy):
             self._example_input = self._module.example_input_array
             self._module.example_input_array = None
 
-    @property
-    def _module(self) -> pl.LightningModule:
-        assert self.lightning_module is not None
-        return self.lightning_module
-
     def _give_shards(self) -> None:
-        """Hand this rank's shard to every module that takes one."""
-        modules = [module for module in sharded_modules(self._module) if module.shard != self._shard]
-        tables = [module for module in modules if isinstance(module, SegmentPositionalEmbedding)]
-        tables = [table for table in tables if table.shard.size == 1]  # one of an earlier run has its rows already
-        # As DDP starts from rank 0's weights, a table starts from rank 0's rows, or from its seed while it has none.
-        whole = [None if table.is_deferred else table.weight.detach() for table in tables]
-        own = [(table.seed, rows is not None) for table, rows in zip(tables, whole)]
-        facts = self.broadcast(own) if own else []
-        for table, (seed, _) in zip(tables, facts):
-            table.seed = seed
-        for module in modules:
-            module.set_shard(self._shard)
-        for table, rows, (_, exists) in zip(tables, whole, facts):
-            if exists:
-                broadcast_rows(table, rows, self.root_device)
-            elif rows is not None:
-                table.reset_parameters()
+        give_shards(self._module, self._shard, self.root_device)
 
     def _take_shards(self) -> None:
-        """After a run attention is plain again; a table keeps its place, since it has only its own rows."""
         self._running = False
         if self.lightning_module is not None:
-            for module in sharded_modules(self.lightning_module):
-                if not module.segment_local:
-                    module.set_shard(WHOLE_SEQUENCE)
+            take_shards(self.lightning_module)
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
@@ -307,9 +303,10 @@ class LSSStrategy(DDPStrategy):
         """2-norm of the gradients of the whole model, segment-local ones of all ranks included; every rank must call
         it."""
         local = self._segment_local_parameters()
-        if not local:
+        if not local and self._root is None:
             return nn.utils.get_total_norm([x.grad for x in self._module.parameters() if x.grad is not None])
-        return total_norm(self._module.parameters(), set(local), self._shard.require_group())
+        parameters = self._module.parameters() if self._root is None else self._root.own_parameters
+        return total_norm(parameters, set(local), self._shard.require_group() if local else None)
 
     # -- gradients -----------------------------------------------------------------------------------------------------
 
@@ -323,67 +320,6 @@ class LSSStrategy(DDPStrategy):
 
     def _is_last_backward(self) -> bool:
         return bool(getattr(self.model, "require_backward_grad_sync", True))
-
-    def _watch_precision_plugin(self, segment_local: set[nn.Parameter]) -> None:
-        """Have clipping by norm and the gradient scaler look at all ranks of the sequence group.
-
-        Lightning clips in the precision plugin, of which there are many kinds, so the method is replaced on the object.
-        """
-        plugin, group = self.precision_plugin, self._shard.require_group()
-
-        def clip_grad_by_norm(optimizer: Optimizer, clip_val: int | float) -> None:
-            clip_grad_norm(plugin.main_params(optimizer), clip_val, segment_local, group)
-
-        plugin.clip_grad_by_norm = clip_grad_by_norm  # type: ignore[method-assign]
-        self.precision_plugin = plugin
-        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
-            plugin.scaler = SegmentGradScaler.like(plugin.scaler, group)
-
-    # -- checkpoints ---------------------------------------------------------------------------------------------------
-
-    @property
-    @override
-    def checkpoint_io(self) -> CheckpointIO:
-        if self._checkpoint_io is None:
-            self._checkpoint_io = AtomicCheckpointIO()
-        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
-            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()  # taken only by a wrapper that has none yet
-        return self._checkpoint_io
-
-    @checkpoint_io.setter
-    def checkpoint_io(self, io: CheckpointIO) -> None:
-        self._checkpoint_io = io
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        state = super().lightning_module_state_dict()
-        return state if self._interrupted else gather_model_state(state, tables_by_name(self._module))
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        state = super().optimizer_state(optimizer)
-        return state if self._interrupted else gather_optimizer_state(state, optimizer, self._tables())
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        states = zip(self.optimizers, checkpoint["optimizer_states"])
-        own = [own_optimizer_state(state, optimizer, self._tables()) for optimizer, state in states]
-        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": own})
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        tables = tables_by_name(self._module)
-        if tables and self._interrupted:
-            rank_zero_warn(
-                f"The checkpoint {filepath} was not written: after an exception on one rank, the positional table's rows on the other ranks"
-                " cannot be collected."
-            )
-            return
-        # Callbacks may have put copies of the model's state beside it (weight averaging).
-        super().save_checkpoint(gather_model_state(checkpoint, tables), filepath, storage_options)
-
-    def _tables(self) -> dict[nn.Parameter, SegmentPositionalEmbedding]:
-        return {table.weight: table for table in tables_by_name(self._module).values()}
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
@@ -406,3 +342,9 @@ class LSSStrategy(DDPStrategy):
                     start_method=start_method,
                     find_unused_parameters=value,
                 )
+        strategy_registry.register(
+            "lss_fsdp",
+            cls,
+            description="LSS sequence parallelism with parameters sharded over all ranks",
+            sharding="fsdp",
+        )

@@ -26,12 +26,25 @@ CLIPS: dict[str, dict[str, Any]] = {
     "clip_by_norm": {"gradient_clip_val": 0.3},
     "clip_by_value": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
 }
-FACTORS: list[list[Any]] = [GRIDS, ["contiguous", "zigzag"], ["learned", "rotary"], [1, 3], list(CLIPS), [True, False]]
+FACTORS: list[list[Any]] = [
+    GRIDS,
+    ["contiguous", "zigzag"],
+    [None, "fsdp", "hybrid"],
+    ["learned", "rotary"],
+    [1, 3],
+    list(CLIPS),
+    [True, False],
+]
+
+
+def all_combinations() -> list[tuple[Any, ...]]:
+    """The product of all factors, without hybrid sharding where there is nothing to shard over."""
+    return [x for x in itertools.product(*FACTORS) if x[2] != "hybrid" or x[0] != (2, 1)]
 
 
 def covering_combinations() -> list[tuple[Any, ...]]:
     """A part of the product of all factors in which every pair of values of two factors occurs, chosen greedily."""
-    left = list(itertools.product(*FACTORS))
+    left = all_combinations()
     uncovered = {pair for combination in left for pair in pairs_in(combination)}
     chosen = []
     while uncovered:
@@ -48,7 +61,7 @@ def pairs_in(combination: tuple[Any, ...]) -> set[Any]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "combination" in metafunc.fixturenames:
         whole = metafunc.config.getoption("--all-combinations")
-        combinations = list(itertools.product(*FACTORS)) if whole else covering_combinations()
+        combinations = all_combinations() if whole else covering_combinations()
         metafunc.parametrize(
             "combination", combinations, ids=lambda c: f"W{c[0][0]}S{c[0][1]}-" + "-".join(map(str, c[1:]))
         )
@@ -73,8 +86,8 @@ def assert_parity(states: list[dict[str, Tensor]], reference: dict[str, Tensor],
 
 def test_float64(world, one_process, combination) -> None:
     # the order of summation is all that differs
-    (world_size, size), layout, *options = combination
-    run = make_run(*options, size=size, layout=layout, strategy={"check_batches": 1})
+    (world_size, size), layout, sharding, *options = combination
+    run = make_run(*options, size=size, layout=layout, strategy={"check_batches": 1, "sharding": sharding})
     assert_parity(world.run(world_size, fit, run), one_process(*options), 1e-10)
 
 

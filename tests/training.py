@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_lss import LSSStrategy, LSSTransformer
+from lightning_lss.checkpoint import gather_model_state, tables_by_name
 from lightning_lss.loss import IGNORED
 from lightning_lss.megatron_strategy import MegatronStrategy
 
@@ -113,7 +114,12 @@ def fit(rank: int, run: Run) -> dict[str, Tensor]:
     trainer.fit(module, make_loader(trainer, make_samples(run.samples), per_rank), ckpt_path=run.resume)
     if run.save is not None:
         trainer.save_checkpoint(run.save)
-    state = trainer.strategy.lightning_module_state_dict()
+    return whole_state(module)
+
+
+def whole_state(module: pl.LightningModule) -> dict[str, Tensor]:
+    """The weights as a checkpoint would hold them, from what every rank has: copies that differ are not hidden."""
+    state = gather_model_state(module.state_dict(), tables_by_name(module))
     return {name: value.detach().clone() for name, value in state.items()}
 
 
