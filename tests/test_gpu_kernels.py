@@ -95,8 +95,6 @@ def test_the_same_shapes_in_another_layout_of_the_gradient(name, dtype) -> None:
     _, _, *expected = textbook(inputs, True)
     for order in ((0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3)):
         inverse = torch.tensor(order).argsort().tolist()
-        for moved in (grad, out):
-            assert moved.permute(order).contiguous().permute(inverse).equal(moved)
         others = [x.permute(order).contiguous().permute(inverse) for x in (grad, out)]
         own = KERNELS[name].backward(others[0], q, k, v, others[1], lse, True, 0.3)
         error, which = worst_error([*own, out, lse], [*expected, out.double(), lse.double()])
