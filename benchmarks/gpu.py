@@ -155,13 +155,17 @@ FIGURES = {"attention": run_attention, "kernels": run_kernels, "step": run_step}
 def _guarded(
     args: argparse.Namespace, rows: Callable[[], Iterable[dict[str, Any]]], **where: Any
 ) -> list[dict[str, Any]]:
-    """The rows, measured as one rank of S; where memory does not suffice, one row that says so."""
+    """The rows, measured as one rank of S; where memory does not suffice or a kernel refuses, one row that says so."""
     print(", ".join(f"{key} {value}" for key, value in where.items()), flush=True)
     try:
         with one_rank_of(where["ranks"], args.device):
             return list(rows())
-    except torch.cuda.OutOfMemoryError:
-        return [{**where, "contestant": "lss", "note": "out of memory"}]
+    except RuntimeError as error:
+        if args.quick:
+            raise
+        memory = isinstance(error, torch.cuda.OutOfMemoryError)
+        note = "out of memory" if memory else f"failed: {str(error).splitlines()[0]}"
+        return [{**where, "contestant": "lss", "note": note}]
     finally:
         gc.collect()
         if args.device.type == "cuda":

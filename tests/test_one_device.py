@@ -125,6 +125,24 @@ def test_the_benchmark_runs_at_tiny_sizes_and_writes_nothing(monkeypatch, capsys
     assert "time on links is not" in shown
 
 
+@pytest.mark.parametrize(
+    ("error", "note"),
+    [
+        (torch.cuda.OutOfMemoryError("Tried to allocate"), "out of memory"),
+        (RuntimeError("no such width\nmore"), "failed: no such width"),
+    ],
+)
+def test_what_does_not_run_has_a_row_that_says_so(error, note) -> None:
+    def rows() -> list[dict[str, object]]:
+        raise error
+
+    args = argparse.Namespace(device=torch.device("cpu"), quick=False)
+    assert gpu._guarded(args, rows, ranks=4, length=8) == [{"ranks": 4, "length": 8, "contestant": "lss", "note": note}]
+    with pytest.raises(RuntimeError):
+        gpu._guarded(argparse.Namespace(device=torch.device("cpu"), quick=True), rows, ranks=4)
+    assert not dist.is_initialized()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_the_benchmark_says_that_it_needs_a_gpu() -> None:
     parser = argparse.ArgumentParser()
