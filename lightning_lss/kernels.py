@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from lightning_lss import kernels_cuda
 
 aten = torch.ops.aten
 
@@ -63,14 +64,30 @@ def _obstacle(name: str, q: Tensor) -> str | None:
         return None if device == "cpu" else f"runs on CPU tensors, not on {device}"
     if device != "cuda":
         return f"runs on CUDA tensors, not on {device}"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"computes in float16 and bfloat16, not in {dtype}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
-        return "needs a GPU of compute capability 8.0 (Ampere) or newer"
-    widest = 256 if name == "cuda_flash" else 128
-    if width > widest:
+    return _cuda_obstacle(name, dtype, width, q.device)
+
+
+def _cuda_obstacle(name: str, dtype: torch.dtype, width: int, device: torch.device) -> str | None:
+    amd = torch.version.hip is not None
+    if name == "efficient":
+        if amd:
+            return "needs an NVIDIA GPU"
+        if dtype == torch.float64:
+            return "computes in float32, float16 and bfloat16, not in torch.float64"
+        ampere_only = dtype == torch.bfloat16
+    else:
+        if dtype not in (torch.float16, torch.bfloat16):
+            return f"computes in float16 and bfloat16, not in {dtype}"
+        ampere_only = True
+    if ampere_only and not amd and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"needs a GPU of compute capability 8.0 (Ampere) or newer for {dtype}"
+    widest = _WIDEST_HEAD.get(name)
+    if widest is not None and width > widest:
         return f"takes heads of width up to {widest}, not {width}"
     return None
+
+
+_WIDEST_HEAD = {"cuda_flash": 256, "cudnn": 128}
 
 
 # -- CPU flash ---------------------------------------------------------------------------------------------------------
@@ -85,74 +102,6 @@ def _cpu_flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal, scale=scale)
-
-
-# -- CUDA flash (FlashAttention-2, or newer where torch has activated it)
-# ------------------------------------------------
-
-
-def _padded(*tensors: Tensor) -> list[Tensor]:
-    """The tensors with head widths rounded up to a multiple of 8, as the kernel needs them; zeros change no score."""
-    return [F.pad(x, (0, -x.size(-1) % 8)) for x in tensors]
-
-
-def _cuda_flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    padded = _padded(q, k, v)
-    out, lse, *_ = aten._scaled_dot_product_flash_attention(*padded, 0.0, causal, False, scale=scale)
-    return out[..., : q.size(-1)], lse
-
-
-def _cuda_flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    padded = _padded(grad, q, k, v, out)
-    unused_seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # only read with dropout
-    unused_offset = torch.empty(0, dtype=torch.uint64, device=q.device)
-    grads = aten._scaled_dot_product_flash_attention_backward(
-        *padded,
-        lse.contiguous(),
-        None,
-        None,
-        q.size(2),
-        k.size(2),
-        0.0,
-        causal,
-        unused_seed,
-        unused_offset,
-        scale=scale,
-    )
-    return tuple(x[..., : q.size(-1)] for x in grads)
-
-
-# -- CUDA cuDNN --------------------------------------------------------------------------------------------------------
-
-
-def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    padded = _padded(q, k, v)
-    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(*padded, None, True, 0.0, causal, False, scale=scale)
-    return out[..., : q.size(-1)], lse.view(q.shape[:3])
-
-
-def _cudnn_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    padded = _padded(grad, q, k, v, out)
-    unused = torch.zeros((), dtype=torch.int64, device=q.device)  # the dropout generator's state
-    grads = aten._scaled_dot_product_cudnn_attention_backward(
-        *padded,
-        lse.contiguous().unsqueeze(-1),
-        unused,
-        unused,
-        None,
-        None,
-        None,
-        q.size(2),
-        k.size(2),
-        0.0,
-        causal,
-        scale=scale,
-    )
-    return tuple(x[..., : q.size(-1)] for x in grads)
 
 
 # -- plain reference ---------------------------------------------------------------------------------------------------
@@ -213,8 +162,9 @@ KERNELS = {
     kernel.name: kernel
     for kernel in (
         Kernel("cpu_flash", _cpu_flash_forward, _cpu_flash_backward, offset_diagonal=False),
-        Kernel("cuda_flash", _cuda_flash_forward, _cuda_flash_backward, offset_diagonal=True),
-        Kernel("cudnn", _cudnn_forward, _cudnn_backward, offset_diagonal=False),
+        Kernel("cuda_flash", kernels_cuda.flash_forward, kernels_cuda.flash_backward, offset_diagonal=True),
+        Kernel("cudnn", kernels_cuda.cudnn_forward, kernels_cuda.cudnn_backward, offset_diagonal=False),
+        Kernel("efficient", kernels_cuda.efficient_forward, kernels_cuda.efficient_backward, offset_diagonal=True),
         Kernel("reference", _reference_forward, _reference_backward, offset_diagonal=True),
     )
 }

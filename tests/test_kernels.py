@@ -199,9 +199,11 @@ def test_on_cpu_flash_is_chosen_for_every_dtype(dtype) -> None:
     [
         (torch.float16, 64, (8, 0), "cuda_flash"),
         (torch.bfloat16, 256, (9, 0), "cuda_flash"),
-        (torch.bfloat16, 264, (9, 0), "reference"),
-        (torch.float32, 64, (9, 0), "reference"),
-        (torch.float16, 64, (7, 5), "reference"),
+        (torch.bfloat16, 264, (9, 0), "efficient"),
+        (torch.float32, 64, (9, 0), "efficient"),
+        (torch.float16, 64, (7, 5), "efficient"),
+        (torch.bfloat16, 64, (7, 5), "reference"),
+        (torch.float64, 64, (9, 0), "reference"),
     ],
 )
 def test_on_cuda_the_choice_follows_dtype_width_and_capability(monkeypatch, dtype, width, capability, choice) -> None:
@@ -227,6 +229,8 @@ def test_a_kernel_is_found_by_name(name) -> None:
         (cuda_tensor(torch.float32), "cudnn", r"in float16 and bfloat16, not in torch\.float32.*'reference'"),
         (cuda_tensor(width=136), "cudnn", "heads of width up to 128, not 136"),
         (cuda_tensor(width=264), "cuda_flash", "heads of width up to 256, not 264"),
+        (cuda_tensor(torch.float64), "efficient", r"in float32, float16 and bfloat16, not in torch\.float64"),
+        (torch.empty(1, 1, 2, 4), "efficient", "'efficient' runs on CUDA tensors, not on cpu"),
     ],
 )
 def test_a_kernel_that_cannot_take_the_tensor_says_why(monkeypatch, q, name, words) -> None:
@@ -235,77 +239,14 @@ def test_a_kernel_that_cannot_take_the_tensor_says_why(monkeypatch, q, name, wor
         select_kernel(q, name)
 
 
-def test_old_gpus_are_refused(monkeypatch) -> None:
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float16, "cuda_flash"), (torch.bfloat16, "efficient")])
+def test_old_gpus_are_refused(monkeypatch, dtype, name) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(ValueError, match=r"compute capability 8\.0"):
-        select_kernel(cuda_tensor(), "cuda_flash")
+        select_kernel(cuda_tensor(dtype), name)
 
 
-# -- kernels for CUDA --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("width", [64, 12])
-@pytest.mark.parametrize(("m", "n"), [(16, 16), (16, 40)])
-@pytest.mark.parametrize("name", ["cuda_flash", "cudnn"])
-def test_the_operators_for_cuda_take_the_arguments_as_they_are_passed(name, m, n, width) -> None:
-    # on meta tensors torch checks schemas and gives the shapes without a GPU; numbers are checked below, with one
-    inputs = make_inputs(m, n, heads=4, kv_heads=2, width=width, dtype=torch.bfloat16)
-    compute(name, Inputs(*(x.to("meta") for x in inputs)), causal=m == n)
-
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="computes on a CUDA device, and there is none")
-TWO_BYTES = [torch.bfloat16, torch.float16]
-GPU_KERNELS = ["cuda_flash", "cudnn"]
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("width", [64, 128, 20])
-@pytest.mark.parametrize("rows", [128, 200])
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("dtype", TWO_BYTES)
-@pytest.mark.parametrize("name", GPU_KERNELS)
-def test_cuda_kernels_on_square_tiles(name, dtype, causal, rows, width, kv_heads) -> None:
-    inputs = make_inputs(rows, rows, 4, kv_heads, width, dtype, "cuda")
-    error, which = worst_error(compute(name, inputs, causal), textbook(inputs, causal))
-    # probabilities and their gradients pass through the two-byte type on their way into the tensor cores
-    assert error < 8 * ROUNDING[dtype], which
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize(("m", "n"), [(64, 256), (100, 333), (256, 64)])
-@pytest.mark.parametrize("dtype", TWO_BYTES)
-@pytest.mark.parametrize("name", GPU_KERNELS)
-def test_cuda_kernels_on_rectangles(name, dtype, m, n) -> None:
-    inputs = make_inputs(m, n, 4, 2, 64, dtype, "cuda")
-    error, which = worst_error(compute(name, inputs, False), textbook(inputs, False))
-    assert error < 8 * ROUNDING[dtype], which
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize(("m", "n"), [(64, 256), (100, 333), (1, 77)])
-@pytest.mark.parametrize("dtype", TWO_BYTES)
-def test_cuda_flash_ends_its_diagonal_in_the_bottom_right_corner(dtype, m, n) -> None:
-    inputs = make_inputs(m, n, 4, 2, 64, dtype, "cuda")
-    error, which = worst_error(compute("cuda_flash", inputs, True), textbook(inputs, True))
-    assert error < 8 * ROUNDING[dtype], which
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("dtype", TWO_BYTES)
-@pytest.mark.parametrize("name", GPU_KERNELS)
-def test_cuda_backward_of_parts_of_the_keys_adds_up_to_the_whole(name, dtype) -> None:
-    q, k, v, grad = inputs = make_inputs(128, 128, 4, 2, 64, dtype, "cuda")
-    kernel = KERNELS[name]
-    out, lse, dq, dk, dv = compute(name, inputs, False)
-    parts = [
-        kernel.backward(grad, q, k[:, :, keys], v[:, :, keys], out, lse, False, SCALE)
-        for keys in (slice(0, 32), slice(32, None))
-    ]
-    summed = [parts[0][0] + parts[1][0], *(torch.cat([p[i] for p in parts], 2) for i in (1, 2))]
-    error, which = worst_error(summed, [x.double() for x in (dq, dk, dv)])
-    assert error < 8 * ROUNDING[dtype], which
+def test_gpus_of_amd_have_no_efficient_kernel(monkeypatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert select_kernel(cuda_tensor(torch.float32)).name == "reference"
+    assert select_kernel(cuda_tensor(torch.bfloat16)).name == "cuda_flash"

@@ -1,0 +1,118 @@
+"""Attention of one rank of S against plain attention, for :mod:`benchmarks.gpu`."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.one_rank import Timed, in_turn, shard_of, time_call
+from lightning_lss import SequenceShard, lss_attention
+from lightning_lss.layout import position_ranges
+
+BACKENDS = {
+    "cuda_flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cpu_flash": SDPBackend.FLASH_ATTENTION,
+}
+"""Under which name torch's own attention has a kernel."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """Sizes of one call of attention: batch 1, L positions, H query and G key/value heads of width D."""
+
+    length: int
+    heads: int
+    kv_heads: int
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def tensors(self, local_length: int) -> list[Tensor]:
+        """Random q, k, v and gradient of the output, as projections leave them: [1, H, l, D], in memory [1, l, H, D]."""
+        heads = (self.heads, self.kv_heads, self.kv_heads, self.heads)
+        shapes = [(1, local_length, count, self.width) for count in heads]
+        return [torch.randn(shape, device=self.device, dtype=self.dtype).transpose(1, 2) for shape in shapes]
+
+    def flops(self, pairs: float) -> float:
+        """Of forward and backward: 2 and 5 matrix multiplications (FlashAttention-2, arXiv 2307.08691, section 4.1)."""
+        return 14.0 * self.heads * self.width * pairs
+
+
+def causal_pairs(shard: SequenceShard, length: int) -> int:
+    """Query-key pairs that the rank computes under a causal mask."""
+    runs = position_ranges(length, shard.rank, shard.size, shard.layout)
+    return sum((run.start + run.stop + 1) * len(run) // 2 for run in runs)
+
+
+def time_rank(call: Call, size: int, kernel: str, layout: str, head_chunks: Any) -> Timed:
+    """One rank's attention of S."""
+    attend = partial(lss_attention, shard=shard_of(size, layout), kernel=kernel, head_chunks=head_chunks)
+    return time_call(attend, *call.tensors(call.length // size))
+
+
+def time_plain(call: Call, kernel: str) -> Timed:
+    """torch's own attention on a sequence that is whole."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        gqa = call.heads != call.kv_heads
+        with sdpa_kernel(BACKENDS.get(kernel, SDPBackend.MATH)):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+
+    return time_call(attend, *call.tensors(call.length))
+
+
+def compare(
+    call: Call, size: int, kernel: str, contestants: dict[str, dict[str, Any]], rounds: int, seconds: float
+) -> Iterator[dict[str, Any]]:
+    """Columns of the contestants' rows, and of plain attention with as many pairs as the first of them.
+
+    Args:
+        call: sizes.
+        size: S; the caller is within :func:`benchmarks.one_rank.one_rank_of`.
+        kernel: of all of them.
+        contestants: by name, their ``layout`` and ``head_chunks``.
+        rounds: turns of every contestant after a warm-up.
+        seconds: after which no further round begins.
+    """
+    pairs = {name: causal_pairs(shard_of(size, own["layout"]), call.length) for name, own in contestants.items()}
+    whole = replace(call, length=max(128, round(math.sqrt(2 * next(iter(pairs.values()))) / 128) * 128))
+    pairs["plain"] = causal_pairs(SequenceShard(), whole.length)
+    runs: dict[str, Callable[[], Timed]] = {"plain": partial(time_plain, whole, kernel)}
+    for name, own in contestants.items():
+        runs[name] = partial(time_rank, call, size, kernel, **own)
+    times = in_turn(runs, rounds, seconds)
+    for name, own_times in times.items():
+        own = contestants.get(name, {})
+        per_pair = [[x.seconds / pairs[which] for x in times[which]] for which in ("plain", name)]
+        seconds = statistics.median(x.seconds for x in own_times)
+        yield {
+            "contestant": name,
+            "ranks": size if own else 1,
+            "length": call.length if own else whole.length,
+            "layout": own.get("layout", ""),
+            "heads": call.heads,
+            "kv_heads": call.kv_heads,
+            "head_width": call.width,
+            "dtype": str(call.dtype).removeprefix("torch."),
+            "kernel": kernel,
+            "head_chunks": own.get("head_chunks", ""),
+            "collectives": "copies" if own else "",
+            "forward_seconds": statistics.median(x.forward for x in own_times),
+            "backward_seconds": statistics.median(x.backward for x in own_times),
+            "seconds": seconds,
+            "fraction_of_plain": statistics.median(a / b for a, b in zip(*per_pair)),
+            "tflops_per_second": call.flops(pairs[name]) / seconds / 1e12,
+            "peak_mib": max(x.peak for x in own_times) / 2**20,
+            "rounds": len(own_times),
+        }

@@ -1,0 +1,156 @@
+"""Every rank's attention of a sequence group on one device, against plain attention on the whole sequence; and the
+stand-ins for collectives by which one rank runs alone. Device-agnostic: on CPU here, on a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks import gpu
+from benchmarks.gpu_attention import causal_pairs
+from benchmarks.one_rank import Timed, in_turn, one_rank_of, shard_of
+from lightning_lss import SequenceShard, collectives, lss_attention
+from lightning_lss.kernels import KERNELS, select_kernel
+from lightning_lss.tiles import attention_tiles
+from tests.recorded_ranks import RecordedRanks
+from tests.test_kernels import ROUNDING, Inputs, make_inputs, worst_error
+
+LENGTH = 256
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="computes on a CUDA device, and there is none"),
+]
+# The bound for two-byte types is twice that of one kernel call: tiles of the same rows are joined, and gradients summed,
+# in that type. In float32 sums over ranks are longer than over one kernel's keys.
+CASES = [
+    ("cpu", "cpu_flash", torch.float64, 100),
+    *(
+        pytest.param("cuda", name, dtype, limit, marks=GPU)
+        for name, dtype, limit in [
+            ("cuda_flash", torch.bfloat16, 16),
+            ("cudnn", torch.bfloat16, 16),
+            ("efficient", torch.bfloat16, 16),
+            ("efficient", torch.float32, 100),
+        ]
+    ),
+]
+
+
+def plain(inputs: Inputs, causal: bool) -> list[Tensor]:
+    """Out, dq, dk, dv of the whole sequence in float64."""
+    q, k, v, grad = (x.double() for x in inputs)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    keys_values = [x.repeat_interleave(q.size(1) // k.size(1), 1) for x in leaves[1:]]
+    out = torch.nn.functional.scaled_dot_product_attention(q, *keys_values, is_causal=causal)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+@pytest.mark.parametrize(("device", "kernel", "dtype", "limit"), CASES)
+@pytest.mark.parametrize(
+    ("kv_heads", "options"),
+    [(8, {"head_chunks": 4}), (2, {"head_chunks": 1}), (2, {"keep_gathered": True}), (1, {"head_chunks": 1})],
+)
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize(("size", "causal"), [(4, True), (8, True), (4, False)])
+def test_all_ranks_together_are_plain_attention(
+    monkeypatch, size, causal, layout, kv_heads, options, device, kernel, dtype, limit
+) -> None:
+    inputs = make_inputs(LENGTH, LENGTH, 8, kv_heads, 64, dtype, device)
+
+    def work(shard: SequenceShard) -> list[Tensor]:
+        q, k, v, grad = (shard.split(x, 2).transpose(1, 2).contiguous().transpose(1, 2) for x in inputs)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = lss_attention(*leaves, shard, causal, kernel=kernel, **options)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+    by_rank = RecordedRanks(size, layout, monkeypatch).run(work)
+    order = torch.cat([SequenceShard(r, size, layout).positions(LENGTH // size) for r in range(size)]).argsort()
+    whole = [torch.cat(parts, 2)[:, :, order.to(device)] for parts in zip(*by_rank)]
+    error, which = worst_error(whole, plain(inputs, causal))
+    assert error < limit * ROUNDING[dtype], which
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_copies_stand_in_for_collectives(device) -> None:
+    with one_rank_of(4, torch.device(device)):
+        assert (dist.get_rank(), dist.get_world_size()) == (0, 4)
+        local = torch.arange(6.0, device=device).view(2, 3)
+        gathered = collectives.all_gather(local, dist.group.WORLD).wait()
+        assert gathered.equal(local.expand(4, 2, 3))
+        stacked = torch.arange(24.0, device=device).view(4, 2, 3)
+        assert collectives.reduce_scatter(stacked, dist.group.WORLD).wait().equal(stacked.sum(0))
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("offset_diagonal", [True, False])
+def test_pairs_of_the_busiest_rank(layout, offset_diagonal) -> None:
+    def pairs(rank: int) -> int:
+        return sum(tile.pairs for tile in attention_tiles(64, rank, 4, layout, True, offset_diagonal))
+
+    with one_rank_of(4, torch.device("cpu")):
+        assert causal_pairs(shard_of(4, layout), 64) == max(map(pairs, range(4)))
+    assert causal_pairs(SequenceShard(), 64) == 64 * 65 // 2
+
+
+def test_contestants_take_turns_after_a_warm_up() -> None:
+    calls: list[str] = []
+
+    def run(name: str) -> Timed:
+        calls.append(name)
+        return Timed(1.0, 2.0, len(calls))
+
+    times = in_turn({name: partial(run, name) for name in "ab"}, rounds=2, seconds=1000)
+    assert calls == list("ababab")
+    assert [x.peak for x in times["b"]] == [4, 6]
+    assert times["a"][0].seconds == 3.0
+    assert len(in_turn({"a": partial(run, "a")}, rounds=5, seconds=0)["a"]) == 1  # at least one
+
+
+@pytest.mark.parametrize("figure", list(gpu.FIGURES))
+def test_the_benchmark_runs_at_tiny_sizes_and_writes_nothing(monkeypatch, capsys, figure) -> None:
+    monkeypatch.setattr(gpu.results, "append", lambda *args: pytest.fail("a smoke test is no result"))
+    parser = argparse.ArgumentParser()
+    gpu.add_arguments(parser)
+    checkpointing = ["--checkpointing", "selective"] if figure == "step" else []
+    gpu.run(parser.parse_args(["--device", "cpu", "--quick", "--figures", figure, *checkpointing]))
+    shown = capsys.readouterr().out
+    assert "4" in shown
+    assert "time on links is not" in shown
+
+
+@pytest.mark.parametrize(
+    ("error", "note"),
+    [
+        (torch.cuda.OutOfMemoryError("Tried to allocate"), "out of memory"),
+        (RuntimeError("no such width\nmore"), "failed: no such width"),
+    ],
+)
+def test_what_does_not_run_has_a_row_that_says_so(error, note) -> None:
+    def rows() -> list[dict[str, object]]:
+        raise error
+
+    args = argparse.Namespace(device=torch.device("cpu"), quick=False)
+    assert gpu._guarded(args, rows, ranks=4, length=8) == [{"ranks": 4, "length": 8, "contestant": "lss", "note": note}]
+    with pytest.raises(RuntimeError):
+        gpu._guarded(argparse.Namespace(device=torch.device("cpu"), quick=True), rows, ranks=4)
+    assert not dist.is_initialized()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_benchmark_says_that_it_needs_a_gpu() -> None:
+    parser = argparse.ArgumentParser()
+    gpu.add_arguments(parser)
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        gpu.run(parser.parse_args([]))
+
+
+def test_every_kernel_of_the_benchmark_exists() -> None:
+    assert set(gpu.BACKENDS) <= set(KERNELS)
+    assert select_kernel(torch.empty(1, 1, 1, 8)).name in gpu.BACKENDS
