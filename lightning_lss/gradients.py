@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -33,6 +34,15 @@ def ignore_in_ddp(module: nn.Module, names: Iterable[str]) -> None:
     names = list(names)
     ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
     module._ddp_params_and_buffers_to_ignore = [*ignored, *names, *(f".{name}" for name in names)]  # type: ignore[assignment]
+
+
+def travel_in(dtype: torch.dtype) -> Callable[..., Any]:
+    """A communication hook for DistributedDataParallel that averages gradients in bfloat16 or float16.
+
+    torch's own hooks, which DDP would refuse by their names where it thinks that only NCCL can do it; gloo can.
+    """
+    hook = {torch.bfloat16: bf16_compress_hook, torch.float16: fp16_compress_hook}[dtype]
+    return lambda state, bucket: hook(state, bucket)
 
 
 def average_segment_local_gradients(

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_lss.mesh import SequenceMesh
@@ -91,6 +91,7 @@ class ShardedRoot(nn.Module):
         segment_local: names of segment-local parameters and buffers, which are neither sharded nor made equal.
         unit_types: see :func:`units_of`.
         broadcast_buffers: whether buffers become those of rank 0 before each training step, as with DDP.
+        reduce_dtype: the dtype in which gradients travel and are summed; None for their own.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class ShardedRoot(nn.Module):
         segment_local: Collection[str] = (),
         unit_types: Collection[type[nn.Module]] | None = None,
         broadcast_buffers: bool = True,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
@@ -109,16 +111,17 @@ class ShardedRoot(nn.Module):
         ignored = {x for x in (*local, *self.scalars) if isinstance(x, nn.Parameter)}
         self.shared_buffers = [x for name, x in buffers.items() if name not in segment_local]
         units = units_of(module, unit_types)
+        policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
         for tensor in local:
             tensor.data = tensor.data.to(device)
         _start_equally([*self.scalars, *self.shared_buffers], device)
         for unit in units:
             _start_equally([x for x in unit.parameters() if x not in ignored], device)
-            fully_shard(unit, mesh=mesh, ignored_params=ignored)
+            fully_shard(unit, mesh=mesh, ignored_params=ignored, mp_policy=policy)
         rest = [x for x in module.parameters() if x not in ignored and not isinstance(x, DTensor)]
         _start_equally(rest, device)
         self.module = module
-        fully_shard(self, mesh=mesh, ignored_params=ignored)
+        fully_shard(self, mesh=mesh, ignored_params=ignored, mp_policy=policy)
 
         self.mesh = mesh
         self.broadcast_buffers = broadcast_buffers

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.init import _EmptyInit
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -24,6 +25,7 @@ class ShardingStrategy(SavingStrategy):
 
     _sharding: Sharding | None = None
     _sharding_units: Collection[type[nn.Module]] | None = None
+    _communication_dtype: torch.dtype | None = None
     _mesh: SequenceMesh | None = None
 
     @property
@@ -85,7 +87,13 @@ class ShardingStrategy(SavingStrategy):
             mesh = sharding_mesh(self._mesh, self._sharding, self.root_device.type)
             broadcast_buffers = bool(self._ddp_kwargs.get("broadcast_buffers", True))
             root = ShardedRoot(
-                self._module, mesh, self.root_device, self._segment_local(), self._sharding_units, broadcast_buffers
+                self._module,
+                mesh,
+                self.root_device,
+                self._segment_local(),
+                self._sharding_units,
+                broadcast_buffers,
+                self._communication_dtype,
             )
         # What Lightning would make equal on all ranks where it does not train; it is, or must not be.
         root._ddp_params_and_buffers_to_ignore = [*dict(root.named_parameters()), *dict(root.named_buffers())]  # type: ignore[assignment]

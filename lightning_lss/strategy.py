@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -27,10 +28,12 @@ from lightning_lss.gradients import (
     ignore_in_ddp,
     leave_precision_plugin,
     total_norm,
+    travel_in,
     watch_precision_plugin,
 )
 from lightning_lss.layout import check_layout, resolve_sequence_parallel_size
 from lightning_lss.mesh import SequenceMesh, build_mesh
+from lightning_lss.precision import resolve_communication_dtype
 from lightning_lss.refusals import (
     check_module,
     check_optimizers,
@@ -60,6 +63,9 @@ class LSSStrategy(ShardingStrategy):
         sequence_dims: for batch entries by key, the dimension that is the sequence or None to leave an entry whole; see
             :func:`lightning_lss.batch.split_batch`.
         check_batches: how many of the first batches of each data loader are compared over a sequence group.
+        communication_dtype: ``torch.bfloat16`` or ``torch.float16`` (or its name): keys, values and all gradients travel
+            in it, for half the bytes of float32, and gradients are summed in it. The training is then that of one device
+            only up to the rounding of that dtype. None sends everything in the dtype that it is computed in.
         sharding: how parameters, gradients and optimizer state are laid out, by torch's ``fully_shard``.
 
             - None: whole on every rank, averaged by DistributedDataParallel.
@@ -93,6 +99,7 @@ class LSSStrategy(ShardingStrategy):
         layout: Literal["contiguous", "zigzag", "auto"] = "auto",
         sequence_dims: SequenceDims | None = None,
         check_batches: int = 2,
+        communication_dtype: torch.dtype | str | None = None,
         sharding: Sharding | None = None,
         sharding_units: Collection[type[nn.Module]] | None = None,
         save_distributed_checkpoint: bool = False,
@@ -100,6 +107,12 @@ class LSSStrategy(ShardingStrategy):
     ) -> None:
         super().__init__(**ddp_kwargs)
         check_sharding(sharding, save_distributed_checkpoint, ddp_kwargs)
+        self._communication_dtype = resolve_communication_dtype(communication_dtype)
+        if self._communication_dtype is not None and ddp_kwargs.get("ddp_comm_hook") is not None:
+            raise ValueError(
+                f"communication_dtype={communication_dtype!r} and ddp_comm_hook both say how gradients travel: give one of"
+                " them."
+            )
         self._sharding = sharding
         self._sharding_units = sharding_units
         self._save_distributed_checkpoint = save_distributed_checkpoint
@@ -191,7 +204,9 @@ class LSSStrategy(ShardingStrategy):
         size = self.sequence_parallel_size
         if self._mesh is None:
             self._mesh = build_mesh(self.world_size, self.global_rank, size, self._timeout)
-        self._shard = SequenceShard(self._mesh.sequence_rank, size, self._layout, self._mesh.sequence_group)
+        self._shard = SequenceShard(
+            self._mesh.sequence_rank, size, self._layout, self._mesh.sequence_group, self._communication_dtype
+        )
         self._running = True
         self._batches_checked.clear()
         if self._mesh.sequence_group is not None:
@@ -309,6 +324,12 @@ class LSSStrategy(ShardingStrategy):
         return total_norm(parameters, set(local), self._shard.require_group() if local else None)
 
     # -- gradients -----------------------------------------------------------------------------------------------------
+
+    @override
+    def _register_ddp_hooks(self) -> None:
+        super()._register_ddp_hooks()
+        if self._communication_dtype is not None and isinstance(self.model, DistributedDataParallel):
+            self.model.register_comm_hook(None, travel_in(self._communication_dtype))
 
     def _segment_local(self) -> list[str]:
         """Names of parameters and buffers that differ from segment to segment; none where there is one segment."""

@@ -37,14 +37,26 @@ FACTORS: list[list[Any]] = [
 ]
 
 
-def all_combinations() -> list[tuple[Any, ...]]:
+# What changes how a step is computed, but not what; a vocabulary larger than the width has its loss in chunks.
+OPTION_FACTORS: list[list[Any]] = [
+    GRIDS[1:],
+    ["contiguous", "zigzag"],
+    [None, "fsdp", "hybrid"],
+    ["none", "full", "selective", "offload"],
+    [1, 2],
+    [True, False],
+    [11, 40],
+]
+
+
+def all_combinations(factors: list[list[Any]]) -> list[tuple[Any, ...]]:
     """The product of all factors, without hybrid sharding where there is nothing to shard over."""
-    return [x for x in itertools.product(*FACTORS) if x[2] != "hybrid" or x[0] != (2, 1)]
+    return [x for x in itertools.product(*factors) if x[2] != "hybrid" or x[0] != (2, 1)]
 
 
-def covering_combinations() -> list[tuple[Any, ...]]:
+def covering_combinations(factors: list[list[Any]]) -> list[tuple[Any, ...]]:
     """A part of the product of all factors in which every pair of values of two factors occurs, chosen greedily."""
-    left = all_combinations()
+    left = all_combinations(factors)
     uncovered = {pair for combination in left for pair in pairs_in(combination)}
     chosen = []
     while uncovered:
@@ -59,12 +71,12 @@ def pairs_in(combination: tuple[Any, ...]) -> set[Any]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "combination" in metafunc.fixturenames:
-        whole = metafunc.config.getoption("--all-combinations")
-        combinations = all_combinations() if whole else covering_combinations()
-        metafunc.parametrize(
-            "combination", combinations, ids=lambda c: f"W{c[0][0]}S{c[0][1]}-" + "-".join(map(str, c[1:]))
-        )
+    choose = all_combinations if metafunc.config.getoption("--all-combinations") else covering_combinations
+    for name, factors in (("combination", FACTORS), ("options", OPTION_FACTORS)):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(
+                name, choose(factors), ids=lambda c: f"W{c[0][0]}S{c[0][1]}-" + "-".join(map(str, c[1:]))
+            )
 
 
 def make_run(positions: str, accumulate: int, clip: str, causal: bool, precision: str = "64-true", **more: Any) -> Run:
@@ -89,6 +101,37 @@ def test_float64(world, one_process, combination) -> None:
     (world_size, size), layout, sharding, *options = combination
     run = make_run(*options, size=size, layout=layout, strategy={"check_batches": 1, "sharding": sharding})
     assert_parity(world.run(world_size, fit, run), one_process(*options), 1e-10)
+
+
+@pytest.fixture(scope="module")
+def one_process_by_vocabulary(world: World) -> Any:
+    return cache(lambda vocabulary: world.run(1, fit, Run(**options_run(vocabulary)))[0])
+
+
+def options_run(vocabulary: int, **options: Any) -> dict[str, Any]:
+    trainer = {"accumulate_grad_batches": 2, "precision": "64-true", "gradient_clip_val": 0.3}
+    return {"model": {"positions": "learned", "vocab_size": vocabulary, **options}, "trainer": trainer}
+
+
+def test_options_in_float64(world, one_process_by_vocabulary, options) -> None:
+    (world_size, size), layout, sharding, checkpointing, tiles, keep_gathered, vocabulary = options
+    run = Run(
+        size=size,
+        layout=layout,
+        strategy={"check_batches": 1, "sharding": sharding},
+        **options_run(vocabulary, activation_checkpointing=checkpointing, mlp_tiles=tiles, keep_gathered=keep_gathered),
+    )
+    assert_parity(world.run(world_size, fit, run), one_process_by_vocabulary(vocabulary), 1e-10)
+
+
+@pytest.mark.parametrize("sharding", [None, "fsdp"])
+def test_gradients_may_travel_in_bfloat16(world, sharding) -> None:
+    common = options_run(11)
+    exact = world.run(2, fit, Run(size=2, **common, strategy={"sharding": sharding}))[0]
+    rounded = {"sharding": sharding, "communication_dtype": "bfloat16"}
+    state = world.run(2, fit, Run(size=2, **common, strategy=rounded))[0]
+    difference, name = worst_difference(state, exact)
+    assert 1e-6 < difference < 2e-2, name  # 8 bits of a gradient, in a few steps
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"W{grid[0]}S{grid[1]}")
