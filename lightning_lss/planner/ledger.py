@@ -6,19 +6,21 @@ PARTS = ("parameters", "gradients", "optimizer", "activations", "kv_buffers", "l
 
 
 class Ledger:
-    """Tensors come and go by name; the ledger remembers what was held when that was most."""
+    """Tensors come and go by name; the ledger remembers what was held when that was most, and how much was ever written."""
 
     def __init__(self) -> None:
         self.held: dict[str, tuple[str, float]] = {}
         self.now = dict.fromkeys(PARTS, 0.0)
         self.peak = dict(self.now)
         self.moment = ""
+        self.written = 0.0
 
     def hold(self, name: str, size: float, part: str = "activations") -> None:
         """A tensor of ``size`` bytes comes to be."""
         assert name not in self.held, name
         self.held[name] = (part, size)
         self.now[part] += size
+        self.written += size
         if sum(self.now.values()) > sum(self.peak.values()):
             self.peak, self.moment = dict(self.now), name
 

@@ -49,9 +49,10 @@ class Options:
         precision: a name in :data:`PRECISIONS`, as Lightning's Trainer takes it.
         layout: how LSS splits a sequence, ``"zigzag"`` or ``"contiguous"``.
         head_chunks: in how many parts LSS gathers the key/value heads; None for what attention chooses by itself.
-        activation_checkpointing: ``"none"``; ``"full"`` keeps the input of each block; ``"selective"`` keeps what attention
-            returns as well; ``"offload"`` is full with the inputs in host memory.
-        mlp_tiles: in how many tiles along the sequence an MLP is computed, and computed again in the backward pass.
+        activation_checkpointing: ``"none"``; ``"full"`` keeps the input of each block; ``"selective"`` keeps what
+            attention returns as well; ``"offload"`` is full with the inputs in host memory. None for the model's.
+        mlp_tiles: in how many tiles along the sequence an MLP is computed, and computed again in the backward pass; None for
+            the model's.
         loss_rows: rows of logits that exist at a time; None for all of them.
         sharding: None, every rank has all parameters; ``"fsdp"``, parameters, gradients and optimizer state are spread over
             all ranks; ``"hybrid"``, over the ranks of a sequence group.
@@ -68,8 +69,8 @@ class Options:
     precision: str = "32-true"
     layout: str = "zigzag"
     head_chunks: int | None = None
-    activation_checkpointing: str = "none"
-    mlp_tiles: int = 1
+    activation_checkpointing: str | None = None
+    mlp_tiles: int | None = None
     loss_rows: int | None = None
     sharding: str | None = None
     ddp: bool = True
@@ -81,7 +82,7 @@ class Options:
     def __post_init__(self) -> None:
         known = {
             "precision": PRECISIONS,
-            "activation_checkpointing": ("none", "full", "selective", "offload"),
+            "activation_checkpointing": (None, "none", "full", "selective", "offload"),
             "sharding": (None, "fsdp", "hybrid"),
             "optimizer_temporaries": ("largest", "all", "none"),
         }
@@ -139,7 +140,7 @@ class Setup:
     def _check_tensor_parallel(self) -> None:
         shared = {"seq_len": self.seq_len}
         if not self.options.fractional_heads:
-            shared |= {"num_kv_heads": self.config.kv_heads, "hidden width": self.config.hidden_width}
+            shared |= {"num_heads": self.config.num_heads, "hidden width": self.config.hidden_width}
         for name, count in shared.items():
             if count % self.size:
                 raise ValueError(
@@ -168,8 +169,24 @@ class Setup:
 
     @property
     def kv_width(self) -> int:
-        """Width of the keys, and of the values: G x D."""
-        return self.config.kv_heads * self.config.head_dim
+        """Width of the keys, and of the values: G x D. Where Megatron has more ranks than there are key/value heads, ranks have
+        some of them twice."""
+        heads = self.config.kv_heads
+        if self.scheme == "megatron" and not self.options.fractional_heads:
+            heads = max(heads, self.size)
+        return heads * self.config.head_dim
+
+    @property
+    def activation_checkpointing(self) -> str:
+        """The choice in force."""
+        chosen = self.options.activation_checkpointing
+        return getattr(self.config, "activation_checkpointing", "none") if chosen is None else chosen
+
+    @property
+    def mlp_tiles(self) -> int:
+        """The choice in force."""
+        chosen = self.options.mlp_tiles
+        return getattr(self.config, "mlp_tiles", 1) if chosen is None else chosen
 
 
 # As attention chooses by itself (lightning_lss.attention): up to 8 chunks of at least 1 MiB of a rank's keys and values.

@@ -102,7 +102,7 @@ class Walk:
     @property
     def _hidden(self) -> float:
         """A tensor of the hidden width, of one tile of the sequence."""
-        return self._shared(self.config.hidden_width) / self.options.mlp_tiles
+        return self._shared(self.config.hidden_width) / self.setup.mlp_tiles
 
     @property
     def _logits(self) -> float:
@@ -167,7 +167,7 @@ class Walk:
         self._normed("mlp_in", readers=2 if self.config.mlp == "swiglu" else 1)
         for name in _HIDDEN[self.config.mlp]:
             self._hold(name, self._hidden)
-        if self.options.mlp_tiles > 1:  # computed again in the backward pass
+        if self.setup.mlp_tiles > 1:  # computed again in the backward pass
             self._free(*_HIDDEN[self.config.mlp])
         self._project_out("mlp")
         self._free("block", "next_block")
@@ -189,8 +189,7 @@ class Walk:
             self._hold("turned_q", self._shared(width))  # saved by attention in place of q
             self._hold("turned_k", self._keys_values / 2)  # kv stays none the less, for v
             self._free("q")
-        if "attended" not in self.ledger.held:
-            self._attend()
+        self._attend()
         if self.split and self.config.keep_gathered:
             self._free("kv", "turned_k")
             self._hold("kept", self.setup.size * self._keys_values, "kv_buffers")
@@ -227,14 +226,15 @@ class Walk:
 
     @property
     def _copies_attended(self) -> bool:
-        """Whether the heads of a token have to be put side by side: chunks of heads come one after another."""
-        return self.split and self.chunks > 1
+        """Whether the heads of a token have to be put side by side: torch's attention, and chunks of heads, give them one
+        after another."""
+        return not self.split or self.chunks > 1
 
     def _forget(self) -> None:
         """With activation checkpointing, let go of all that is not kept."""
-        if self.options.activation_checkpointing == "none":
+        if self.setup.activation_checkpointing == "none":
             return
-        kept = {f"{self.layer}.{name}" for name in _KEPT[self.options.activation_checkpointing]}
+        kept = {f"{self.layer}.{name}" for name in _KEPT[self.setup.activation_checkpointing]}
         own = [name for name in self.ledger.held if name.startswith(f"{self.layer}.")]
         self.ledger.free(*(name for name in own if name not in kept))
 
@@ -267,7 +267,7 @@ class Walk:
         """One block, from the gradient of its output, which is that of the next block's input, to that of its own."""
         self.ledger.rename(f"{self.layer + 1}.grad", f"{self.layer}.grad")
         self._gather_block()
-        if self.options.activation_checkpointing != "none":
+        if self.setup.activation_checkpointing != "none":
             self._hold("stream", self._stream)  # comes back from the host, where it had gone there
             self._block_forward()
             self._gather_block()
