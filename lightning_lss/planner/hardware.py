@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from omegaconf import OmegaConf
-
 _KINDS = {"64": "float64", "32": "float32", "bf16": "bfloat16", "16": "float16"}
 
 
@@ -93,6 +91,23 @@ class Hardware:
 
 def load_hardware(path: str | Path) -> Hardware:
     """Read a file such as those in ``conf/hardware``."""
+    from omegaconf import OmegaConf
+
     figures = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     assert isinstance(figures, dict)
     return Hardware(**{str(key): value for key, value in figures.items() if key != "_target_"})
+
+
+_UNITS = {"B": 1, **{f"{k}B": 1000**n for n, k in enumerate("KMGT", 1)}, **{f"{k}iB": 1024**n for n, k in enumerate("KMGT", 1)}}
+
+
+def bytes_of(size: str | float) -> float:
+    """Bytes of a size such as ``80e9``, ``"80GB"`` or ``"24 GiB"``.
+
+    Raises:
+        ValueError: if it is no such size.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", str(size))
+    if match is None or (match[2] or "B") not in _UNITS or float(match[1]) <= 0:
+        raise ValueError(f"memory={size!r} is no size: give bytes, or a number with one of {', '.join(_UNITS)}.")
+    return float(match[1]) * _UNITS[match[2] or "B"]

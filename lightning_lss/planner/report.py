@@ -7,57 +7,66 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from lightning_lss.planner.choices import Choice, Plan
 from lightning_lss.planner.ledger import PARTS
 
-_NAMES = {"kv_buffers": "K/V"}
+_NAMES = {"kv_buffers": "K/V", "parameters": "params", "gradients": "grads", "optimizer": "optim", "activations": "acts"}
 _COLORS = dict(zip(PARTS, ["#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377"]))  # Paul Tol's bright scheme
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
-    """A table with a row for each way to train, what it recommends, and how it compares."""
+    """Two tables with a row for each way to train, what it recommends, and how it compares."""
     console = console or Console(soft_wrap=True)
-    console.print(_table(plan))
+    console.print(_memory_table(plan))
+    console.print(_speed_table(plan))
     for line in _remarks(plan):
         console.print(line)
 
 
-def _table(plan: Plan) -> Table:
-    cap = plan.hardware.usable_memory
-    title = f"{plan.devices} x {plan.hardware.name}, L = {plan.seq_len:,}, memory of a rank in GiB (usable: {cap / 2**30:.1f})"
-    table = Table(title=title, header_style="bold")
-    names = [_NAMES.get(part, part) for part in PARTS]
-    for name in ["scheme", "D", "S", "B", *names, "total", "GiB received", "seconds", "tokens/s", "MFU", "longest L"]:
-        table.add_column(name, justify="left" if name == "scheme" else "right", no_wrap=True)
-    for choice in plan.choices:
-        table.add_row(*_cells(choice), style=_style(choice, plan))
+def _memory_table(plan: Plan) -> Table:
+    possible = [choice for choice in plan.choices if choice.memory is not None]
+    small = max(choice.memory.total for choice in possible if choice.memory) < 2**30
+    unit, size = ("MiB", 2**20) if small else ("GiB", 2**30)
+    cap = f"{plan.hardware.usable_memory / size:,.1f} {unit} usable"
+    title = f"{plan.devices} x {plan.hardware.name}, L = {plan.seq_len:,}: {unit} of a rank at its peak ({cap})"
+    table = _table(title, *(_NAMES.get(part, part) for part in PARTS), "total", "longest L")
+    for choice in possible:
+        sizes = [getattr(choice.memory, name) / size for name in (*PARTS, "total")]
+        _add(table, plan, choice, *(f"{value:,.4g}" if value < 100 else f"{value:,.0f}" for value in sizes), f"{choice.longest:,}")
     return table
 
 
-def _style(choice: Choice, plan: Plan) -> str:
-    if choice is plan.recommended:
-        return "bold green"
-    return "" if choice.fits else "dim"
+def _speed_table(plan: Plan) -> Table:
+    table = _table("a step", "B", "GiB received", "seconds", "not hidden", "tokens/s", "MFU", "fits")
+    for choice in plan.choices:
+        if choice.time is None:
+            continue
+        hidden = f"{100 * choice.time.exposed / choice.time.total:.0f} %"
+        sizes = (str(choice.batch_size), f"{choice.received / 2**30:.3g}", f"{choice.time.total:.3g}", hidden)
+        rate, share = f"{choice.tokens_per_second:,.0f}", f"{100 * choice.utilization:.0f} %"
+        _add(table, plan, choice, *sizes, rate, share, "yes" if choice.fits else "no")
+    return table
 
 
-def _cells(choice: Choice) -> list[str]:
-    places = [choice.scheme, str(choice.data_size), str(choice.size), str(choice.batch_size or "")]
-    if choice.memory is None or choice.time is None:
-        return [*places, "impossible"]
-    parts = [f"{getattr(choice.memory, part) / 2**30:.2f}" for part in PARTS]
-    total = f"{choice.memory.total / 2**30:.2f}" + ("" if choice.fits else " !")
-    rate = f"{choice.tokens_per_second:,.0f}"
-    figures = [f"{choice.received / 2**30:.2f}", f"{choice.time.total:.3g}", rate, f"{100 * choice.utilization:.0f} %"]
-    return [*places, *parts, total, *figures, f"{choice.longest:,}"]
+def _table(title: str, *names: str) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", title_style="bold")
+    table.add_column("scheme", no_wrap=True)
+    for name in ("D", "S", *names):
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _add(table: Table, plan: Plan, choice: Choice, *cells: str) -> None:
+    style = "bold green" if choice is plan.recommended else "" if choice.fits else "dim"
+    table.add_row(choice.scheme, str(choice.data_size), str(choice.size), *cells, style=style)
 
 
 def _remarks(plan: Plan) -> list[str]:
-    lines = []
-    if any(choice.memory and not choice.fits for choice in plan.choices):
-        lines.append("! does not fit")
+    lines = ['"not hidden": share of a step in which a rank waits for others. Predictions; see docs/planner.md.']
     obstacles = [choice for choice in plan.choices if choice.obstacle]
     if obstacles:
         first = obstacles[0]
@@ -119,13 +128,15 @@ def draw_plan(plan: Plan) -> Figure:
 
 
 def _draw_memory(axes: Axes, choices: list[Choice], plan: Plan) -> None:
+    cap = plan.hardware.usable_memory / 2**30
     bottom = [0.0] * len(choices)
     for part in PARTS:
         sizes = [getattr(choice.memory, part) / 2**30 for choice in choices]
-        axes.bar(range(len(choices)), sizes, bottom=bottom, color=_COLORS[part], label=_NAMES.get(part, part))
+        axes.bar(range(len(choices)), sizes, bottom=bottom, color=_COLORS[part], label=part.replace("kv_", "K/V "))
         bottom = [below + size for below, size in zip(bottom, sizes)]
-    axes.axhline(plan.hardware.usable_memory / 2**30, color="black", linestyle="--", linewidth=1, label="usable")
-    if max(bottom) > 20 * min(bottom):
-        axes.set_yscale("symlog", linthresh=plan.hardware.usable_memory / 2**30)
-    axes.set(ylabel="GiB of a rank", title="predicted memory")
-    axes.legend(fontsize=8, ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    top = min(1.1 * max(bottom), 2.5 * cap)  # bars that are far from fitting are cut off
+    for index, total in enumerate(bottom):
+        axes.annotate(f"{total:,.3g}", (index, min(total, 0.94 * top)), ha="center", va="bottom", fontsize=8)
+    axes.axhline(cap, color="black", linestyle="--", linewidth=1, label="usable")
+    axes.set(ylabel="GiB of a rank", title="predicted memory", ylim=(0, max(top, 1.1 * cap)))
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
