@@ -38,21 +38,29 @@ def measure_memory(setup: Setup, group: dist.ProcessGroup, fake_tensors: bool = 
         setup: what to train, with ``scheme="lss"``.
         group: the sequence group, of ``setup.size`` ranks: real or of :func:`fake_world`.
         fake_tensors: whether to work with tensors that have sizes but no contents, for models and sequences that this
-            machine could not hold. DistributedDataParallel cannot take them: set ``ddp=False``.
+            machine could not hold. It needs ``ddp=False``, and a model with rotary positions and without dropout, whose
+            generators want numbers.
 
     Returns:
         ``{"Parameter": ..., "Gradient": ..., "Activation": ..., "Temp": ..., "Optstate": ..., "Total": ...}``; see
         ``torch.distributed._tools.mem_tracker``.
+
+    Raises:
+        ValueError: if it cannot be measured.
     """
+    if setup.scheme != "lss":
+        raise ValueError(f"scheme={setup.scheme!r} cannot be measured here, only 'lss'.")
+    if fake_tensors and (setup.options.ddp or setup.config.dropout or setup.config.positions != "rotary"):
+        raise ValueError("fake_tensors needs ddp=False, positions='rotary' and dropout=0.")
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
 
     with FakeTensorMode() if fake_tensors else nullcontext():
-        model = _make_model(setup, group)
+        model = make_model(setup, group)
         tracker = MemTracker()
         tracker.track_external(model)
         with tracker:
-            step = _make_step(model, setup)
+            step = make_step(model, setup)
             step()
             tracker.reset_mod_stats()  # it takes one call of each module at a time; the peak stays
             step()
@@ -60,7 +68,8 @@ def measure_memory(setup: Setup, group: dist.ProcessGroup, fake_tensors: bool = 
     return {str(getattr(kind, "value", kind)): size for kind, size in snapshot.items()}
 
 
-def _make_model(setup: Setup, group: dist.ProcessGroup) -> nn.Module:
+def make_model(setup: Setup, group: dist.ProcessGroup) -> nn.Module:
+    """The model of a rank, with its shard."""
     name, _, kind = setup.options.precision.partition("-")
     with _default_dtype(_DTYPES[name] if kind == "true" else torch.float32):
         model = Transformer(replace(setup.config, seq_len=setup.seq_len))
@@ -81,13 +90,14 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _make_step(model: nn.Module, setup: Setup) -> Callable[[], None]:
+def make_step(model: nn.Module, setup: Setup) -> Callable[[], None]:
     """The step of :class:`~lightning_lss.LSSTransformer` under Lightning, without what does not touch memory."""
     optimizer = torch.optim.AdamW(model.parameters())
     if setup.options.ddp:
         ignore_in_ddp(model, segment_local_names(model))
         model = DistributedDataParallel(model, gradient_as_bucket_view=setup.options.gradient_as_bucket_view)
-        model.register_comm_hook(None, lambda _, bucket: _done(bucket.buffer()))  # DDP expects a tensor; a fake world has none
+        if dist.get_backend() == "fake":  # its all-reduce has no tensor for DDP to go on with
+            model.register_comm_hook(None, lambda _, bucket: _done(bucket.buffer()))
     inputs, targets = torch.zeros(2, setup.batch_size, setup.seq_len // setup.size, dtype=torch.int64).unbind()
 
     def step() -> None:

@@ -36,7 +36,7 @@ def _memory_table(plan: Plan) -> Table:
     table = _table(title, *(_NAMES.get(part, part) for part in PARTS), "total", "longest L")
     for choice in possible:
         sizes = [getattr(choice.memory, name) / size for name in (*PARTS, "total")]
-        _add(table, plan, choice, *(f"{value:,.4g}" if value < 100 else f"{value:,.0f}" for value in sizes), f"{choice.longest:,}")
+        _add(table, plan, choice, *(f"{value:.3g}" if value < 100 else f"{value:,.0f}" for value in sizes), f"{choice.longest:,}")
     return table
 
 

@@ -395,7 +395,7 @@ class Walk:
             self._brief("outgoing", size, "gradients")
             self._free(*(f"{name}_weight_grad" for name in ("mlp_out", "mlp_up", "mlp_gate", "attention_out", "key_value", "query")))
             self._hold("shard_grad", size / self.setup.shards, "gradients")
-        self._free("block", "next_block")
+        self._free("block", "next_block", "weights")
 
     def _optimizer_step(self) -> None:
         """AdamW's temporaries: its denominators, of all parameters at once on a GPU, two of one parameter on a CPU."""
