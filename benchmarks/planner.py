@@ -30,7 +30,7 @@ import torch.multiprocessing as mp
 from torch.nn import functional as F
 
 from lightning_lss.model import TransformerConfig
-from lightning_lss.planner import Hardware, Link, Options, Setup, load_hardware, rank_memory, step_time
+from lightning_lss.planner import Link, Options, Setup, load_hardware, rank_memory, step_time
 from lightning_lss.planner.measure import fake_world, make_model, make_step, measure_memory
 
 RESULTS = Path(__file__).parent / "results"
@@ -62,7 +62,14 @@ MEMORY: list[tuple[str, int, int, int, dict[str, Any], dict[str, Any]]] = [
     ("mostly parameters", 4, 512, 1, {"width": 512, "num_heads": 8}, {"ddp": True}),
     ("64 ranks", 64, 16_384, 1, {}, {}),
     ("144 ranks, 58 tokens each", 144, 8_352, 1, {}, {}),
-    ("1b model, 1M tokens", 64, 1_048_576, 1, {"width": 2048, "num_layers": 16, "num_heads": 32, "num_kv_heads": 8}, {}),
+    (
+        "2 layers of 1b, 1M tokens",
+        64,
+        1_048_576,
+        1,
+        {"width": 2048, "num_layers": 2, "num_heads": 32, "num_kv_heads": 8},
+        {},
+    ),
     ("864 ranks, 58 tokens each", 864, 50_112, 1, {"num_layers": 1}, {}),
     ("3,456 ranks", 3_456, 221_184, 1, {"num_layers": 1, "num_heads": 2}, {}),
 ]
@@ -78,7 +85,9 @@ def memory(args: argparse.Namespace) -> None:
             measured = measure_memory(setup, group, fake_tensors=fake)["Total"]
         predicted = rank_memory(setup).total
         error = predicted / measured - 1
-        print(f"{what:28} S {size:5} L {length:9,} {measured / 2**20:10,.1f} {predicted / 2**20:10,.1f} MiB {100 * error:+6.1f} %")
+        print(
+            f"{what:28} S {size:5} L {length:9,} {measured / 2**20:10,.1f} {predicted / 2**20:10,.1f} MiB {100 * error:+6.1f} %"
+        )
         row = {"what": what, "size": size, "length": length, "batch_size": batch, "fake_tensors": fake}
         row |= {"model": sizes, "options": options}
         rows.append(row | {"measured_bytes": measured, "predicted_bytes": round(predicted), "error": round(error, 4)})

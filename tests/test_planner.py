@@ -24,12 +24,22 @@ from lightning_lss.tiles import attention_tiles
 ROOT = Path(__file__).parent.parent
 MODEL = TransformerConfig(width=256, num_layers=4, num_heads=8, positions="rotary")
 DEVICE = Hardware(
-    "device", 8e9, 1e12, {"float32": 1e13, "bfloat16": 1e14}, Link(1e11, 1e-6), Link(1e10, 1e-5), 4, matmul=0.5, attention=0.25
+    "device",
+    8e9,
+    1e12,
+    {"float32": 1e13, "bfloat16": 1e14},
+    Link(1e11, 1e-6),
+    Link(1e10, 1e-5),
+    4,
+    matmul=0.5,
+    attention=0.25,
 )
 KINDS = sorted((ROOT / "conf" / "hardware").glob("*.yaml"))
 
 
-def setup_of(size: int = 4, length: int = 4096, scheme: str = "lss", config: TransformerConfig = MODEL, **options) -> Setup:
+def setup_of(
+    size: int = 4, length: int = 4096, scheme: str = "lss", config: TransformerConfig = MODEL, **options
+) -> Setup:
     return Setup(config, scheme, 1, size, length, options=Options(**options))  # type: ignore[arg-type]
 
 
@@ -67,7 +77,9 @@ def test_nothing_is_left_when_the_step_is_over() -> None:
     for scheme in ("lss", "megatron"):
         for how in ("none", "full", "selective", "offload"):
             for config in (MODEL, replace(MODEL, mlp="swiglu", dropout=0.1, num_kv_heads=2, positions="learned")):
-                walk = Walk(setup_of(scheme=scheme, config=config, activation_checkpointing=how, precision="bf16-mixed"))
+                walk = Walk(
+                    setup_of(scheme=scheme, config=config, activation_checkpointing=how, precision="bf16-mixed")
+                )
                 walk.step()
                 left = {name for name in walk.ledger.held if not name.endswith("weight_grad")}
                 assert left == {"parameters", "moments", "buckets", "batch", "turns"} & left, left
@@ -260,7 +272,15 @@ def test_weak_scaling_as_in_the_paper() -> None:
 
 
 def test_the_command_line(tmp_path) -> None:
-    words = ["mode=plan", "model=1b", "seq_len=131072", "devices=8", "hardware=h100", "plan.csv=plan.csv", "plan.png=plan.png"]
+    words = [
+        "mode=plan",
+        "model=1b",
+        "seq_len=131072",
+        "devices=8",
+        "hardware=h100",
+        "plan.csv=plan.csv",
+        "plan.png=plan.png",
+    ]
     command = [sys.executable, str(ROOT / "train.py"), *words, "plan.memory=60GB"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

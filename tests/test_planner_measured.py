@@ -69,7 +69,9 @@ def test_the_optimizers_state_is_counted() -> None:
     assert memory.total == pytest.approx(measured["Total"], rel=0.1)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"mlp": "swiglu", "num_kv_heads": 2}, {"positions": "learned", "tie_embeddings": False}])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"mlp": "swiglu", "num_kv_heads": 2}, {"positions": "learned", "tie_embeddings": False}]
+)
 def test_parameters_are_those_of_the_model(sizes) -> None:
     setup = setup_of(4, 1024, **sizes)
     with fake_world(1, 4) as group:

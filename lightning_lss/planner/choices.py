@@ -37,7 +37,12 @@ class Choice:
 
     def as_row(self) -> dict[str, Any]:
         """Everything as one flat mapping, for a table; bytes and seconds."""
-        row: dict[str, Any] = {"scheme": self.scheme, "D": self.data_size, "S": self.size, "batch_size": self.batch_size}
+        row: dict[str, Any] = {
+            "scheme": self.scheme,
+            "D": self.data_size,
+            "S": self.size,
+            "batch_size": self.batch_size,
+        }
         row |= {"seq_len": self.setup.seq_len if self.setup else "", "fits": self.fits, "longest": self.longest}
         memory = {f"{name}_bytes": round(value) for name, value in _numbers(self.memory).items()}
         time = {f"{name}_seconds": value for name, value in _numbers(self.time).items()}

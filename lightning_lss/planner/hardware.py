@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+
 _KINDS = {"64": "float64", "32": "float32", "bf16": "bfloat16", "16": "float16"}
 
 
@@ -98,7 +99,11 @@ def load_hardware(path: str | Path) -> Hardware:
     return Hardware(**{str(key): value for key, value in figures.items() if key != "_target_"})
 
 
-_UNITS = {"B": 1, **{f"{k}B": 1000**n for n, k in enumerate("KMGT", 1)}, **{f"{k}iB": 1024**n for n, k in enumerate("KMGT", 1)}}
+_UNITS = {
+    "B": 1,
+    **{f"{k}B": 1000**n for n, k in enumerate("KMGT", 1)},
+    **{f"{k}iB": 1024**n for n, k in enumerate("KMGT", 1)},
+}
 
 
 def bytes_of(size: str | float) -> float:

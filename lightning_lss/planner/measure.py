@@ -26,6 +26,7 @@ def fake_world(rank: int, size: int) -> Iterator[dist.ProcessGroup]:
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
+        assert dist.group.WORLD is not None
         yield dist.group.WORLD
     finally:
         dist.destroy_process_group()

@@ -14,8 +14,16 @@ from rich.table import Table
 from lightning_lss.planner.choices import Choice, Plan
 from lightning_lss.planner.ledger import PARTS
 
-_NAMES = {"kv_buffers": "K/V", "parameters": "params", "gradients": "grads", "optimizer": "optim", "activations": "acts"}
-_COLORS = dict(zip(PARTS, ["#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377"]))  # Paul Tol's bright scheme
+_NAMES = {
+    "kv_buffers": "K/V",
+    "parameters": "params",
+    "gradients": "grads",
+    "optimizer": "optim",
+    "activations": "acts",
+}
+_COLORS = dict(
+    zip(PARTS, ["#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377"])
+)  # Paul Tol's bright scheme
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
@@ -36,7 +44,13 @@ def _memory_table(plan: Plan) -> Table:
     table = _table(title, *(_NAMES.get(part, part) for part in PARTS), "total", "longest L")
     for choice in possible:
         sizes = [getattr(choice.memory, name) / size for name in (*PARTS, "total")]
-        _add(table, plan, choice, *(f"{value:.3g}" if value < 100 else f"{value:,.0f}" for value in sizes), f"{choice.longest:,}")
+        _add(
+            table,
+            plan,
+            choice,
+            *(f"{value:.3g}" if value < 100 else f"{value:,.0f}" for value in sizes),
+            f"{choice.longest:,}",
+        )
     return table
 
 
@@ -117,12 +131,18 @@ def draw_plan(plan: Plan) -> Figure:
     figure = Figure(figsize=(max(8.0, 1.5 + 0.75 * len(choices)), 7.0), layout="constrained")
     memory, speed = figure.subplots(2, 1, sharex=True)
     _draw_memory(memory, choices, plan)
-    colors = ["#228833" if choice is plan.recommended else "#4477aa" if choice.fits else "#bbbbbb" for choice in choices]
+    colors = [
+        "#228833" if choice is plan.recommended else "#4477aa" if choice.fits else "#bbbbbb" for choice in choices
+    ]
     bars = speed.bar(range(len(choices)), [choice.tokens_per_second for choice in choices], color=colors)
     speed.bar_label(bars, [f"{100 * choice.utilization:.0f} %" for choice in choices], fontsize=8)
-    speed.set(ylabel="tokens / s", title="predicted speed and model FLOP/s utilization (green: recommended, grey: does not fit)")
+    speed.set(
+        ylabel="tokens / s",
+        title="predicted speed and model FLOP/s utilization (green: recommended, grey: does not fit)",
+    )
     speed.set_xticks(range(len(choices)), [f"{c.scheme}\nD={c.data_size}\nS={c.size}" for c in choices], fontsize=8)
     speed.margins(y=0.12)
+    speed.yaxis.set_major_formatter("{x:,.0f}")
     figure.suptitle(f"{plan.devices} x {plan.hardware.name}, L = {plan.seq_len:,}")
     return figure
 
@@ -136,7 +156,7 @@ def _draw_memory(axes: Axes, choices: list[Choice], plan: Plan) -> None:
         bottom = [below + size for below, size in zip(bottom, sizes)]
     top = min(1.1 * max(bottom), 2.5 * cap)  # bars that are far from fitting are cut off
     for index, total in enumerate(bottom):
-        axes.annotate(f"{total:,.3g}", (index, min(total, 0.94 * top)), ha="center", va="bottom", fontsize=8)
+        axes.annotate(f"{total:.3g}" if total < 100 else f"{total:,.0f}", (index, min(total, 0.94 * top)), ha="center", va="bottom", fontsize=8)
     axes.axhline(cap, color="black", linestyle="--", linewidth=1, label="usable")
     axes.set(ylabel="GiB of a rank", title="predicted memory", ylim=(0, max(top, 1.1 * cap)))
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

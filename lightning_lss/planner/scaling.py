@@ -47,8 +47,8 @@ class Point:
 
 @dataclass(frozen=True)
 class WeakScaling:
-    """LSS, the same if collectives took no time, the baseline as if heads and widths could be split without limit, and the baseline in groups that the heads
-    allow, at growing numbers of devices."""
+    """LSS, the same if collectives took no time, the baseline as if heads and widths could be split without limit, and the
+    baseline in groups that the heads allow, at growing numbers of devices."""
 
     hardware: Hardware
     lss: list[Point]
@@ -70,7 +70,11 @@ class WeakScaling:
 
 
 def weak_scaling(
-    config: TransformerConfig, hardware: Hardware, options: Options, batch_size: int = 1, devices: Sequence[int] = DEVICES
+    config: TransformerConfig,
+    hardware: Hardware,
+    options: Options,
+    batch_size: int = 1,
+    devices: Sequence[int] = DEVICES,
 ) -> WeakScaling:
     """Predict it; every group trains on ``batch_size`` sequences of 58 tokens for each of its ranks."""
     options = replace(options, ddp=False)
@@ -135,7 +139,9 @@ def draw_weak_scaling(scaling: WeakScaling) -> Figure:
         (throughput, "PFLOP/s of the model"),
     ):
         _finish(axes, title, scaling)
-    figure.suptitle(f"Predicted weak scaling on {scaling.hardware.name}: {TOKENS_A_RANK} tokens a rank, groups of up to {LARGEST_GROUP}")
+    figure.suptitle(
+        f"Predicted weak scaling on {scaling.hardware.name}: {TOKENS_A_RANK} tokens a rank, groups of up to {LARGEST_GROUP}"
+    )
     return figure
 
 
@@ -166,9 +172,12 @@ def print_weak_scaling(scaling: WeakScaling, console: Console | None = None) -> 
     console.print(table)
     console.print("seconds: of one sequence; saved: GiB beside parameters, gradients and optimizer state.")
     console.print(*(f"{name}: {label}." for label, (name, _, _) in _STYLES.items()), sep="\n")
-    for label, points in (("heads split without limit", scaling.baseline), ("groups that the heads allow", scaling.possible)):
+    for label, points in (
+        ("heads split without limit", scaling.baseline),
+        ("groups that the heads allow", scaling.possible),
+    ):
         faster, leaner, saved = scaling.ratios(points)
         console.print(
-            f"At {COMPARED_AT} GPUs, baseline with {label}: {faster:.1f}x the time, {leaner:.1f}x the memory ({saved:.1f}x beside parameters"
-            f" and their like). The paper's abstract: {FASTER}x and {LEANER}x."
+            f"At {COMPARED_AT} GPUs, baseline with {label}: {faster:.1f}x the time, {leaner:.1f}x the memory ({saved:.1f}x beside"
+            f" parameters and their like). The paper's abstract: {FASTER}x and {LEANER}x."
         )

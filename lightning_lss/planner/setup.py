@@ -88,7 +88,9 @@ class Options:
         }
         for name, values in known.items():
             if getattr(self, name) not in values:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(map(str, values))}.")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(map(str, values))}."
+                )
         for name in ("mlp_tiles", "loss_rows", "head_chunks"):
             value = getattr(self, name)
             if value is not None and value < 1:

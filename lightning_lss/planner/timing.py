@@ -53,7 +53,11 @@ def step_time(setup: Setup, hardware: Hardware) -> StepTime:
     shard = count(setup).total / setup.shards * setup.precision.parameter
     launch = hardware.launch * setup.config.num_layers * (_KERNELS + _attention_calls(setup))
     optimizer = _OPTIMIZER_TOUCHES * shard / hardware.bandwidth
-    compute = {"attention": attention, "backward": (matmul + attention + memory) * 2 / 3, "compute": matmul + attention + memory}
+    compute = {
+        "attention": attention,
+        "backward": (matmul + attention + memory) * 2 / 3,
+        "compute": matmul + attention + memory,
+    }
     traffic = step_traffic(setup)
     seconds = [collective_time(entry, setup, hardware) for entry in traffic]
     exposed = sum(_exposed(entry, time, compute, setup, hardware) for entry, time in zip(traffic, seconds))

@@ -41,7 +41,9 @@ def step_traffic(setup: Setup) -> list[Traffic]:
     return [entry for entry in entries if entry.ranks > 1 and entry.calls]
 
 
-def _ring(name: str, group: Group, ranks: int, calls: int, whole: float, behind: str | None, passes: int = 1) -> Traffic:
+def _ring(
+    name: str, group: Group, ranks: int, calls: int, whole: float, behind: str | None, passes: int = 1
+) -> Traffic:
     """``whole``: bytes of all calls, of what is gathered or before it is scattered."""
     received = passes * whole * (ranks - 1) / ranks
     return Traffic(name, group, ranks, calls, received, passes * (ranks - 1), behind)

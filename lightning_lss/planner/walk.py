@@ -10,8 +10,8 @@ Sizes: N = B x l local tokens, E model width, K = G x D width of the keys, F hid
 from __future__ import annotations
 
 from lightning_lss.planner.ledger import Ledger
-from lightning_lss.planner.parameters import count
-from lightning_lss.planner.setup import Setup, head_chunks
+from lightning_lss.planner.setup import Setup
+from lightning_lss.planner.sizes import Sizes
 
 # Keys and values of the whole sequence inside one call of attention, in chunks of heads [2, B, g, L, D].
 _IN_USE = 1  # in position order
@@ -32,24 +32,12 @@ _HIDDEN = {  # tensors of the hidden width that autograd saves
 }
 
 
-class Walk:
-    """A step of a rank; afterwards ``ledger`` knows the peak.
-
-    ``rows`` are the tokens that the matrices of attention and MLP see and ``shares`` the ranks that share out their heads
-    and hidden widths: (N, 1) under LSS, (B x L, S) under Megatron.
-    """
+class Walk(Sizes):
+    """A step of a rank; afterwards ``ledger`` knows the peak."""
 
     def __init__(self, setup: Setup) -> None:
-        self.setup, self.config, self.options = setup, setup.config, setup.options
+        super().__init__(setup)
         self.ledger = Ledger()
-        self.parameters = count(setup)
-        self.tensor_parallel = setup.scheme == "megatron" and setup.size > 1
-        self.split = setup.scheme == "lss" and setup.size > 1
-        self.tokens = setup.local_tokens
-        self.rows = setup.batch_size * setup.seq_len if self.tensor_parallel else self.tokens
-        self.shares = setup.size if self.tensor_parallel else 1
-        self.chunks = head_chunks(setup)
-        self.cast = setup.precision.compute < setup.precision.residual  # autocast
         self.layer = 0
 
     def step(self) -> None:
@@ -58,57 +46,11 @@ class Walk:
         self._forward()
         self._loss()
         self._loss_backward()
-        for self.layer in reversed(range(self.config.num_layers)):
+        for layer in reversed(range(self.config.num_layers)):
+            self.layer = layer
             self._block_backward()
         self._embedding_backward()
         self._optimizer_step()
-
-    # -- sizes in bytes ------------------------------------------------------------------------------------------------
-
-    @property
-    def _stream(self) -> float:
-        """The residual stream [B, l, E]."""
-        return self.tokens * self.config.width * self.setup.precision.residual
-
-    @property
-    def _local(self) -> float:
-        """[B, l, E] in the dtype of computation."""
-        return self.tokens * self.config.width * self.setup.precision.compute
-
-    def _shared(self, width: float) -> float:
-        """[rows, width / shares] in the dtype of computation."""
-        return self.rows * width / self.shares * self.setup.precision.compute
-
-    @property
-    def _gathered(self) -> float:
-        """What Megatron's matrices read, [B, L, E]; under LSS [B, l, E]."""
-        return self.rows * self.config.width * self.setup.precision.compute
-
-    @property
-    def _statistics(self) -> float:
-        """Mean and inverse deviation of each token in one norm."""
-        return 2 * self.tokens * max(4, self.setup.precision.residual)
-
-    @property
-    def _keys_values(self) -> float:
-        """Keys and values of the rank's own tokens and heads."""
-        return self._shared(2 * self.setup.kv_width)
-
-    @property
-    def _chunk(self) -> float:
-        """One chunk of keys and values of the whole sequence."""
-        return self.setup.size * self._keys_values / self.chunks
-
-    @property
-    def _hidden(self) -> float:
-        """A tensor of the hidden width, of one tile of the sequence."""
-        return self._shared(self.config.hidden_width) / self.setup.mlp_tiles
-
-    @property
-    def _logits(self) -> float:
-        """[N, V], never less than float32; Megatron's head is not shared out."""
-        rows = min(self.tokens, self.options.loss_rows or self.tokens)
-        return rows * self.config.vocab_size * max(4, self.setup.precision.compute)
 
     # -- names of the layer ------------------------------------------------------------------------------------------------
 
@@ -146,16 +88,16 @@ class Walk:
 
     def _forward(self) -> None:
         self.layer = 0
-        self._hold("stream", self._stream)  # saved by the first norm
+        self._hold("stream", self.stream)  # saved by the first norm
         if self.config.dropout:
-            self.ledger.hold("embedding_mask", self._stream)
-        for self.layer in range(self.config.num_layers):
+            self.ledger.hold("embedding_mask", self.stream)
+        for layer in range(self.config.num_layers):
+            self.layer = layer
             self._block_forward()
             self._forget()
-            self.layer += 1
-            self._hold("stream", self._stream)  # saved by the next block's norm, or by the last
-        self.layer = self.config.num_layers
-        self._hold("norm", self._local + self._statistics)  # saved by the head
+            self.layer = layer + 1
+            self._hold("stream", self.stream)  # saved by the next block's norm, or by the last
+        self._hold("norm", self.local + self.statistics)  # saved by the head
 
     def _block_forward(self) -> None:
         """One block; what is held afterwards is what autograd has saved."""
@@ -163,10 +105,10 @@ class Walk:
         if self.cast:  # the weights in the dtype of computation, saved by the linear layers
             self._hold("weights", (self.parameters.attention + self.parameters.mlp) * self.setup.precision.compute)
         self._attention_forward()
-        self._hold("middle", self._stream)  # x + attention, saved by the MLP's norm
+        self._hold("middle", self.stream)  # x + attention, saved by the MLP's norm
         self._normed("mlp_in", readers=2 if self.config.mlp == "swiglu" else 1)
         for name in _HIDDEN[self.config.mlp]:
-            self._hold(name, self._hidden)
+            self._hold(name, self.hidden)
         if self.setup.mlp_tiles > 1:  # computed again in the backward pass
             self._free(*_HIDDEN[self.config.mlp])
         self._project_out("mlp")
@@ -175,24 +117,24 @@ class Walk:
     def _normed(self, name: str, readers: int) -> None:
         """The output of a norm, saved by the linear layers that read it: once, or under autocast a copy for each."""
         if self.tensor_parallel or self.cast:
-            self._hold("normed", self._stream)  # before it is gathered or cast
-        self._hold(name, self._gathered * (readers if self.cast else 1))
-        self._hold(f"{name}_statistics", self._statistics)
+            self._hold("normed", self.stream)  # before it is gathered or cast
+        self._hold(name, self.gathered * (readers if self.cast else 1))
+        self._hold(f"{name}_statistics", self.statistics)
         self._free("normed")
 
     def _attention_forward(self) -> None:
         width = self.config.width
         self._normed("attention_in", readers=2)
-        self._hold("q", self._shared(width))
-        self._hold("kv", self._keys_values)  # one tensor, of which k and v are views
+        self._hold("q", self.shared(width))
+        self._hold("kv", self.keys_values)  # one tensor, of which k and v are views
         if self.config.positions == "rotary":
-            self._hold("turned_q", self._shared(width))  # saved by attention in place of q
-            self._hold("turned_k", self._keys_values / 2)  # kv stays none the less, for v
+            self._hold("turned_q", self.shared(width))  # saved by attention in place of q
+            self._hold("turned_k", self.keys_values / 2)  # kv stays none the less, for v
             self._free("q")
         self._attend()
         if self.split and self.config.keep_gathered:
             self._free("kv", "turned_k")
-            self._hold("kept", self.setup.size * self._keys_values, "kv_buffers")
+            self._hold("kept", self.setup.size * self.keys_values, "kv_buffers")
         self._project_out("attention")
 
     def _attend(self) -> None:
@@ -201,27 +143,27 @@ class Walk:
             return
         several = self.chunks > 1
         if self.split:
-            self._hold("in_use", self._chunk * (_IN_USE + _ARRIVING * several), "kv_buffers")
-            self._brief("reordered", self._chunk * _REORDERED, "kv_buffers")
-        self._hold("attended", self._shared(self.config.width))
+            self._hold("in_use", self.chunk * (_IN_USE + _ARRIVING * several), "kv_buffers")
+            self._brief("reordered", self.chunk * _REORDERED, "kv_buffers")
+        self._hold("attended", self.shared(self.config.width))
         self._hold("lse", self.rows * self.config.num_heads / self.shares * max(4, self.setup.precision.compute))
         if self.options.explicit_scores:  # the scores, saved by softmax, and the probabilities, saved by the product
-            self._hold("scores", 2 * self._shared(self.config.num_heads * self.setup.seq_len))
+            self._hold("scores", 2 * self.shared(self.config.num_heads * self.setup.seq_len))
         if self.split and several:  # outputs of the chunks, before they are one tensor
-            self._brief("outs", self._shared(self.config.width))
+            self._brief("outs", self.shared(self.config.width))
         self._free("in_use")
 
     def _project_out(self, branch: str) -> None:
         """The last matrix of a branch, its dropout and the sum with the residual stream."""
         if branch == "attention" and self._copies_attended:
-            self._hold("projected", self._shared(self.config.width))  # saved by the projection
+            self._hold("projected", self.shared(self.config.width))  # saved by the projection
         if self.tensor_parallel:
-            self._brief("partial", self._gathered)  # partial sums of all rows, before they are scattered
-        self._hold("branch", self._local)
+            self._brief("partial", self.gathered)  # partial sums of all rows, before they are scattered
+        self._hold("branch", self.local)
         if self.config.dropout:
-            self._hold(f"{branch}_mask", self._local)  # saved by the product
-            self._brief("dropped", self._local)
-        self._brief("sum", self._stream)
+            self._hold(f"{branch}_mask", self.local)  # saved by the product
+            self._brief("dropped", self.local)
+        self._brief("sum", self.stream)
         self._free("branch")
 
     @property
@@ -241,25 +183,25 @@ class Walk:
     # -- loss ----------------------------------------------------------------------------------------------------------
 
     def _loss(self) -> None:
-        self._hold("logits", self._logits, "logits")
+        self._hold("logits", self.logits, "logits")
         if self.cast:
-            self._brief("cast_logits", self._logits / 2, "logits")
+            self._brief("cast_logits", self.logits / 2, "logits")
         if self.options.loss_rows is None:
-            self._hold("log_softmax", self._logits, "logits")  # saved by the loss
+            self._hold("log_softmax", self.logits, "logits")  # saved by the loss
         else:  # chunk by chunk with its gradient, so that no logits are kept
-            self._brief("logits_grad", self._logits, "logits")
-            self._hold("norm_grad", self._local, "logits")
+            self._brief("logits_grad", self.logits, "logits")
+            self._hold("norm_grad", self.local, "logits")
         self._free("logits")
 
     def _loss_backward(self) -> None:
         if self.options.loss_rows is None:
-            self._hold("likelihood_grad", self._logits, "logits")
-            self._hold("logits_grad", self._logits, "logits")
+            self._hold("likelihood_grad", self.logits, "logits")
+            self._hold("logits_grad", self.logits, "logits")
             self._free("likelihood_grad", "log_softmax")
-            self._hold("norm_grad", self._local)
+            self._hold("norm_grad", self.local)
         self._weight_grad("head", self.config.vocab_size * self.config.width)
         self._free("logits_grad", "norm")
-        self._pass_on("norm_grad", "stream", to="grad", size=self._stream)
+        self._pass_on("norm_grad", "stream", to="grad", size=self.stream)
 
     # -- backward ------------------------------------------------------------------------------------------------------
 
@@ -268,7 +210,7 @@ class Walk:
         self.ledger.rename(f"{self.layer + 1}.grad", f"{self.layer}.grad")
         self._gather_block()
         if self.setup.activation_checkpointing != "none":
-            self._hold("stream", self._stream)  # comes back from the host, where it had gone there
+            self._hold("stream", self.stream)  # comes back from the host, where it had gone there
             self._block_forward()
             self._gather_block()
         self._mlp_backward()
@@ -278,34 +220,34 @@ class Walk:
     def _branch_grad(self, branch: str) -> None:
         """The gradient of the output of a branch's last matrix."""
         if self.config.dropout or self.cast:
-            self._hold("branch_grad", self._local)
+            self._hold("branch_grad", self.local)
             self._free(f"{branch}_mask")
         if self.tensor_parallel:
-            self._hold("gathered_grad", self._gathered)
+            self._hold("gathered_grad", self.gathered)
             self._free("branch_grad")
 
     def _mlp_backward(self) -> None:
         width, hidden = self.config.width, self.config.hidden_width
         self._branch_grad("mlp")
         for name in _HIDDEN[self.config.mlp]:  # held already, unless they are computed again tile by tile
-            self._hold(name, self._hidden)
+            self._hold(name, self.hidden)
         matrix = width * hidden / self.shares
-        self._hold("last_grad", self._hidden)
+        self._hold("last_grad", self.hidden)
         self._weight_grad("mlp_out", matrix)
         self._free("bent", "product", "branch_grad", "gathered_grad")
         if self.config.mlp == "swiglu":
-            self._hold("opened_grad", self._hidden)
-            self._pass_on("last_grad", "opened", "up", to="up_grad", size=self._hidden)
-            self._hold("mlp_in_grad", self._gathered)
+            self._hold("opened_grad", self.hidden)
+            self._pass_on("last_grad", "opened", "up", to="up_grad", size=self.hidden)
+            self._hold("mlp_in_grad", self.gathered)
             self._weight_grad("mlp_up", matrix)
             self._free("up_grad")
-            self._pass_on("opened_grad", "gate", to="gate_grad", size=self._hidden)
-            self._brief("mlp_in_grad_gate", self._gathered)
+            self._pass_on("opened_grad", "gate", to="gate_grad", size=self.hidden)
+            self._brief("mlp_in_grad_gate", self.gathered)
             self._weight_grad("mlp_gate", matrix)
             self._free("gate_grad")
         else:
-            self._pass_on("last_grad", "up", to="up_grad", size=self._hidden)
-            self._hold("mlp_in_grad", self._gathered)
+            self._pass_on("last_grad", "up", to="up_grad", size=self.hidden)
+            self._hold("mlp_in_grad", self.gathered)
             self._weight_grad("mlp_up", matrix)
             self._free("up_grad")
         self._norm_backward("mlp_in", "middle")
@@ -314,51 +256,51 @@ class Walk:
         """From the gradient of a norm's output to that of its input, which joins that of the residual stream."""
         self._free(name)
         if self.tensor_parallel or self.cast:  # scattered, or cast back
-            self._pass_on(f"{name}_grad", to="normed_grad", size=self._stream)
-        self._hold("stream_grad", self._stream)
+            self._pass_on(f"{name}_grad", to="normed_grad", size=self.stream)
+        self._hold("stream_grad", self.stream)
         self._free(f"{name}_grad", "normed_grad", f"{name}_statistics", saved)
-        self._brief("sum", self._stream)
+        self._brief("sum", self.stream)
         self._free("stream_grad")
 
     def _attention_backward(self) -> None:
         width, keys = self.config.width, self.setup.kv_width
         self._branch_grad("attention")
-        self._hold("attended_grad", self._shared(width))
+        self._hold("attended_grad", self.shared(width))
         self._weight_grad("attention_out", width * width / self.shares)
         self._free("projected", "branch_grad", "gathered_grad")
         self._attend_backward()
         self._free("kv", "turned_k", "q", "turned_q", "attended", "lse", "attended_grad", "kept", "scores")
         if self.config.positions == "rotary":  # halves, products and their sum, of the larger
-            self._brief("turning", 2 * self._shared(width))
-        self._pass_on("k_grad", "v_grad", to="kv_grad", size=self._keys_values)  # side by side again
-        self._hold("attention_in_grad", self._gathered)
+            self._brief("turning", 2 * self.shared(width))
+        self._pass_on("k_grad", "v_grad", to="kv_grad", size=self.keys_values)  # side by side again
+        self._hold("attention_in_grad", self.gathered)
         self._weight_grad("key_value", 2 * width * keys / self.shares)
         self._free("kv_grad")
-        self._hold("attention_in_grad_q", self._gathered)
+        self._hold("attention_in_grad_q", self.gathered)
         self._weight_grad("query", width * width / self.shares)
         self._free("q_grad")
-        self._brief("attention_in_grad_sum", self._gathered)
+        self._brief("attention_in_grad_sum", self.gathered)
         self._free("attention_in_grad_q")
         self._norm_backward("attention_in", "stream")
 
     def _attend_backward(self) -> None:
         several = self.chunks > 1
         if self.options.explicit_scores:
-            self._brief("scores_grad", 2 * self._shared(self.config.num_heads * self.setup.seq_len))
+            self._brief("scores_grad", 2 * self.shared(self.config.num_heads * self.setup.seq_len))
         if self.split:
             # while the first of two chunks is in use one is arriving, while the last is in use one is being scattered
             neighbours = {1: 0, 2: max(_ARRIVING, _SCATTERED)}.get(self.chunks, _ARRIVING + _SCATTERED)
             gathered = 0 if self.config.keep_gathered else _IN_USE
-            self._hold("in_use", self._chunk * (gathered + neighbours), "kv_buffers")
-            self._hold("filled", self._chunk * _FILLED, "kv_buffers")
-            self._brief("tile", self._chunk * _TILE + self._shared(self.config.width) / self.chunks, "kv_buffers")
-            self._brief("outgoing", self._chunk * _SCATTERED, "kv_buffers")
+            self._hold("in_use", self.chunk * (gathered + neighbours), "kv_buffers")
+            self._hold("filled", self.chunk * _FILLED, "kv_buffers")
+            self._brief("tile", self.chunk * _TILE + self.shared(self.config.width) / self.chunks, "kv_buffers")
+            self._brief("outgoing", self.chunk * _SCATTERED, "kv_buffers")
             self._free("filled")
-        self._hold("q_grad", self._shared(self.config.width))
-        self._hold("k_grad", self._keys_values / 2)
-        self._hold("v_grad", self._keys_values / 2)
+        self._hold("q_grad", self.shared(self.config.width))
+        self._hold("k_grad", self.keys_values / 2)
+        self._hold("v_grad", self.keys_values / 2)
         if self.split and several:  # of the chunks, before they are one tensor
-            self._brief("chunk_grads", self._shared(self.config.width) + self._keys_values)
+            self._brief("chunk_grads", self.shared(self.config.width) + self.keys_values)
         self._free("in_use")
 
     def _embedding_backward(self) -> None:
@@ -393,7 +335,12 @@ class Walk:
         if self.setup.shards > 1:
             size = self.parameters.block * self.setup.precision.parameter
             self._brief("outgoing", size, "gradients")
-            self._free(*(f"{name}_weight_grad" for name in ("mlp_out", "mlp_up", "mlp_gate", "attention_out", "key_value", "query")))
+            self._free(
+                *(
+                    f"{name}_weight_grad"
+                    for name in ("mlp_out", "mlp_up", "mlp_gate", "attention_out", "key_value", "query")
+                )
+            )
             self._hold("shard_grad", size / self.setup.shards, "gradients")
         self._free("block", "next_block", "weights")
 
