@@ -61,9 +61,18 @@ def _speed_table(plan: Plan) -> Table:
             continue
         hidden = f"{100 * choice.time.exposed / choice.time.total:.0f} %"
         sizes = (str(choice.batch_size), f"{choice.received / 2**30:.3g}", f"{choice.time.total:.3g}", hidden)
-        rate, share = f"{choice.tokens_per_second:,.0f}", f"{100 * choice.utilization:.0f} %"
+        rate, share = _short(choice.tokens_per_second), f"{100 * choice.utilization:.0f} %"
         _add(table, plan, choice, *sizes, rate, share, "yes" if choice.fits else "no")
     return table
+
+
+def _short(number: float) -> str:
+    """Three digits, with k, M or G for thousands."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            digits = number / size
+            return f"{digits:.0f}{unit}" if digits >= 100 else f"{digits:.3g}{unit}"
+    return f"{number:.0f}"
 
 
 def _table(title: str, *names: str) -> Table:
@@ -156,7 +165,13 @@ def _draw_memory(axes: Axes, choices: list[Choice], plan: Plan) -> None:
         bottom = [below + size for below, size in zip(bottom, sizes)]
     top = min(1.1 * max(bottom), 2.5 * cap)  # bars that are far from fitting are cut off
     for index, total in enumerate(bottom):
-        axes.annotate(f"{total:.3g}" if total < 100 else f"{total:,.0f}", (index, min(total, 0.94 * top)), ha="center", va="bottom", fontsize=8)
+        axes.annotate(
+            f"{total:.3g}" if total < 100 else f"{total:,.0f}",
+            (index, min(total, 0.94 * top)),
+            ha="center",
+            va="bottom",
+            fontsize=8,
+        )
     axes.axhline(cap, color="black", linestyle="--", linewidth=1, label="usable")
     axes.set(ylabel="GiB of a rank", title="predicted memory", ylim=(0, max(top, 1.1 * cap)))
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
