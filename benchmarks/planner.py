@@ -2,7 +2,7 @@
 
     python benchmarks/planner.py memory               # a rank of 2 to 3,456 under torch's memory tracker (2 minutes)
     python benchmarks/planner.py calibrate            # figures of this machine, as conf/hardware/cpu.yaml has them
-    python benchmarks/planner.py time                 # steps of CPU ranks over gloo, against calibrated figures
+    python benchmarks/planner.py time                 # steps of CPU ranks over gloo, against figures calibrated in the same run
 
 ``memory`` and ``time`` print a table and write it to benchmarks/results/planner_memory.csv and planner_time.csv with
 environment and commit in every row.
@@ -21,6 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ import torch.multiprocessing as mp
 from torch.nn import functional as F
 
 from lightning_lss.model import TransformerConfig
-from lightning_lss.planner import Link, Options, Setup, load_hardware, rank_memory, step_time
+from lightning_lss.planner import Hardware, Link, Options, Setup, load_hardware, rank_memory, step_time
 from lightning_lss.planner.measure import fake_world, make_model, make_step, measure_memory
 
 RESULTS = Path(__file__).parent / "results"
@@ -108,7 +109,7 @@ TIME: list[tuple[dict[str, Any], int, int]] = [
 
 def time_steps(args: argparse.Namespace) -> None:
     """Measure and predict every entry of ``TIME`` that this machine has the cores for."""
-    hardware, rows = load_hardware(args.hardware), []
+    hardware, rows = load_hardware(args.hardware) if args.hardware else measure_hardware(), []
     for sizes, size, length in TIME:
         if size > (os.cpu_count() or 1):
             continue
@@ -161,24 +162,36 @@ def _serve(rank: int, size: int, meeting: str, queue: Any, function: Callable[..
 # -- calibration -------------------------------------------------------------------------------------------------------
 
 
-def calibrate(args: argparse.Namespace) -> None:
-    """Print conf/hardware/cpu.yaml for ranks of one thread on this machine."""
+def measure_hardware() -> Hardware:
+    """What ranks of one thread come to on this machine; what is not measured here is as in conf/hardware/cpu.yaml."""
     torch.set_num_threads(1)
-    multiply, attention, bandwidth = _matmul_rate(), _attention_rate(), _bandwidth()
-    link = Link(*on_ranks(2, _measure_link)) if (os.cpu_count() or 1) > 1 else Link(1e9, 1e-4)
-    memory_size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (os.cpu_count() or 1)
+    multiply, attention = _matmul_rate(), _attention_rate()
+    several = (os.cpu_count() or 1) > 1
+    return replace(
+        load_hardware(CPU),
+        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (os.cpu_count() or 1),
+        bandwidth=_bandwidth(),
+        peak={"float32": multiply},
+        attention=attention / multiply,
+        **({"inside": Link(*on_ranks(2, _measure_link))} if several else {}),
+    )
+
+
+def calibrate(args: argparse.Namespace) -> None:
+    """Print conf/hardware/cpu.yaml with the figures of this machine."""
+    found = measure_hardware()
     source = f"python benchmarks/planner.py calibrate, {datetime.date.today()}, {cpu_name()}, torch {torch.__version__}"
     print(f"""# A CPU rank of one thread, in float32, over gloo on one machine. Make your own: python benchmarks/planner.py calibrate
 _target_: lightning_lss.planner.Hardware
 name: CPU
-memory: {memory_size:.3e} # of the machine, for each of its {os.cpu_count()} cores
-bandwidth: {bandwidth:.3e} # bytes/s that norms, GELU and sums come to, forward and backward
-peak: {{float32: {multiply:.3e}}} # of matrix multiplications
-inside: {{bandwidth: {link.bandwidth:.3e}, latency: {link.latency:.1e}}}
+memory: {found.memory:.3e} # of the machine, for each of its {os.cpu_count()} cores
+bandwidth: {found.bandwidth:.3e} # bytes/s that norms, GELU and sums come to, forward and backward
+peak: {{float32: {found.peak["float32"]:.3e}}} # of matrix multiplications
+inside: {{bandwidth: {found.inside.bandwidth:.3e}, latency: {found.inside.latency:.1e}}}
 between: {{bandwidth: 1.25e+9, latency: 1.0e-4}}
 devices_per_node: 64
 matmul: 1.0
-attention: {attention / multiply:.3f}
+attention: {found.attention:.3f}
 overlap: 0.0 # the cores that compute also copy
 launch: 1.0e-5
 usable: 0.9
@@ -187,17 +200,17 @@ optimizer_temporaries: largest
 source:
   memory, bandwidth, peak, inside, attention: "{source}"
   between: "assumed: 10 Gbit/s Ethernet"
-  overlap, launch, usable: "assumed\"""")
+  overlap, launch, usable: "assumed"""")
 
 
-def _seconds(function: Callable[[], object], rounds: int = 5) -> float:
+def _seconds(function: Callable[[], object], rounds: int = 9) -> float:
     function()
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
         function()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return min(times)  # what else runs on the machine only adds
 
 
 def _matmul_rate() -> float:
@@ -212,7 +225,7 @@ def _attention_rate() -> float:
     """Operations a second of causal attention, forward and backward, 12 for each visible pair and channel."""
     q, k, v, grad = (torch.randn(1, 4, 4096, 64) for _ in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    seconds = _seconds(lambda: F.scaled_dot_product_attention(*leaves, is_causal=True).backward(grad), rounds=3)
+    seconds = _seconds(lambda: F.scaled_dot_product_attention(*leaves, is_causal=True).backward(grad), rounds=9)
     return 12 * 256 * (4096 * 4097 / 2) / seconds
 
 
@@ -272,7 +285,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["memory", "time", "calibrate"])
-    parser.add_argument("--hardware", type=Path, default=CPU, help="figures that `time` predicts with")
+    parser.add_argument("--hardware", type=Path, help="figures that `time` predicts with, if not measured at once")
     parser.add_argument("--rounds", type=int, default=5, help="steps that `time` takes the median of")
     args = parser.parse_args()
     {"memory": memory, "time": time_steps, "calibrate": calibrate}[args.what](args)
