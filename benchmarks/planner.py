@@ -181,7 +181,8 @@ def calibrate(args: argparse.Namespace) -> None:
     """Print conf/hardware/cpu.yaml with the figures of this machine."""
     found = measure_hardware()
     source = f"python benchmarks/planner.py calibrate, {datetime.date.today()}, {cpu_name()}, torch {torch.__version__}"
-    print(f"""# A CPU rank of one thread, in float32, over gloo on one machine. Make your own: python benchmarks/planner.py calibrate
+    print(
+        f"""# A CPU rank of one thread, in float32, over gloo on one machine. Make your own: python benchmarks/planner.py calibrate
 _target_: lightning_lss.planner.Hardware
 name: CPU
 memory: {found.memory:.3e} # of the machine, for each of its {os.cpu_count()} cores
@@ -200,7 +201,9 @@ optimizer_temporaries: largest
 source:
   memory, bandwidth, peak, inside, attention: "{source}"
   between: "assumed: 10 Gbit/s Ethernet"
-  overlap, launch, usable: "assumed"""")
+  overlap, launch, usable: "assumed"
+""".strip()
+    )
 
 
 def _seconds(function: Callable[[], object], rounds: int = 9) -> float:
