@@ -109,8 +109,8 @@ class Walk(Sizes):
         self._normed("mlp_in", readers=2 if self.config.mlp == "swiglu" else 1)
         for name in _HIDDEN[self.config.mlp]:
             self._hold(name, self.hidden)
-        if self.setup.mlp_tiles > 1:  # computed again in the backward pass
-            self._free(*_HIDDEN[self.config.mlp])
+        if self.setup.mlp_tiles > 1:  # computed again in the backward pass, norm and all
+            self._free("mlp_in", "mlp_in_statistics", *_HIDDEN[self.config.mlp])
         self._project_out("mlp")
         self._free("block", "next_block")
 
@@ -229,6 +229,7 @@ class Walk(Sizes):
     def _mlp_backward(self) -> None:
         width, hidden = self.config.width, self.config.hidden_width
         self._branch_grad("mlp")
+        self._hold("mlp_in", self.gathered / self.setup.mlp_tiles)
         for name in _HIDDEN[self.config.mlp]:  # held already, unless they are computed again tile by tile
             self._hold(name, self.hidden)
         matrix = width * hidden / self.shares
