@@ -60,7 +60,8 @@ def test_the_ledger_remembers_the_highest_moment() -> None:
 @given(st.sampled_from([1, 2, 4, 8]), st.integers(1, 64), st.sampled_from(["lss", "megatron"]))
 @settings(max_examples=40, deadline=None)
 def test_a_longer_sequence_needs_more(size, steps, scheme) -> None:
-    shorter, longer = (rank_memory(setup_of(size, 64 * n, scheme)).total for n in (steps, steps + 1))
+    # with the chunks fixed: where a length is first gathered in more of them it can need less than a shorter one
+    shorter, longer = (rank_memory(setup_of(size, 64 * n, scheme, head_chunks=2)).total for n in (steps, steps + 1))
     assert shorter <= longer
 
 
