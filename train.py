@@ -2,6 +2,7 @@
 
 python train.py                                      # the main job: two CPU ranks share sequences of 4,096 bytes
 python train.py seq_len=8192 devices=4 sequence_parallel_size=2
+python train.py mode=plan model=1b seq_len=1048576 devices=64 hardware=h100
 python train.py --help                               # all groups and keys
 """
 
@@ -28,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-MODES = ("fit", "validate", "test", "predict")
+MODES = ("fit", "validate", "test", "predict", "plan")
 RESULT = "result.json"
 
 
@@ -61,6 +62,8 @@ def check(cfg: DictConfig) -> None:
     """
     if cfg.mode not in MODES:
         raise ValueError(f"mode={cfg.mode} is unknown: choose one of {', '.join(MODES)}.")
+    if cfg.mode == "plan":
+        return  # the planner looks at its own
     if cfg.mode != "fit" and cfg.ckpt_path is None:
         raise ValueError(
             f"mode={cfg.mode} needs a trained model: add ckpt_path=<folder of the run>/checkpoints/last.ckpt."
@@ -146,6 +149,54 @@ def run(cfg: DictConfig) -> None:
         report(trainer, Path(cfg.output_dir))
 
 
+def run_plan(cfg: DictConfig) -> None:
+    """Predict memory, traffic and time of the training that ``cfg`` describes, for every (D, S); nothing is trained."""
+    from dataclasses import fields, replace
+
+    from rich.console import Console
+
+    from lightning_lss.model import TransformerConfig
+    from lightning_lss.planner import Options, plan
+    from lightning_lss.planner.hardware import bytes_of
+    from lightning_lss.planner.report import draw_plan, print_plan, write_csv
+    from lightning_lss.planner.scaling import draw_weak_scaling, print_weak_scaling, weak_scaling
+
+    hardware = hydra.utils.instantiate(cfg.hardware, _convert_="all")
+    if cfg.plan.memory is not None:
+        hardware = replace(hardware, memory=bytes_of(cfg.plan.memory), usable=1.0)
+    vocab_size = cfg.model.vocab_size or OmegaConf.select(cfg, "data.vocab_size") or 256  # bytes, unless said otherwise
+    names = {field.name for field in fields(TransformerConfig)}
+    sizes = {name: value for name, value in cfg.model.items() if name in names}
+    model = TransformerConfig(**{**sizes, "vocab_size": vocab_size})
+    layout = cfg.strategy.get("layout", "auto")
+    options = Options(
+        cfg.plan.precision or hardware.precision,
+        "zigzag" if layout == "auto" else layout,
+        optimizer_temporaries=hardware.optimizer_temporaries,
+        **cfg.plan.options,
+    )
+    console = Console(soft_wrap=True)
+    if cfg.plan.weak_scaling is not None:
+        scaling = weak_scaling(model, hardware, options, cfg.data.batch_size)
+        print_weak_scaling(scaling, console)
+        draw_weak_scaling(scaling).savefig(cfg.plan.weak_scaling, dpi=120)
+        return
+    planned = plan(
+        model,
+        cfg.seq_len,
+        cfg.devices * cfg.trainer.num_nodes,
+        hardware,
+        batch_size=cfg.data.batch_size,
+        global_batch=cfg.plan.global_batch,
+        options=options,
+    )
+    print_plan(planned, console)
+    if cfg.plan.csv is not None:
+        write_csv(planned, cfg.plan.csv)
+    if cfg.plan.png is not None:
+        draw_plan(planned).savefig(cfg.plan.png, dpi=120)
+
+
 def report(trainer: pl.Trainer, folder: Path) -> None:
     """Print what the run came to and where things lie; write the metrics to ``result.json``."""
     from rich.console import Console
@@ -188,6 +239,9 @@ def main(cfg: DictConfig) -> float | None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.")  # its own use of torch
     try:
         check(cfg)
+        if cfg.mode == "plan":
+            run_plan(cfg)
+            return None
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             if "RANK" in os.environ:
                 raise ValueError(

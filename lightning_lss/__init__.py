@@ -10,6 +10,7 @@ from lightning_lss.attention import LSSAttention, lss_attention
 from lightning_lss.loss import token_mean
 from lightning_lss.metrics import BitsPerByte
 from lightning_lss.module import LSSTransformer
+from lightning_lss.planner import plan
 from lightning_lss.positions import RotaryEmbedding, SegmentPositionalEmbedding
 from lightning_lss.refusals import refuse_other_lightning
 from lightning_lss.shard import SequenceShard, ShardedModule, sequence_shard
@@ -27,6 +28,7 @@ __all__ = [
     "SequenceShard",
     "ShardedModule",
     "lss_attention",
+    "plan",
     "sequence_shard",
     "token_mean",
 ]

@@ -1,0 +1,298 @@
+"""The planner's predictions against measurements: memory of a rank, and seconds of a step.
+
+    python benchmarks/planner.py memory               # a rank of 2 to 3,456 under torch's memory tracker (2 minutes)
+    python benchmarks/planner.py calibrate            # figures of this machine, as conf/hardware/cpu.yaml has them
+    python benchmarks/planner.py time                 # steps of CPU ranks over gloo, against figures calibrated in the same run
+
+``memory`` and ``time`` print a table and write it to benchmarks/results/planner_memory.csv and planner_time.csv with
+environment and commit in every row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn import functional as F
+
+from lightning_lss.model import TransformerConfig
+from lightning_lss.planner import Hardware, Link, Options, Setup, load_hardware, rank_memory, step_time
+from lightning_lss.planner.measure import fake_world, make_model, make_step, measure_memory
+
+RESULTS = Path(__file__).parent / "results"
+CPU = Path(__file__).parents[1] / "conf" / "hardware" / "cpu.yaml"
+
+
+def config(**sizes: Any) -> TransformerConfig:
+    """A small model, changed by ``sizes``."""
+    return TransformerConfig(**{"width": 256, "num_layers": 3, "num_heads": 4, "positions": "rotary", **sizes})
+
+
+# what, S, L, B, model, options; a rank in the middle of the group is measured
+MEMORY: list[tuple[str, int, int, int, dict[str, Any], dict[str, Any]]] = [
+    ("whole sequence", 1, 2_048, 1, {}, {}),
+    ("zigzag", 4, 8_192, 1, {}, {}),
+    ("contiguous", 8, 8_192, 1, {}, {"layout": "contiguous"}),
+    ("DDP's buckets", 4, 8_192, 1, {}, {"ddp": True}),
+    ("buckets as gradients", 4, 8_192, 1, {}, {"ddp": True, "gradient_as_bucket_view": True}),
+    ("learned positions", 2, 4_096, 1, {"positions": "learned"}, {}),
+    ("dropout", 8, 8_192, 1, {"dropout": 0.1}, {}),
+    ("swiglu, 2 of 8 heads", 8, 8_192, 1, {"mlp": "swiglu", "num_heads": 8, "num_kv_heads": 2}, {}),
+    ("keep_gathered", 8, 8_192, 1, {"keep_gathered": True}, {}),
+    ("8 chunks, 2 sequences", 2, 16_384, 2, {"num_heads": 8}, {}),
+    ("8,192 tokens", 16, 8_192, 1, {"vocab_size": 8_192}, {}),
+    ("encoder", 4, 8_192, 1, {"causal": False}, {}),
+    ("float64, untied", 4, 4_096, 1, {"tie_embeddings": False}, {"precision": "64-true"}),
+    ("bfloat16", 4, 8_192, 1, {}, {"precision": "bf16-true"}),
+    ("autocast", 4, 8_192, 1, {}, {"precision": "bf16-mixed"}),
+    ("mostly parameters", 4, 512, 1, {"width": 512, "num_heads": 8}, {"ddp": True}),
+    ("64 ranks", 64, 16_384, 1, {}, {}),
+    ("144 ranks, 58 tokens each", 144, 8_352, 1, {}, {}),
+    (
+        "2 layers of 1b, 1M tokens",
+        64,
+        1_048_576,
+        1,
+        {"width": 2048, "num_layers": 2, "num_heads": 32, "num_kv_heads": 8},
+        {},
+    ),
+    ("864 ranks, 58 tokens each", 864, 50_112, 1, {"num_layers": 1}, {}),
+    ("3,456 ranks", 3_456, 221_184, 1, {"num_layers": 1, "num_heads": 2}, {}),
+]
+
+
+def memory(args: argparse.Namespace) -> None:
+    """Measure and predict every entry of ``MEMORY``."""
+    rows = []
+    for what, size, length, batch, sizes, options in MEMORY:
+        setup = Setup(config(**sizes), "lss", 1, size, length, batch, Options(**{"ddp": False, **options}))
+        fake = not setup.options.ddp and not setup.config.dropout and setup.config.positions == "rotary"
+        with fake_world(size // 2, size) as group:
+            measured = measure_memory(setup, group, fake_tensors=fake)["Total"]
+        predicted = rank_memory(setup).total
+        error = predicted / measured - 1
+        print(
+            f"{what:28} S {size:5} L {length:9,} {measured / 2**20:10,.1f} {predicted / 2**20:10,.1f} MiB {100 * error:+6.1f} %"
+        )
+        row = {"what": what, "size": size, "length": length, "batch_size": batch, "fake_tensors": fake}
+        row |= {"model": sizes, "options": options}
+        rows.append(row | {"measured_bytes": measured, "predicted_bytes": round(predicted), "error": round(error, 4)})
+    print(f"worst error {100 * max(abs(row['error']) for row in rows):.1f} % of {len(rows)}")
+    write(RESULTS / "planner_memory.csv", rows)
+
+
+# -- time --------------------------------------------------------------------------------------------------------------
+
+# model, S, L; every rank has one thread
+TIME: list[tuple[dict[str, Any], int, int]] = [
+    (sizes, size, length)
+    for sizes in ({"num_layers": 2}, {"width": 512, "num_layers": 2, "num_heads": 8})
+    for size in (1, 2, 4)
+    for length in (2_048, 4_096, 8_192)
+]
+
+
+def time_steps(args: argparse.Namespace) -> None:
+    """Measure and predict every entry of ``TIME`` that this machine has the cores for."""
+    hardware, rows = load_hardware(args.hardware) if args.hardware else measure_hardware(), []
+    for sizes, size, length in TIME:
+        if size > (os.cpu_count() or 1):
+            continue
+        setup = Setup(config(**sizes), "lss", 1, size, length)
+        seconds = statistics.median(on_ranks(size, _time_rank, setup, args.rounds))
+        predicted = step_time(setup, hardware)
+        error = predicted.total / seconds - 1
+        print(f"{sizes!s:52} S {size} L {length:6,} {seconds:8.3f} {predicted.total:8.3f} s {100 * error:+6.1f} %")
+        rows.append({"model": sizes, "size": size, "length": length, "measured_seconds": seconds, **vars(predicted)})
+        rows[-1] |= {"predicted_seconds": predicted.total, "error": round(error, 4), "rounds": args.rounds}
+    if rows:
+        print(f"worst error {100 * max(abs(row['error']) for row in rows):.1f} % of {len(rows)}")
+        write(RESULTS / "planner_time.csv", rows)
+
+
+def _time_rank(rank: int, setup: Setup, rounds: int) -> list[float]:
+    assert dist.group.WORLD is not None
+    step = make_step(make_model(setup, dist.group.WORLD), setup)
+    step()
+    seconds = []
+    for _ in range(rounds):
+        dist.barrier()
+        start = time.perf_counter()
+        step()
+        slowest = torch.tensor(time.perf_counter() - start)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        seconds.append(slowest.item())
+    return seconds
+
+
+def on_ranks(size: int, function: Callable[..., Any], *args: Any) -> Any:
+    """What ``function(rank, *args)`` returns on rank 0 of ``size`` single-threaded ranks of a gloo group."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.get_context("spawn")
+        queue = context.SimpleQueue()
+        mp.spawn(_serve, args=(size, os.path.join(folder, "meeting"), queue, function, args), nprocs=size)
+        return queue.get()
+
+
+def _serve(rank: int, size: int, meeting: str, queue: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+    result = function(rank, *args)
+    if rank == 0:
+        queue.put(result)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# -- calibration -------------------------------------------------------------------------------------------------------
+
+
+def measure_hardware() -> Hardware:
+    """What ranks of one thread come to on this machine; what is not measured here is as in conf/hardware/cpu.yaml."""
+    torch.set_num_threads(1)
+    multiply, attention = _matmul_rate(), _attention_rate()
+    several = (os.cpu_count() or 1) > 1
+    return replace(
+        load_hardware(CPU),
+        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (os.cpu_count() or 1),
+        bandwidth=_bandwidth(),
+        peak={"float32": multiply},
+        attention=attention / multiply,
+        **({"inside": Link(*on_ranks(2, _measure_link))} if several else {}),
+    )
+
+
+def calibrate(args: argparse.Namespace) -> None:
+    """Print conf/hardware/cpu.yaml with the figures of this machine."""
+    found = measure_hardware()
+    source = f"python benchmarks/planner.py calibrate, {datetime.date.today()}, {cpu_name()}, torch {torch.__version__}"
+    print(
+        f"""# A CPU rank of one thread, in float32, over gloo on one machine. Make your own: python benchmarks/planner.py calibrate
+_target_: lightning_lss.planner.Hardware
+name: CPU
+memory: {found.memory:.3e} # of the machine, for each of its {os.cpu_count()} cores
+bandwidth: {found.bandwidth:.3e} # bytes/s that norms, GELU and sums come to, forward and backward
+peak: {{float32: {found.peak["float32"]:.3e}}} # of matrix multiplications
+inside: {{bandwidth: {found.inside.bandwidth:.3e}, latency: {found.inside.latency:.1e}}}
+between: {{bandwidth: 1.25e+9, latency: 1.0e-4}}
+devices_per_node: 64
+matmul: 1.0
+attention: {found.attention:.3f}
+overlap: 0.0 # the cores that compute also copy
+launch: 1.0e-5
+usable: 0.9
+precision: 32-true
+optimizer_temporaries: largest
+source:
+  memory, bandwidth, peak, inside, attention: "{source}"
+  between: "assumed: 10 Gbit/s Ethernet"
+  overlap, launch, usable: "assumed"
+""".strip()
+    )
+
+
+def _seconds(function: Callable[[], object], rounds: int = 9) -> float:
+    function()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)  # what else runs on the machine only adds
+
+
+def _matmul_rate() -> float:
+    """Operations a second of a linear layer, forward and backward, of the shapes of a small transformer."""
+    x, weight = torch.randn(4096, 256), torch.randn(1024, 256)
+    grad = torch.randn(4096, 1024)
+    seconds = _seconds(lambda: (F.linear(x, weight), grad @ weight, grad.t() @ x))
+    return 6 * x.numel() * weight.size(0) / seconds
+
+
+def _attention_rate() -> float:
+    """Operations a second of causal attention, forward and backward, 12 for each visible pair and channel."""
+    q, k, v, grad = (torch.randn(1, 4, 4096, 64) for _ in range(4))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    seconds = _seconds(lambda: F.scaled_dot_product_attention(*leaves, is_causal=True).backward(grad), rounds=9)
+    return 12 * 256 * (4096 * 4097 / 2) / seconds
+
+
+def _bandwidth() -> float:
+    """Bytes a second by the planner's measure, three for each byte that is written: a norm, GELU of four times the width and
+    a sum, forward and backward, write eleven tensors."""
+    x, wide = torch.randn(4096, 256, requires_grad=True), torch.randn(4096, 1024, requires_grad=True)
+    grad, wide_grad = torch.randn(4096, 256), torch.randn(4096, 1024)
+
+    def run() -> None:
+        F.layer_norm(x, (256,)).backward(grad)
+        F.gelu(wide).backward(wide_grad)
+        with torch.no_grad():
+            x.add(grad)
+        x.grad = wide.grad = None
+
+    return 3 * 11 * x.nbytes / _seconds(run)
+
+
+def _measure_link(rank: int) -> tuple[float, float]:
+    """Bytes a second that a rank receives in an all-gather of two ranks, and the seconds of an empty one."""
+
+    def gather(numbers: int) -> float:
+        own, whole = torch.ones(numbers), torch.empty(2 * numbers)
+        return _seconds(lambda: dist.all_gather_into_tensor(whole, own), rounds=11)
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    latency = gather(1)
+    return 4 * 2**22 / max(1e-9, gather(2**22) - latency), latency
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def cpu_name() -> str:
+    """The processor, as the kernel calls it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the table with environment and commit in every row."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    environment = {"commit": commit + ("+" if dirty else ""), "torch": torch.__version__, "cpu": cpu_name()}
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *environment])
+        writer.writeheader()
+        writer.writerows(row | environment for row in rows)
+    print(f"written to {os.path.relpath(path)}")
+
+
+def main() -> None:
+    """Run what is asked for."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["memory", "time", "calibrate"])
+    parser.add_argument("--hardware", type=Path, help="figures that `time` predicts with, if not measured at once")
+    parser.add_argument("--rounds", type=int, default=5, help="steps that `time` takes the median of")
+    args = parser.parse_args()
+    {"memory": memory, "time": time_steps, "calibrate": calibrate}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()

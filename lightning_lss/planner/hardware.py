@@ -1,0 +1,118 @@
+"""What a device and the links between devices can do; every figure with its source in ``conf/hardware``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_KINDS = {"64": "float64", "32": "float32", "bf16": "bfloat16", "16": "float16"}
+
+
+@dataclass(frozen=True)
+class Link:
+    """A connection between devices.
+
+    Args:
+        bandwidth: bytes a second in one direction.
+        latency: seconds that a message takes whatever its size.
+    """
+
+    bandwidth: float
+    latency: float
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A cluster of equal nodes of equal devices.
+
+    Args:
+        name: what tables and pictures call it.
+        memory: bytes of a device.
+        bandwidth: bytes a second between a device and its memory.
+        peak: floating-point operations a second by dtype, such as ``{"bfloat16": 989e12}``.
+        inside: the link of a device to another of its node.
+        between: the link of a *node* to another; its devices share it.
+        devices_per_node: number of devices in a node.
+        matmul: fraction of the peak that the matrix multiplications of a transformer reach.
+        attention: fraction of the peak that attention reaches, forward and backward, counting 12 operations for each visible
+            query-key pair and channel (4 forward, 8 backward; what a kernel computes a second time is not counted).
+        overlap: fraction of the time of a collective that can pass while the device computes.
+        launch: seconds that a kernel takes whatever its size.
+        usable: fraction of the memory that tensors can have; the rest is the context, fragmentation, and buffers of the
+            communication library.
+        precision: Lightning's name of the precision that one would train in.
+        optimizer_temporaries: see :class:`~lightning_lss.planner.setup.Options`.
+        source: where the figures come from.
+    """
+
+    name: str
+    memory: float
+    bandwidth: float
+    peak: dict[str, float]
+    inside: Link
+    between: Link
+    devices_per_node: int
+    matmul: float
+    attention: float
+    overlap: float = 1.0
+    launch: float = 0.0
+    usable: float = 1.0
+    precision: str = "32-true"
+    optimizer_temporaries: str = "all"
+    source: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("inside", "between"):  # a configuration file has mappings
+            link = getattr(self, name)
+            if not isinstance(link, Link):
+                object.__setattr__(self, name, Link(**link))
+        for name in ("memory", "bandwidth", "devices_per_node", "matmul", "attention"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"hardware {self.name}: {name}={getattr(self, name)} must be positive.")
+
+    def peak_of(self, precision: str) -> float:
+        """Floating-point operations a second in ``precision``, one of Lightning's names.
+
+        Raises:
+            ValueError: if there is no figure for it.
+        """
+        kind = _KINDS[precision.partition("-")[0]]
+        if kind not in self.peak:
+            raise ValueError(
+                f"hardware {self.name} has no peak for {kind} (precision={precision}): it has {', '.join(self.peak)}."
+            )
+        return self.peak[kind]
+
+    @property
+    def usable_memory(self) -> float:
+        """Bytes that tensors can have."""
+        return self.memory * self.usable
+
+
+def load_hardware(path: str | Path) -> Hardware:
+    """Read a file such as those in ``conf/hardware``."""
+    from omegaconf import OmegaConf
+
+    figures = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    assert isinstance(figures, dict)
+    return Hardware(**{str(key): value for key, value in figures.items() if key != "_target_"})
+
+
+_UNITS = {
+    "B": 1,
+    **{f"{k}B": 1000**n for n, k in enumerate("KMGT", 1)},
+    **{f"{k}iB": 1024**n for n, k in enumerate("KMGT", 1)},
+}
+
+
+def bytes_of(size: str | float) -> float:
+    """Bytes of a size such as ``80e9``, ``"80GB"`` or ``"24 GiB"``.
+
+    Raises:
+        ValueError: if it is no such size.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", str(size))
+    if match is None or (match[2] or "B") not in _UNITS or float(match[1]) <= 0:
+        raise ValueError(f"memory={size!r} is no size: give bytes, or a number with one of {', '.join(_UNITS)}.")
+    return float(match[1]) * _UNITS[match[2] or "B"]

@@ -1,0 +1,130 @@
+"""Measure what :mod:`lightning_lss.planner.memory` predicts: one rank's training step under torch's memory tracker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_lss.gradients import ignore_in_ddp
+from lightning_lss.model import Transformer
+from lightning_lss.planner.setup import Setup
+from lightning_lss.shard import SequenceShard, segment_local_names, sharded_modules
+
+
+@contextmanager
+def fake_world(rank: int, size: int) -> Iterator[dist.ProcessGroup]:
+    """A process group in which this process is ``rank`` of ``size`` and the others do not exist: collectives return at once
+    and leave their outputs as they are."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        assert dist.group.WORLD is not None
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def measure_memory(setup: Setup, group: dist.ProcessGroup, fake_tensors: bool = False) -> dict[str, int]:
+    """Bytes at the peak of a rank's second training step, by the categories of torch's memory tracker.
+
+    Args:
+        setup: what to train, with ``scheme="lss"``.
+        group: the sequence group, of ``setup.size`` ranks: real or of :func:`fake_world`.
+        fake_tensors: whether to work with tensors that have sizes but no contents, for models and sequences that this
+            machine could not hold. It needs ``ddp=False``, and a model with rotary positions and without dropout, whose
+            generators want numbers.
+
+    Returns:
+        ``{"Parameter": ..., "Gradient": ..., "Activation": ..., "Temp": ..., "Optstate": ..., "Total": ...}``; see
+        ``torch.distributed._tools.mem_tracker``.
+
+    Raises:
+        ValueError: if it cannot be measured.
+    """
+    if setup.scheme != "lss":
+        raise ValueError(f"scheme={setup.scheme!r} cannot be measured here, only 'lss'.")
+    if fake_tensors and (setup.options.ddp or setup.config.dropout or setup.config.positions != "rotary"):
+        raise ValueError("fake_tensors needs ddp=False, positions='rotary' and dropout=0.")
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    with FakeTensorMode() if fake_tensors else nullcontext():
+        model = make_model(setup, group)
+        tracker = MemTracker()
+        tracker.track_external(model)
+        with tracker:
+            step = make_step(model, setup)
+            step()
+            tracker.reset_mod_stats()  # it takes one call of each module at a time; the peak stays
+            step()
+    (snapshot,) = tracker.get_tracker_snapshot("peak").values()
+    return {str(getattr(kind, "value", kind)): size for kind, size in snapshot.items()}
+
+
+def make_model(setup: Setup, group: dist.ProcessGroup) -> nn.Module:
+    """The model of a rank, with its shard."""
+    name, _, kind = setup.options.precision.partition("-")
+    with _default_dtype(_DTYPES[name] if kind == "true" else torch.float32):
+        model = Transformer(replace(setup.config, seq_len=setup.seq_len))
+    shard = SequenceShard(dist.get_rank(group), setup.size, setup.options.layout, group)
+    for module in sharded_modules(model):
+        module.set_shard(shard)
+    return model
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make modules with parameters of ``dtype``; fake parameters cannot be converted afterwards."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def make_step(model: nn.Module, setup: Setup) -> Callable[[], None]:
+    """The step of :class:`~lightning_lss.LSSTransformer` under Lightning, without what does not touch memory."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    if setup.options.ddp:
+        ignore_in_ddp(model, segment_local_names(model))
+        model = DistributedDataParallel(model, gradient_as_bucket_view=setup.options.gradient_as_bucket_view)
+        if dist.get_backend() == "fake":  # its all-reduce has no tensor for DDP to go on with
+            model.register_comm_hook(None, lambda _, bucket: _done(bucket.buffer()))
+    inputs, targets = torch.zeros(2, setup.batch_size, setup.seq_len // setup.size, dtype=torch.int64).unbind()
+
+    def step() -> None:
+        with _autocast(setup):
+            loss = _loss(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _done(result: Tensor) -> torch.futures.Future[Tensor]:
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future.set_result(result)
+    return future
+
+
+def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    return F.cross_entropy(wide, targets.flatten())
+
+
+_DTYPES = {"64": torch.float64, "32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
+
+
+def _autocast(setup: Setup) -> AbstractContextManager[object]:
+    name, _, kind = setup.options.precision.partition("-")
+    return torch.autocast("cpu", _DTYPES[name]) if kind == "mixed" else nullcontext()

@@ -1,0 +1,205 @@
+"""What is planned for: how many ranks of which kind train on what, and the options that change memory or time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lightning_lss.layout import check_length
+from lightning_lss.model import TransformerConfig
+
+Scheme = Literal["lss", "megatron"]
+SCHEMES: tuple[str, ...] = get_args(Scheme)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes of a number, by Lightning's name of a precision.
+
+    Args:
+        parameter: of parameters, gradients and optimizer moments.
+        residual: of the sum that runs through the layers, and of the inputs of the norms.
+        compute: of what matrix multiplications and attention read and write.
+    """
+
+    name: str
+    parameter: int
+    residual: int
+    compute: int
+
+
+PRECISIONS = {
+    precision.name: precision
+    for precision in (
+        Precision("64-true", 8, 8, 8),
+        Precision("32-true", 4, 4, 4),
+        Precision("bf16-true", 2, 2, 2),
+        Precision("16-true", 2, 2, 2),
+        Precision("bf16-mixed", 4, 4, 2),
+        Precision("16-mixed", 4, 4, 2),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Choices that change a rank's memory, traffic or time and are neither the model's sizes nor the number of ranks.
+
+    Args:
+        precision: a name in :data:`PRECISIONS`, as Lightning's Trainer takes it.
+        layout: how LSS splits a sequence, ``"zigzag"`` or ``"contiguous"``.
+        head_chunks: in how many parts LSS gathers the key/value heads; None for what attention chooses by itself.
+        activation_checkpointing: ``"none"``; ``"full"`` keeps the input of each block; ``"selective"`` keeps what
+            attention returns as well; ``"offload"`` is full with the inputs in host memory. None for the model's.
+        mlp_tiles: in how many tiles along the sequence an MLP is computed, and computed again in the backward pass; None for
+            the model's.
+        loss_rows: rows of logits that exist at a time; None for all of them.
+        sharding: None, every rank has all parameters; ``"fsdp"``, parameters, gradients and optimizer state are spread over
+            all ranks; ``"hybrid"``, over the ranks of a sequence group.
+        ddp: whether DistributedDataParallel keeps buckets of gradients beside the gradients.
+        gradient_as_bucket_view: whether its buckets are the gradients.
+        optimizer_temporaries: what AdamW makes during its step: ``"largest"``, two tensors of the size of the largest
+            parameter (on a CPU); ``"all"``, one of the size of all parameters (on a GPU); ``"none"`` (fused).
+        explicit_scores: whether attention writes out its matrix of scores, as before FlashAttention; it is then kept for the
+            backward pass together with the probabilities.
+        fractional_heads: let Megatron split heads and widths over more ranks than there are heads, which no
+            implementation can: a bound that favours it.
+    """
+
+    precision: str = "32-true"
+    layout: str = "zigzag"
+    head_chunks: int | None = None
+    activation_checkpointing: str | None = None
+    mlp_tiles: int | None = None
+    loss_rows: int | None = None
+    sharding: str | None = None
+    ddp: bool = True
+    gradient_as_bucket_view: bool = False
+    optimizer_temporaries: str = "largest"
+    explicit_scores: bool = False
+    fractional_heads: bool = False
+
+    def __post_init__(self) -> None:
+        known = {
+            "precision": PRECISIONS,
+            "activation_checkpointing": (None, "none", "full", "selective", "offload"),
+            "sharding": (None, "fsdp", "hybrid"),
+            "optimizer_temporaries": ("largest", "all", "none"),
+        }
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(map(str, values))}."
+                )
+        for name in ("mlp_tiles", "loss_rows", "head_chunks"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be positive.")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One way to train a model: a scheme on D x S ranks.
+
+    Args:
+        config: the model; its ``seq_len`` is of no account.
+        scheme: ``"lss"``, or ``"megatron"``: tensor parallelism with sequence-sharded norms (arXiv 2205.05198), the
+            baseline of the LSS paper.
+        data_size: D, batches in flight.
+        size: S, ranks that share a sequence.
+        seq_len: global sequence length L.
+        batch_size: sequences B that a sequence group trains on at a time.
+
+    Raises:
+        ValueError: if the sizes do not fit together, saying in one sentence which.
+    """
+
+    config: TransformerConfig
+    scheme: Scheme
+    data_size: int
+    size: int
+    seq_len: int
+    batch_size: int = 1
+    options: Options = Options()
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"scheme={self.scheme!r} is unknown: choose one of {', '.join(SCHEMES)}.")
+        for name in ("data_size", "size", "seq_len", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive.")
+        if self.scheme == "lss":
+            check_length(self.seq_len, self.size, self.options.layout)
+            self._check_head_chunks()
+        else:
+            self._check_tensor_parallel()
+
+    def _check_head_chunks(self) -> None:
+        chunks = self.options.head_chunks
+        if chunks is not None and self.config.kv_heads % chunks:
+            raise ValueError(f"head_chunks={chunks} must be a divisor of the {self.config.kv_heads} key/value heads.")
+
+    def _check_tensor_parallel(self) -> None:
+        shared = {"seq_len": self.seq_len}
+        if not self.options.fractional_heads:
+            shared |= {"num_heads": self.config.num_heads, "hidden width": self.config.hidden_width}
+        for name, count in shared.items():
+            if count % self.size:
+                raise ValueError(
+                    f"Megatron cannot share {name}={count} out over {self.size} ranks: use a size that divides it."
+                )
+
+    @property
+    def world_size(self) -> int:
+        """W = D x S."""
+        return self.data_size * self.size
+
+    @property
+    def local_tokens(self) -> int:
+        """Tokens of a rank, B x l."""
+        return self.batch_size * self.seq_len // self.size
+
+    @property
+    def shards(self) -> int:
+        """Over how many ranks each parameter is sharded."""
+        return {None: 1, "hybrid": self.size, "fsdp": self.world_size}[self.options.sharding]
+
+    @property
+    def precision(self) -> Precision:
+        """Bytes of the numbers involved."""
+        return PRECISIONS[self.options.precision]
+
+    @property
+    def kv_width(self) -> int:
+        """Width of the keys, and of the values: G x D. Where Megatron has more ranks than there are key/value heads, ranks have
+        some of them twice."""
+        heads = self.config.kv_heads
+        if self.scheme == "megatron" and not self.options.fractional_heads:
+            heads = max(heads, self.size)
+        return heads * self.config.head_dim
+
+    @property
+    def activation_checkpointing(self) -> str:
+        """The choice in force."""
+        chosen = self.options.activation_checkpointing
+        return getattr(self.config, "activation_checkpointing", "none") if chosen is None else chosen
+
+    @property
+    def mlp_tiles(self) -> int:
+        """The choice in force."""
+        chosen = self.options.mlp_tiles
+        return getattr(self.config, "mlp_tiles", 1) if chosen is None else chosen
+
+
+# As attention chooses by itself (lightning_lss.attention): up to 8 chunks of at least 1 MiB of a rank's keys and values.
+_MOST_CHUNKS = 8
+_LEAST_BYTES = 2**20
+
+
+def head_chunks(setup: Setup) -> int:
+    """In how many parts LSS gathers the key/value heads of a layer."""
+    if setup.options.head_chunks is not None:
+        return setup.options.head_chunks
+    sent = 2 * setup.local_tokens * setup.kv_width * setup.precision.compute
+    most = 1 if setup.config.keep_gathered else min(_MOST_CHUNKS, sent // _LEAST_BYTES)
+    return max(n for n in range(1, max(1, most) + 1) if setup.config.kv_heads % n == 0)
