@@ -46,6 +46,20 @@ def token_mean(loss_sum: Tensor, num_tokens: Tensor | int) -> Tensor:
 _LEAST_ROWS = 256  # of logits at a time: fewer would leave matrix multiplications to the speed of memory
 
 
+def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the cross entropies of logits [N, V] with targets, int64 [N]; float64 for float64 logits, else float32."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="sum")
+
+
+def logit_rows(rows: int, width: int, vocabulary: int) -> int:
+    """How many of ``rows`` rows of logits exist at a time: all where they are no larger than the features, else about
+    as many as take the features' memory."""
+    if vocabulary <= width:
+        return rows
+    return max(1, min(rows, max(_LEAST_ROWS, rows * width // vocabulary)))
+
+
 def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Sum of the cross entropies of the logits ``features @ weight.T``, of which only a few rows exist at a time.
 
@@ -65,15 +79,18 @@ def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> T
     features, weight = in_autocast_dtype(features, weight)
     (rows, width), vocabulary = features.shape, weight.size(0)
     if vocabulary <= width:
-        logits = F.linear(features, weight)
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="sum")
-    chunk = max(1, min(rows, max(_LEAST_ROWS, rows * width // vocabulary)))
+        return cross_entropy_sum(F.linear(features, weight), targets)
+    chunk = logit_rows(rows, width, vocabulary)
     own = not hasattr(F, "linear_cross_entropy") or torch.compiler.is_compiling()  # torch's breaks the graph
     if own or features.dtype not in (torch.float32, torch.float64):
-        return _ChunkedCrossEntropy.apply(features, weight, targets, chunk)
+        return chunked_cross_entropy(features, weight, targets, chunk)
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
     return F.linear_cross_entropy(features, weight, targets, reduction="sum", ignore_index=IGNORED, options=options)
+
+
+def chunked_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
+    """:func:`linear_cross_entropy` with ``rows`` rows of logits at a time, in torch's basic operators."""
+    return _ChunkedCrossEntropy.apply(features, weight, targets, rows)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -87,24 +104,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        wide = torch.promote_types(features.dtype, torch.float32)
-        loss = features.new_zeros((), dtype=wide)
-        grads = torch.empty_like(features), torch.zeros_like(weight, dtype=wide)
+        loss = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))
         wanted = any(ctx.needs_input_grad[:2])
-        for x, y, grad_x in zip(*(t.split(chunk) for t in (features, targets, grads[0]))):
-            logits = F.linear(x, weight).to(wide)
-            counts = y != IGNORED
-            index = y.where(counts, 0)[:, None]
-            log_sum = logits.logsumexp(-1)
-            loss += (log_sum - logits.gather(1, index)[:, 0]).where(counts, 0).sum()
-            if wanted:
-                grad = logits.sub_(log_sum[:, None]).exp_()  # probabilities, less one at the target
-                grad.scatter_add_(1, index, grad.new_full((), -1.0).expand(index.shape))
-                grad = grad.mul_(counts[:, None]).to(features.dtype)
+        grad_features, grad_weight = torch.empty_like(features), torch.zeros_like(weight, dtype=loss.dtype)
+        for x, y, grad_x in zip(*(t.split(chunk) for t in (features, targets, grad_features))):
+            part, grad = _loss_of_rows(x, weight, y, wanted)
+            loss += part
+            if grad is not None:
                 torch.mm(grad, weight, out=grad_x)
-                grads[1].add_(grad.T @ x)
+                grad_weight += grad.T @ x
+                del grad  # before the next rows
         if wanted:
-            ctx.save_for_backward(grads[0], grads[1].to(weight.dtype))
+            ctx.save_for_backward(grad_features, grad_weight.to(weight.dtype))
         return loss
 
     @staticmethod
@@ -112,3 +123,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_features, grad_weight = ctx.saved_tensors
         return (grad_features * grad).to(grad_features.dtype), (grad_weight * grad).to(grad_weight.dtype), None, None
+
+
+def _loss_of_rows(x: Tensor, weight: Tensor, targets: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Sum of the cross entropies of some rows, and its gradient with respect to their logits [rows, V]."""
+    logits = F.linear(x, weight).to(torch.promote_types(x.dtype, torch.float32))
+    counts = targets != IGNORED
+    index = targets.where(counts, 0)[:, None]
+    target = logits.gather(1, index)[:, 0]
+    highest = logits.amax(-1)
+    likelihoods = logits.sub_(highest[:, None]).exp_()
+    total = likelihoods.sum(-1)
+    loss = (highest + total.log() - target).where(counts, 0).sum()
+    if not wants_grad:
+        return loss, None
+    grad = likelihoods.div_(total[:, None])  # probabilities, less one at the target
+    grad.scatter_add_(1, index, grad.new_full((), -1.0).expand(index.shape))
+    return loss, grad.mul_(counts[:, None]).to(x.dtype)

@@ -76,7 +76,7 @@ def make_plan(
     Raises:
         ValueError: if the kernel cannot take ``q``, or the chunks do not fit the heads of ``k``.
     """
-    chunks = _choose_chunks(k, keep_gathered) if head_chunks is None else head_chunks
+    chunks = choose_head_chunks(k.size(1), 2 * k.nbytes, keep_gathered) if head_chunks is None else head_chunks
     if isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1 or k.size(1) % chunks:
         raise ValueError(f"head_chunks={chunks!r} must be 'auto' or a divisor of the {k.size(1)} key/value heads.")
     if keep_gathered and chunks != 1:
@@ -87,9 +87,9 @@ def make_plan(
     return Plan(shard, select_kernel(q, kernel).name, causal, scale, chunks, keep_gathered)
 
 
-def _choose_chunks(k: Tensor, keep_gathered: bool) -> int:
-    heads = k.size(1)
-    most = 1 if keep_gathered else min(_MOST_CHUNKS, 2 * k.nbytes // _LEAST_BYTES)
+def choose_head_chunks(heads: int, sent: int, keep_gathered: bool) -> int:
+    """In how many parts to gather ``heads`` key/value heads, of which a rank sends ``sent`` bytes in all."""
+    most = 1 if keep_gathered else min(_MOST_CHUNKS, int(sent) // _LEAST_BYTES)
     return max(n for n in range(1, max(1, most) + 1) if heads % n == 0)
 
 

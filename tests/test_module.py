@@ -7,6 +7,7 @@ import math
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, default_collate
 
@@ -28,6 +29,17 @@ def test_loss_is_the_mean_cross_entropy_of_the_tokens_that_count() -> None:
     loss_sum, count = module._loss(batch)
     expected = F.cross_entropy(module(batch["inputs"]).flatten(0, 1), batch["targets"].flatten())
     torch.testing.assert_close(loss_sum / count, expected)
+
+
+class Colder(LSSTransformer):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) * 2
+
+
+def test_a_subclass_may_make_its_own_logits() -> None:
+    module, batch = Colder(**SIZES), default_collate(make_samples(4))
+    expected = F.cross_entropy(module(batch["inputs"]).flatten(0, 1), batch["targets"].flatten(), reduction="sum")
+    torch.testing.assert_close(module._loss(batch)[0], expected)
 
 
 def test_validation_metrics_are_exact_over_uneven_batches() -> None:

@@ -9,12 +9,13 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lss.gradients import ignore_in_ddp
+from lightning_lss.loss import chunked_cross_entropy, linear_cross_entropy
 from lightning_lss.model import Transformer
 from lightning_lss.planner.setup import Setup
+from lightning_lss.precision import in_autocast_dtype
 from lightning_lss.shard import SequenceShard, segment_local_names, sharded_modules
 
 
@@ -69,7 +70,7 @@ def measure_memory(setup: Setup, group: dist.ProcessGroup, fake_tensors: bool = 
     return {str(getattr(kind, "value", kind)): size for kind, size in snapshot.items()}
 
 
-def make_model(setup: Setup, group: dist.ProcessGroup) -> nn.Module:
+def make_model(setup: Setup, group: dist.ProcessGroup) -> Transformer:
     """The model of a rank, with its shard."""
     name, _, kind = setup.options.precision.partition("-")
     with _default_dtype(_DTYPES[name] if kind == "true" else torch.float32):
@@ -91,19 +92,20 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def make_step(model: nn.Module, setup: Setup) -> Callable[[], None]:
+def make_step(model: Transformer, setup: Setup) -> Callable[[], None]:
     """The step of :class:`~lightning_lss.LSSTransformer` under Lightning, without what does not touch memory."""
     optimizer = torch.optim.AdamW(model.parameters())
+    module: nn.Module = _WithLoss(model, setup.loss_rows if setup.chunked_loss else None)
     if setup.options.ddp:
-        ignore_in_ddp(model, segment_local_names(model))
-        model = DistributedDataParallel(model, gradient_as_bucket_view=setup.options.gradient_as_bucket_view)
+        ignore_in_ddp(module, segment_local_names(module))
+        module = DistributedDataParallel(module, gradient_as_bucket_view=setup.options.gradient_as_bucket_view)
         if dist.get_backend() == "fake":  # its all-reduce has no tensor for DDP to go on with
-            model.register_comm_hook(None, lambda _, bucket: _done(bucket.buffer()))
+            module.register_comm_hook(None, lambda _, bucket: _done(bucket.buffer()))
     inputs, targets = torch.zeros(2, setup.batch_size, setup.seq_len // setup.size, dtype=torch.int64).unbind()
 
     def step() -> None:
         with _autocast(setup):
-            loss = _loss(model(inputs), targets)
+            loss = module(inputs, targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -117,9 +119,20 @@ def _done(result: Tensor) -> torch.futures.Future[Tensor]:
     return future
 
 
-def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-    return F.cross_entropy(wide, targets.flatten())
+class _WithLoss(nn.Module):
+    """The loss of :class:`~lightning_lss.LSSTransformer`, so that DistributedDataParallel sees one module."""
+
+    def __init__(self, model: Transformer, rows: int | None) -> None:
+        super().__init__()
+        self.model = model
+        self.rows = rows
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        features, weight = self.model.features(inputs).flatten(0, 1), self.model.head.weight
+        if self.rows is None:
+            return linear_cross_entropy(features, weight, targets.flatten())
+        features, weight = in_autocast_dtype(features, weight)  # torch's own chunks are not visible to the tracker
+        return chunked_cross_entropy(features, weight, targets.flatten(), self.rows)
 
 
 _DTYPES = {"64": torch.float64, "32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}

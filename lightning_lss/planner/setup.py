@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lightning_lss.layout import check_length
+from lightning_lss.loss import logit_rows
 from lightning_lss.model import TransformerConfig
+from lightning_lss.split_attention import choose_head_chunks
 
 Scheme = Literal["lss", "megatron"]
 SCHEMES: tuple[str, ...] = get_args(Scheme)
@@ -53,7 +55,7 @@ class Options:
             attention returns as well; ``"offload"`` is full with the inputs in host memory. None for the model's.
         mlp_tiles: in how many tiles along the sequence an MLP is computed, and computed again in the backward pass; None for
             the model's.
-        loss_rows: rows of logits that exist at a time; None for all of them.
+        loss_rows: rows of logits that exist at a time; None for what the loss chooses by itself.
         sharding: None, every rank has all parameters; ``"fsdp"``, parameters, gradients and optimizer state are spread over
             all ranks; ``"hybrid"``, over the ranks of a sequence group.
         ddp: whether DistributedDataParallel keeps buckets of gradients beside the gradients.
@@ -182,18 +184,24 @@ class Setup:
     def activation_checkpointing(self) -> str:
         """The choice in force."""
         chosen = self.options.activation_checkpointing
-        return getattr(self.config, "activation_checkpointing", "none") if chosen is None else chosen
+        return self.config.activation_checkpointing if chosen is None else chosen
 
     @property
     def mlp_tiles(self) -> int:
         """The choice in force."""
         chosen = self.options.mlp_tiles
-        return getattr(self.config, "mlp_tiles", 1) if chosen is None else chosen
+        return self.config.mlp_tiles if chosen is None else chosen
 
+    @property
+    def loss_rows(self) -> int:
+        """Rows of logits that exist at a time."""
+        chosen = logit_rows(self.local_tokens, self.config.width, self.config.vocab_size)
+        return min(self.local_tokens, chosen if self.options.loss_rows is None else self.options.loss_rows)
 
-# As attention chooses by itself (lightning_lss.attention): up to 8 chunks of at least 1 MiB of a rank's keys and values.
-_MOST_CHUNKS = 8
-_LEAST_BYTES = 2**20
+    @property
+    def chunked_loss(self) -> bool:
+        """Whether the loss computes its gradients together with its value, chunk by chunk of rows."""
+        return self.options.loss_rows is not None or self.config.vocab_size > self.config.width
 
 
 def head_chunks(setup: Setup) -> int:
@@ -201,5 +209,4 @@ def head_chunks(setup: Setup) -> int:
     if setup.options.head_chunks is not None:
         return setup.options.head_chunks
     sent = 2 * setup.local_tokens * setup.kv_width * setup.precision.compute
-    most = 1 if setup.config.keep_gathered else min(_MOST_CHUNKS, sent // _LEAST_BYTES)
-    return max(n for n in range(1, max(1, most) + 1) if setup.config.kv_heads % n == 0)
+    return choose_head_chunks(setup.config.kv_heads, sent, setup.config.keep_gathered)

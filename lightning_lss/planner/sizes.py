@@ -65,6 +65,5 @@ class Sizes:
 
     @property
     def logits(self) -> float:
-        """[N, V], never less than float32; Megatron's head is not shared out."""
-        rows = min(self.tokens, self.options.loss_rows or self.tokens)
-        return rows * self.config.vocab_size * max(4, self.setup.precision.compute)
+        """As many rows of [N, V] as exist at a time, never less than float32; Megatron's head is not shared out."""
+        return self.setup.loss_rows * self.config.vocab_size * max(4, self.setup.precision.compute)

@@ -13,14 +13,6 @@ from lightning_lss.planner.ledger import Ledger
 from lightning_lss.planner.setup import Setup
 from lightning_lss.planner.sizes import Sizes
 
-# Keys and values of the whole sequence inside one call of attention, in chunks of heads [2, B, g, L, D].
-_IN_USE = 1  # in position order
-_ARRIVING = 1  # being gathered, where there is more than one chunk
-_REORDERED = 1  # one that has arrived, while it is put in order
-_FILLED = 1  # gradients, to which the tiles' are added
-_SCATTERED = 1  # gradients by rank, on their way
-_TILE = 1  # gradients that one call of the kernel returns
-
 _KEPT = {  # tensors of a block that activation checkpointing keeps
     "full": ("stream",),
     "selective": ("stream", "attended", "lse"),
@@ -141,21 +133,19 @@ class Walk(Sizes):
         """The kernel: its output and log-sum-exp are saved."""
         if f"{self.layer}.attended" in self.ledger.held:  # selective checkpointing has kept them
             return
-        several = self.chunks > 1
-        if self.split:
-            self._hold("in_use", self.chunk * (_IN_USE + _ARRIVING * several), "kv_buffers")
-            self._brief("reordered", self.chunk * _REORDERED, "kv_buffers")
         self._hold("attended", self.shared(self.config.width))
         self._hold("lse", self.rows * self.config.num_heads / self.shares * max(4, self.setup.precision.compute))
+        if self.split:  # a chunk in position order and one that arrives, also while the only one is put in order
+            self._brief("first_chunks", 2 * self.chunk, "kv_buffers")
+            self._hold("in_use", self.chunk * min(self.chunks, 2), "kv_buffers")
+            self._brief("tile", self.shared(self.config.width) / self.chunks)
         if self.options.explicit_scores:  # the scores, saved by softmax, and the probabilities, saved by the product
             self._hold("scores", 2 * self.shared(self.config.num_heads * self.setup.seq_len))
-        if self.split and several:  # outputs of the chunks, before they are one tensor
-            self._brief("outs", self.shared(self.config.width))
         self._free("in_use")
 
     def _project_out(self, branch: str) -> None:
         """The last matrix of a branch, its dropout and the sum with the residual stream."""
-        if branch == "attention" and self._copies_attended:
+        if branch == "attention" and not self.split:  # torch's attention does not put the heads of a token side by side
             self._hold("projected", self.shared(self.config.width))  # saved by the projection
         if self.tensor_parallel:
             self._brief("partial", self.gathered)  # partial sums of all rows, before they are scattered
@@ -165,12 +155,6 @@ class Walk(Sizes):
             self._brief("dropped", self.local)
         self._brief("sum", self.stream)
         self._free("branch")
-
-    @property
-    def _copies_attended(self) -> bool:
-        """Whether the heads of a token have to be put side by side: torch's attention, and chunks of heads, give them one
-        after another."""
-        return not self.split or self.chunks > 1
 
     def _forget(self) -> None:
         """With activation checkpointing, let go of all that is not kept."""
@@ -186,21 +170,27 @@ class Walk(Sizes):
         self._hold("logits", self.logits, "logits")
         if self.cast:
             self._brief("cast_logits", self.logits / 2, "logits")
-        if self.options.loss_rows is None:
+        if not self.setup.chunked_loss:
             self._hold("log_softmax", self.logits, "logits")  # saved by the loss
         else:  # chunk by chunk with its gradient, so that no logits are kept
-            self._brief("logits_grad", self.logits, "logits")
             self._hold("norm_grad", self.local, "logits")
+            self._hold("head_grad", self._head_grad, "logits")
+            self._brief("head_grad_of_rows", self._head_grad, "logits")
         self._free("logits")
 
+    @property
+    def _head_grad(self) -> float:
+        """The gradient of the head's weight, which a loss in chunks sums up in float32 at least."""
+        return self.config.vocab_size * self.config.width * max(4, self.setup.precision.parameter)
+
     def _loss_backward(self) -> None:
-        if self.options.loss_rows is None:
+        if not self.setup.chunked_loss:
             self._hold("likelihood_grad", self.logits, "logits")
             self._hold("logits_grad", self.logits, "logits")
             self._free("likelihood_grad", "log_softmax")
             self._hold("norm_grad", self.local)
         self._weight_grad("head", self.config.vocab_size * self.config.width)
-        self._free("logits_grad", "norm")
+        self._free("logits_grad", "norm", "head_grad")
         self._pass_on("norm_grad", "stream", to="grad", size=self.stream)
 
     # -- backward ------------------------------------------------------------------------------------------------------
@@ -285,23 +275,19 @@ class Walk(Sizes):
         self._norm_backward("attention_in", "stream")
 
     def _attend_backward(self) -> None:
-        several = self.chunks > 1
         if self.options.explicit_scores:
             self._brief("scores_grad", 2 * self.shared(self.config.num_heads * self.setup.seq_len))
-        if self.split:
-            # while the first of two chunks is in use one is arriving, while the last is in use one is being scattered
-            neighbours = {1: 0, 2: max(_ARRIVING, _SCATTERED)}.get(self.chunks, _ARRIVING + _SCATTERED)
-            gathered = 0 if self.config.keep_gathered else _IN_USE
-            self._hold("in_use", self.chunk * (gathered + neighbours), "kv_buffers")
-            self._hold("filled", self.chunk * _FILLED, "kv_buffers")
-            self._brief("tile", self.chunk * _TILE + self.shared(self.config.width) / self.chunks, "kv_buffers")
-            self._brief("outgoing", self.chunk * _SCATTERED, "kv_buffers")
-            self._free("filled")
         self._hold("q_grad", self.shared(self.config.width))
+        if self.split:
+            # a chunk in use and one that arrives; room for the gradients of one, and of another that is on its way; while
+            # the first of two chunks is in use none is on its way, while the last is in use none arrives
+            chunks = min(self.chunks + 1, 4) - (1 if self.config.keep_gathered else 0)
+            self._hold("in_use", self.chunk * chunks, "kv_buffers")
+            self._brief("tile", self.chunk + self.shared(self.config.width) / self.chunks, "kv_buffers")
+            if self.chunks > 1:
+                self._brief("chunk_grads", self.keys_values)  # before they are one tensor
         self._hold("k_grad", self.keys_values / 2)
         self._hold("v_grad", self.keys_values / 2)
-        if self.split and several:  # of the chunks, before they are one tensor
-            self._brief("chunk_grads", self.shared(self.config.width) + self.keys_values)
         self._free("in_use")
 
     def _embedding_backward(self) -> None:
