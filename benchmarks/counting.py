@@ -1,0 +1,170 @@
+"""Counting what a rank receives: every collective that torch dispatches, by phase of the step and operation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.training import Job, fit
+
+# Names in the c10d namespace (collectives in place) and in _c10d_functional (DTensor's), torch 2.11 to 2.13.
+_KINDS = {
+    "allgather_": "all_gather",
+    "_allgather_base_": "all_gather",
+    "allgather_into_tensor_coalesced_": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+    "all_gather_into_tensor_out": "all_gather",
+    "all_gather_into_tensor_coalesced": "all_gather",
+    "reduce_scatter_": "reduce_scatter",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "reduce_scatter_tensor_out": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced": "reduce_scatter",
+    "allreduce_": "all_reduce",
+    "allreduce_coalesced_": "all_reduce",
+    "all_reduce": "all_reduce",
+    "all_reduce_": "all_reduce",
+    "all_reduce_coalesced": "all_reduce",
+    "all_reduce_coalesced_": "all_reduce",
+    "alltoall_": "all_to_all",
+    "alltoall_base_": "all_to_all",
+    "all_to_all_single": "all_to_all",
+    "shard_dim_alltoall": "all_to_all",
+    "broadcast_": "broadcast",
+    "broadcast": "broadcast",
+    "recv_": "receive",
+    "irecv": "receive",
+}
+_NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
+_SILENT = {"send", "isend", "barrier", "monitored_barrier_", "wait_tensor"}  # what receives no payload
+
+Tally = dict[tuple[str, str], tuple[int, int]]
+"""(phase, kind) -> (number of collectives, bytes that this rank receives)."""
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Counts the collectives dispatched while it is active; all groups must be the whole world.
+
+    Bytes are the payload that a rank has to receive from others in a ring: (n - 1) / n of an all-gather's output, a
+    reduce-scatter's input or an all-to-all's input, and twice that of an all-reduce's tensor.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = "forward"
+        self.numbers: Counter[tuple[str, str]] = Counter()
+        self.bytes: Counter[tuple[str, str]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count and run."""
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # DTensor comes back with its local tensors
+        out = func(*args, **(kwargs or {}))
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace in _NAMESPACES and name not in _SILENT:
+            if name not in _KINDS:
+                raise RuntimeError(f"The counter does not know the collective {func}: add it to its table.")
+            key = self.phase, _KINDS[name]
+            self.numbers[key] += 1
+            self.bytes[key] += _received(_KINDS[name], args, out)
+        return out
+
+    def tally(self) -> Tally:
+        """What was counted."""
+        return {key: (number, self.bytes[key]) for key, number in self.numbers.items()}
+
+
+def _received(kind: str, args: Any, out: Any) -> int:
+    """Bytes of payload that this rank receives.
+
+    For gathers and scatters the larger of output and input is the whole, in whatever order the operation takes them.
+    """
+    ranks = dist.get_world_size()
+    sizes = [_nbytes(part) for part in (*args, out)]
+    if kind == "all_reduce":
+        return 2 * _nbytes(args[0]) * (ranks - 1) // ranks
+    if kind in ("receive", "broadcast"):
+        return _nbytes(args[0])
+    return max(sizes) * (ranks - 1) // ranks
+
+
+def _nbytes(part: Any) -> int:
+    return sum(x.nbytes for x in tree_leaves(part) if isinstance(x, Tensor))
+
+
+class _CountedStep(pl.Callback):
+    """Counts one step, after those of the warm-up, with forward, backward and the rest apart."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.counter = CollectiveCounter()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.step:
+            self.counter.__enter__()
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self.counter.phase = "backward"
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.counter.phase = "optimizer"
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == self.step:
+            self.counter.__exit__(None, None, None)
+        self.counter.phase = "forward"
+
+
+def count_step(rank: int, name: str, size: int, job: Job) -> Tally:
+    """Collectives of the job's last step."""
+    counted = _CountedStep(job.steps - 1)
+    fit(name, size, job, counted)
+    return counted.counter.tally()
+
+
+def per_layer(run: Any, job: Job) -> dict[str, Tally]:
+    """What one layer adds to a step: ``activations``, which grow with the sequence, and ``parameters``, which do not.
+
+    The difference between models of two layers and one is a layer's. Between sequences of L and 2 L what belongs to
+    activations doubles and what belongs to parameters stays, so bytes = constant + slope x L.
+
+    Args:
+        run: from a job to its tally.
+        job: the model and L.
+    """
+    one, two = run(job.with_model(num_layers=1)), run(job.with_model(num_layers=2))
+    twice = job.with_model(seq_len=2 * job.length)
+    long_one, long_two = run(twice.with_model(num_layers=1)), run(twice.with_model(num_layers=2))
+    activations: Tally = {}
+    parameters: Tally = {}
+    for key in sorted(one | two | long_one | long_two):
+        numbers, short = (two.get(key, (0, 0))[i] - one.get(key, (0, 0))[i] for i in (0, 1))
+        long = long_two.get(key, (0, 0))[1] - long_one.get(key, (0, 0))[1]
+        slope = long - short
+        if slope:
+            activations[key] = (numbers, slope)
+        if short - slope:
+            parameters[key] = (0 if slope else numbers, short - slope)
+    return {"activations": activations, "parameters": parameters}
+
+
+def total_bytes(tally: Tally, phase: str | None = None) -> int:
+    """Bytes received, in one phase or all."""
+    return sum(size for (own, _), (_, size) in tally.items() if phase in (None, own))
+
+
+def describe(tally: Tally, phase: str) -> str:
+    """The collectives of a phase, such as ``1 all_gather + 1 reduce_scatter``."""
+    return " + ".join(f"{number} {kind}" for (own, kind), (number, _) in sorted(tally.items()) if own == phase and number)
+
+

@@ -1,0 +1,105 @@
+"""Rows of figures: one CSV a figure, with the environment and the commit in every row."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+
+FOLDER = Path(__file__).parent / "results"
+
+
+@cache
+def environment() -> dict[str, Any]:
+    """Where and with what a figure is measured; ``load`` is the load average of the minute before."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def commit() -> str:
+    """The commit that is measured, with a plus if tracked files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        # results are not what is measured
+        changes = [*git, "status", "--porcelain", "-uno", "--", ":/", ":!/benchmarks/results"]
+        dirty = subprocess.run(changes, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return "unknown"
+    return (name or "unknown") + ("+" if dirty else "")
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def append(figure: str, rows: Sequence[dict[str, Any]], folder: Path = FOLDER) -> Path:
+    """Add rows, all with the same columns, to the figure's CSV; the environment is added to each.
+
+    Raises:
+        ValueError: if the file exists with other columns.
+    """
+    path = folder / f"{figure}.csv"
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = [*rows[0], *environment()]
+    if path.exists():
+        with open(path, newline="") as file:
+            header = next(csv.reader(file), columns)
+        if header != columns:
+            raise ValueError(f"{path} has other columns: move it away first. It has {header}; the new rows have {columns}.")
+    fresh = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        if fresh:
+            writer.writeheader()
+        writer.writerows({**row, **environment()} for row in rows)
+    return path
+
+
+def read(figure: str, folder: Path = FOLDER) -> list[dict[str, str]]:
+    """All rows of a figure, oldest first; none if there is no file."""
+    path = folder / f"{figure}.csv"
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Print a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in rows[0]:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(_text(value) for value in row.values()))
+    Console().print(table)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
