@@ -58,8 +58,8 @@ class Contestant:
             return "lightning_lss has no module megatron"
         if self.attention == "ulysses" and (heads % size or kv_heads % size):
             return f"{kv_heads} of {heads} heads cannot be shared out over {size} ranks"
-        if self.strategy == "megatron" and (heads % size or kv_heads % size):
-            return f"{kv_heads} of {heads} heads cannot be shared out over {size} ranks"
+        if self.strategy == "megatron" and heads % size:
+            return f"{heads} heads cannot be shared out over {size} ranks"
         if self.head_chunks is not None and kv_heads % self.head_chunks:
             return f"{kv_heads} key/value heads do not make {self.head_chunks} chunks"
         if self.attention == "context_parallel" and not torch.cuda.is_available():

@@ -44,7 +44,7 @@ _KINDS = {
     "irecv": "receive",
 }
 _NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
-_SILENT = {"send", "isend", "barrier", "monitored_barrier_", "wait_tensor"}  # what receives no payload
+_SILENT = {"send", "isend", "barrier", "monitored_barrier_", "wait_tensor", "_wrap_tensor_autograd"}  # what receives no payload
 
 Tally = dict[tuple[str, str], tuple[int, int]]
 """(phase, kind) -> (number of collectives, bytes that this rank receives)."""

@@ -6,6 +6,8 @@ alike. Ratios are taken within a round and their median is quoted.
 
 from __future__ import annotations
 
+import gc
+import logging
 import multiprocessing as mp
 import os
 import statistics
@@ -30,6 +32,8 @@ TIMEOUT = 3600.0  # seconds for one call
 def _serve(connection: Any, rank: int, network: Network | None) -> None:
     """Answer calls until the parent hangs up. Without a process group (``size`` 0) the function runs alone."""
     warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     if network is not None:
         network.enter(rank)
     while True:
@@ -45,6 +49,7 @@ def _serve(connection: Any, rank: int, network: Network | None) -> None:
             if size:
                 dist.barrier()
                 dist.destroy_process_group()
+            gc.collect()  # nothing of this contestant is in memory when the next takes its turn
             connection.send((True, result))
         except BaseException:
             connection.send((False, traceback.format_exc()))

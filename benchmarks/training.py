@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -93,9 +93,9 @@ def make_strategy(contestant: Contestant, size: int) -> Any:
     if contestant.strategy == "ddp":
         return DDPStrategy(**launched)
     if contestant.strategy == "megatron":
-        strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=size)
-        strategy.cluster_environment = LightningEnvironment()
-        return strategy
+        from lightning_lss.megatron_strategy import MegatronStrategy
+
+        return MegatronStrategy(size)
     return LSSStrategy(size, contestant.layout, **launched, **contestant.options)
 
 
