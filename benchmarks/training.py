@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
@@ -59,13 +59,18 @@ def make_module(contestant: Contestant, job: Job) -> LSSTransformer:
     """The model, from the same seed for everyone, with the contestant's attention in it."""
     torch.manual_seed(7)
     module = LSSTransformer(**{**job.model, **contestant.model})
-    parents = [parent for parent in module.modules() if isinstance(getattr(parent, "attention", None), LSSAttention)]
+    place_attention(module, contestant)
+    return module
+
+
+def place_attention(root: nn.Module, contestant: Contestant) -> None:
+    """Put the contestant's attention in the place of every :class:`~lightning_lss.LSSAttention` below ``root``."""
+    parents = [parent for parent in root.modules() if isinstance(getattr(parent, "attention", None), LSSAttention)]
     for parent in parents:
         if contestant.attention is not None:
             parent.attention = attention_module(contestant, parent.attention.causal)
         elif contestant.head_chunks is not None:
             parent.attention.head_chunks = contestant.head_chunks
-    return module
 
 
 def make_trainer(contestant: Contestant, size: int, job: Job, callbacks: list[pl.Callback]) -> pl.Trainer:
