@@ -2,9 +2,9 @@
 
 What is counted are the storages of tensors, in the categories of :class:`torch.distributed._tools.mem_tracker.MemTracker`.
 Activations are everything that is no parameter, buffer, gradient of a parameter or optimizer state: what forward keeps
-for backward, and all temporaries of either, received keys and values included. Not counted: what a kernel allocates for
-itself and frees before it returns, DistributedDataParallel's buckets (as large as the gradients, made beside torch's
-dispatcher), buffers inside gloo, and the interpreter.
+for backward, and all temporaries of either, received keys and values included. The buckets of DistributedDataParallel, as
+large as the gradients, count as gradients from their first all-reduce on. Not counted: what a kernel allocates for itself
+and frees before it returns, buffers inside gloo, and the interpreter.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
+from torchmetrics import Metric
 
-from benchmarks.contestants import CONTESTANTS
-from benchmarks.training import Job, fit, place_attention
+from benchmarks.contestants import CONTESTANTS, Contestant
+from benchmarks.training import Job, fit, make_module
 from lightning_lss import LSSTransformer, SequenceShard
-from lightning_lss.model import Transformer, TransformerConfig
-from lightning_lss.shard import sharded_modules
+from lightning_lss.rng import SegmentDropout
+from lightning_lss.shard import WHOLE_SEQUENCE, sharded_modules
 
 _PARTS = {
     "parameters": (_MemRefType.PARAM, _MemRefType.BUFFER),
@@ -67,6 +69,13 @@ class StepTracker(MemTracker):
     def peak(self) -> Peak:
         """What was found."""
         return Peak(**self.peaks)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run and track; what is all-reduced in the backward pass are DDP's buckets, which hold gradients."""
+        if func is torch.ops.c10d.allreduce_.default and self._mod_tracker.is_bw:
+            for bucket in args[0]:
+                self._update_and_maybe_create_winfos(bucket, _MemRefType.GRAD)
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _register_global_optimizer_hook(self) -> None:
         """The base class would take everything within ``optimizer.step`` for optimizer state."""
@@ -116,50 +125,76 @@ def track_ranks(rank: int, name: str, size: int, job: Job) -> Peak:
 def track_shapes(_: int, name: str, size: int, job: Job) -> Peak:
     """The same for rank 0 of ``size`` without computing anything: fake tensors and a fake process group.
 
-    A step without the Trainer; for contestants ``single``, ``megatron`` and those that run under LSSStrategy without
-    options.
+    A step without the Trainer; for ``single``, ``megatron`` and those that run under LSSStrategy without options.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
     try:
-        module = LSSTransformer(seq_len=size)  # outside, since metrics do not like fake tensors
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            return _fake_step(module, name, size, job)
+        module = _split_module(CONTESTANTS[name], size, job)
+        mode = FakeTensorMode()
+        _make_fake(module, mode)
+        with mode:
+            return _fake_step(module, job.length // size)
     finally:
         dist.destroy_process_group()
 
 
-def _fake_step(module: LSSTransformer, name: str, size: int, job: Job) -> Peak:
-    contestant = CONTESTANTS[name]
-    module.model = Transformer(TransformerConfig(**{**job.model, **contestant.model}))
-    place_attention(module, contestant)
-    local = job.length // size
+def _split_module(contestant: Contestant, size: int, job: Job) -> LSSTransformer:
+    """The module as rank 0 of ``size`` has it."""
+    module = make_module(contestant, job)
     if contestant.strategy == "megatron":
         from torch.distributed.device_mesh import init_device_mesh
 
-        from lightning_lss.megatron import parallelize
+        from lightning_lss.megatron import DATA, TENSOR, parallelize
 
-        parallelize(module.model, init_device_mesh("cpu", (1, size), mesh_dim_names=("data_parallel", "tensor_parallel")))
+        parallelize(module.model, init_device_mesh("cpu", (1, size), mesh_dim_names=(DATA, TENSOR)))
     else:
         for part in sharded_modules(module):
             part.set_shard(SequenceShard(0, size, contestant.layout, dist.group.WORLD))
+    for part in module.modules():
+        if isinstance(part, SegmentDropout):  # would draw a seed, a number that fake tensors do not have
+            part.set_shard(WHOLE_SEQUENCE)  # torch's own dropout allocates the same
+    return module
+
+
+def _make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Replace parameters and buffers by fake ones; what is tied stays tied."""
+    fakes: dict[Tensor, Tensor] = {}
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, x in tensors.items():
+                if x is not None and not isinstance(part, Metric):
+                    fakes[x] = fakes[x] if x in fakes else _fake_like(x, mode)
+                    tensors[name] = fakes[x]
+
+
+def _fake_like(x: Tensor, mode: FakeTensorMode) -> Tensor:
+    if isinstance(x, DTensor):
+        local = mode.from_tensor(x.to_local().detach())
+        fake: Tensor = DTensor.from_local(
+            local, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
+        )
+    else:
+        fake = mode.from_tensor(x.detach())
+    return nn.Parameter(fake, x.requires_grad) if isinstance(x, nn.Parameter) else fake
+
+
+def _fake_step(module: LSSTransformer, local_length: int) -> Peak:
     configured: Any = module.configure_optimizers()
     optimizer = configured["optimizer"]
-    batch = {key: torch.zeros(1, local, dtype=torch.int64) for key in ("inputs", "targets")}
-    tracker = None
+    batch = {key: torch.zeros(1, local_length, dtype=torch.int64) for key in ("inputs", "targets")}
+    tracker = StepTracker()
     for last in (False, True):  # the first step makes the optimizer's state
         if last:
-            tracker = StepTracker()
             tracker.track_external(module, optimizer, *batch.values())
             tracker.__enter__()
         loss = module.training_step(batch, 0)
         optimizer.zero_grad()
         loss.backward()
-        if tracker is not None:
-            tracker.in_optimizer = True
+        tracker.in_optimizer = True
         optimizer.step()
-    assert tracker is not None
+        tracker.in_optimizer = False
     tracker.__exit__(None, None, None)
     return tracker.peak()
 
