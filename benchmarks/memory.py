@@ -10,6 +10,7 @@ and frees before it returns, buffers inside gloo, and the interpreter.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -199,12 +200,23 @@ def _fake_step(module: LSSTransformer, local_length: int) -> Peak:
     return tracker.peak()
 
 
-def track_call(function: Callable[[], Tensor], *inputs: Tensor) -> int:
-    """Peak bytes of a forward and backward pass beyond its inputs and their gradients."""
-    tracker = StepTracker()
-    tracker.track_external(*inputs)
-    with tracker:
-        function().backward()
+def track_loss(loss: Callable[..., Tensor], tokens: int, width: int, vocabulary: int, shapes: bool) -> int:
+    """Peak bytes of ``loss(features, weight, targets)`` and its backward pass beyond these inputs, gradients included.
+
+    Args:
+        loss: of features [N, E] and weight [V, E], float32, and targets [N].
+        tokens: N.
+        width: E.
+        vocabulary: V.
+        shapes: whether to track fake tensors instead of computing.
+    """
+    with FakeTensorMode() if shapes else nullcontext():
+        features, weight = (torch.randn(rows, width, requires_grad=True) for rows in (tokens, vocabulary))
+        targets = torch.randint(vocabulary, (tokens,))
+        tracker = StepTracker()
+        tracker.track_external(features, weight, targets)
+        with tracker:
+            loss(features, weight, targets).backward()
     return tracker.peaks["activations"]
 
 
