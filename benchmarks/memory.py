@@ -3,7 +3,7 @@
 What is counted are the storages of tensors, in the categories of :class:`torch.distributed._tools.mem_tracker.MemTracker`.
 Activations are everything that is no parameter, buffer, gradient of a parameter or optimizer state: what forward keeps
 for backward, and all temporaries of either, received keys and values included. The buckets of DistributedDataParallel, as
-large as the gradients, count as gradients from their first all-reduce on. Not counted: what a kernel allocates for itself
+large as the gradients, count as gradients as soon as they are used. Not counted: what a kernel allocates for itself
 and frees before it returns, buffers inside gloo, and the interpreter.
 """
 
@@ -72,9 +72,10 @@ class StepTracker(MemTracker):
         return Peak(**self.peaks)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run and track; what is all-reduced in the backward pass are DDP's buckets, which hold gradients."""
-        if func is torch.ops.c10d.allreduce_.default and self._mod_tracker.is_bw:
-            for bucket in args[0]:
+        """Run and track, and know DDP's buckets, which hold gradients: its reducer scales gradients into them."""
+        if func is torch.ops.aten.mul.out and self._mod_tracker.is_bw:
+            bucket = (kwargs or {})["out"]
+            if bucket.untyped_storage() not in self._WINFO:
                 self._update_and_maybe_create_winfos(bucket, _MemRefType.GRAD)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
