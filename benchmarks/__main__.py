@@ -34,7 +34,9 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands_ = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
 
-    def figure(name: str, run: Callable[[Namespace], list[Any]], smoke: dict[str, Any], **defaults: Any) -> ArgumentParser:
+    def figure(
+        name: str, run: Callable[[Namespace], list[Any]], smoke: dict[str, Any], **defaults: Any
+    ) -> ArgumentParser:
         command = commands_.add_parser(
             name, help=run.__doc__, description=run.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from argparse import Namespace
 from dataclasses import replace
@@ -12,7 +13,6 @@ import torch
 from torch.nn import functional as F
 
 import lightning_lss.loss
-
 from benchmarks import attention, counting, memory
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.harness import World, in_turn, median_ratio
@@ -33,7 +33,9 @@ def make_job(args: Namespace, length: int) -> Job:
 def run_attention(args: Namespace) -> list[Row]:
     """Attention forward and backward, against one single-threaded process."""
     rows = []
-    shape = attention.Shape(args.length, args.heads, args.kv_heads or args.heads, args.head_width, not args.bidirectional)
+    shape = attention.Shape(
+        args.length, args.heads, args.kv_heads or args.heads, args.head_width, not args.bidirectional
+    )
     with World(max(args.ranks)) as world:
         for size in args.ranks:
             names = [name for name in args.contestants if CONTESTANTS[name].splits_sequence]
@@ -76,7 +78,9 @@ def _attention_errors(world: World, name: str, size: int, shape: attention.Shape
 def run_steps(args: Namespace) -> list[Row]:
     """Whole training steps on sequences of the same length; also strong scaling and overhead."""
     with World(max(args.ranks)) as world:
-        return _flat(compare_steps(world, args.contestants, s, make_job(args, args.length), args.rounds) for s in args.ranks)
+        return _flat(
+            compare_steps(world, args.contestants, s, make_job(args, args.length), args.rounds) for s in args.ranks
+        )
 
 
 def run_weak_scaling(args: Namespace) -> list[Row]:
@@ -145,6 +149,8 @@ def run_memory(args: Namespace) -> list[Row]:
     rows: list[Row] = []
     job = replace(make_job(args, args.length), steps=3, warm_up=2)
     heads, kv_heads = job.model["num_heads"], job.model.get("num_kv_heads") or job.model["num_heads"]
+    if args.shapes:  # without the Trainer there is nobody to shard parameters
+        args.contestants = [name for name in args.contestants if not CONTESTANTS[name].options]
     with World(1 if args.shapes else max(args.ranks)) as world:
         alone = _peak(world, "single", 1, job, args.shapes)
         rows.append(_memory_row("single", 1, job, args.shapes, alone, alone, None))
@@ -152,7 +158,9 @@ def run_memory(args: Namespace) -> list[Row]:
             names = [name for name in args.contestants if CONTESTANTS[name].strategy != "single"]
             names = who_takes_part(names, size, heads, kv_heads)
             peaks = {name: _peak(world, name, size, job, args.shapes) for name in names}
-            rows += [_memory_row(n, size, job, args.shapes, peak, alone, peaks.get("megatron")) for n, peak in peaks.items()]
+            rows += [
+                _memory_row(n, size, job, args.shapes, peak, alone, peaks.get("megatron")) for n, peak in peaks.items()
+            ]
     return rows
 
 
@@ -196,7 +204,9 @@ def run_longest(args: Namespace) -> list[Row]:
             for name in who_takes_part(names, size, heads, args.kv_heads or heads):
 
                 def peak(length: int, shapes: bool = True, name: str = name, size: int = size) -> int:
-                    return _peak(world, name, size, replace(make_job(args, length), steps=3, warm_up=2), shapes).activations
+                    return _peak(
+                        world, name, size, replace(make_job(args, length), steps=3, warm_up=2), shapes
+                    ).activations
 
                 longest = memory.longest_length(peak, int(args.cap_mib * MIB), 2 * size, args.length)
                 whole = longest if name == "single" else whole
@@ -216,14 +226,18 @@ def run_longest(args: Namespace) -> list[Row]:
 
 
 def run_loss(args: Namespace) -> list[Row]:
-    """Peak memory of the loss of a large vocabulary: plain cross entropy of all logits, and the chunked one."""
-    names = [name for name in _LOSSES if name == "plain" or hasattr(lightning_lss.loss, "linear_cross_entropy")]
+    """Peak memory of the loss of a large vocabulary: plain cross entropy of all logits, and the chunked one.
+
+    The plain one is tracked on shapes, since its logits may not fit the machine, and computed with fewer tokens to
+    confirm that; the chunked one is computed.
+    """
+    cases = [("plain", args.tokens, True), ("plain", args.tokens_checked, True), ("plain", args.tokens_checked, False)]
+    if hasattr(lightning_lss.loss, "linear_cross_entropy"):
+        cases += [("chunked", args.tokens, False), ("chunked", args.tokens_checked, False)]
     with World(1) as world:
-        peaks = {
-            (tokens, shapes, name): world.run(1, _loss_peak, name, tokens, args.width, args.vocabulary, shapes, group=False)[0]
-            for tokens, shapes in [(args.tokens, True), (args.tokens_checked, True), (args.tokens_checked, False)]
-            for name in names
-        }
+        sizes = args.width, args.vocabulary
+        run = partial(world.run, 1, _loss_peak, group=False, threads=os.cpu_count() or 1)
+        peaks = {(name, tokens, shapes): run(name, tokens, *sizes, shapes)[0] for name, tokens, shapes in cases}
     return [
         {
             "contestant": name,
@@ -232,9 +246,9 @@ def run_loss(args: Namespace) -> list[Row]:
             "vocabulary": args.vocabulary,
             "measured_on": "shapes" if shapes else "computed",
             "peak_mib": round(peak / MIB, 3),
-            "peak_against_plain": round(peak / peaks[tokens, shapes, "plain"], 4),
+            "peak_against_plain": round(peak / peaks["plain", tokens, True], 4),
         }
-        for (tokens, shapes, name), peak in peaks.items()
+        for (name, tokens, shapes), peak in peaks.items()
     ]
 
 

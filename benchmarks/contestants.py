@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -17,9 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lightning_lss import LSSAttention, SequenceShard, ShardedModule
-
-_all_to_all = getattr(dist, "all_to_all_single", None)
+from lightning_lss import LSSAttention, LSSStrategy, SequenceShard, ShardedModule
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,9 @@ class Contestant:
             return f"{heads} heads cannot be shared out over {size} ranks"
         if self.head_chunks is not None and kv_heads % self.head_chunks:
             return f"{kv_heads} key/value heads do not make {self.head_chunks} chunks"
+        unknown = set(self.options) - set(signature(LSSStrategy).parameters)
+        if unknown:
+            return f"LSSStrategy does not take {', '.join(sorted(unknown))}"
         if self.attention == "context_parallel" and not torch.cuda.is_available():
             return "torch's context_parallel has no kernel for CPU"
         return None
@@ -101,10 +103,16 @@ def _forget_ranks() -> None:
     distributed.get_world_size.cache_clear()
 
 
-class RingAttention(ShardedModule):
-    """Ring attention (arXiv 2310.01889) as the package ring-attention-pytorch computes it on CPU.
+def _interleaved(x: Tensor, groups: int) -> Tensor:
+    """Query heads reordered so that head h belongs to key/value head h mod G, as the package pairs them."""
+    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
-    Keys and values travel around the ring with point-to-point messages; the layout is contiguous.
+
+class RingAttention(ShardedModule):
+    """Ring attention (arXiv 2310.01889) as the package ring-attention-pytorch computes it on CPU; contiguous layout.
+
+    Keys and values travel around the ring with point-to-point messages. In version 0.5.20 the backward pass takes apart
+    the pair (received, sent) of its last message where it means the gradients of keys and of values: both are wrong.
     """
 
     def __init__(self, causal: bool) -> None:
@@ -116,18 +124,18 @@ class RingAttention(ShardedModule):
         """[B, H, l, D], [B, G, l, D], [B, G, l, D] -> [B, H, l, D]."""
         from ring_attention_pytorch import ring_flash_attn
 
-        # the package pairs query head h with key/value head h mod G, and wants [B, l, H, D]
-        groups = k.size(1)
-        queries = q.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2) if groups != q.size(1) else q
-        rows = [x.transpose(1, 2).contiguous() for x in (queries, k, v)]
-        out = ring_flash_attn(
-            *rows, causal=self.causal, ring_reduce_col=self.shard.size > 1, ring_size=self.shard.size
-        ).transpose(1, 2)
-        return out.unflatten(1, (-1, groups)).transpose(1, 2).flatten(1, 2) if groups != q.size(1) else out
+        rows = [x.transpose(1, 2).contiguous() for x in (_interleaved(q, k.size(1)), k, v)]  # [B, l, H, D]
+        size = self.shard.size
+        out = ring_flash_attn(*rows, causal=self.causal, ring_reduce_col=size > 1, ring_size=size)
+        return _interleaved(out.transpose(1, 2), q.size(1) // k.size(1))
 
 
 class RingZigzagAttention(ShardedModule):
-    """The same package's zigzag attention: gathers keys and values, and runs torch's kernel with a mask."""
+    """The same package's zigzag attention: gathers keys and values, and runs torch's kernel with a mask.
+
+    In version 0.5.20 the adjoint of its gather is a slice of this rank's own gradient, without those of the others: the
+    gradients of keys and values are wrong.
+    """
 
     def __init__(self, causal: bool) -> None:
         super().__init__()
@@ -138,15 +146,13 @@ class RingZigzagAttention(ShardedModule):
         """[B, H, l, D], [B, G, l, D], [B, G, l, D] -> [B, H, l, D]."""
         from ring_attention_pytorch.zig_zag_attention import zig_zag_attn
 
-        groups = k.size(1)
-        queries = q.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2) if groups != q.size(1) else q
-        local = q.size(2)
+        local, size, layout = q.size(2), self.shard.size, self.shard.layout
         own = self.shard.positions(local, q.device)
-        ranks = [SequenceShard(r, self.shard.size, self.shard.layout) for r in range(self.shard.size)]
+        ranks = [SequenceShard(rank, size, layout) for rank in range(size)]
         others = torch.cat([shard.positions(local, q.device) for shard in ranks])  # gathered by rank, not by position
         mask = own[:, None] >= others if self.causal else None
-        out = zig_zag_attn(queries, k, v, attn_mask=mask)
-        return out.unflatten(1, (-1, groups)).transpose(1, 2).flatten(1, 2) if groups != q.size(1) else out
+        out = zig_zag_attn(_interleaved(q, k.size(1)), k, v, attn_mask=mask)
+        return _interleaved(out, q.size(1) // k.size(1))
 
 
 class UlyssesAttention(ShardedModule):

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.seeing import is_own_operator, run_inside
 from benchmarks.training import Job, fit
 
 # Names in the c10d namespace (collectives in place) and in _c10d_functional (DTensor's), torch 2.11 to 2.13.
@@ -44,7 +45,14 @@ _KINDS = {
     "irecv": "receive",
 }
 _NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
-_SILENT = {"send", "isend", "barrier", "monitored_barrier_", "wait_tensor", "_wrap_tensor_autograd"}  # what receives no payload
+_SILENT = {
+    "send",
+    "isend",
+    "barrier",
+    "monitored_barrier_",
+    "wait_tensor",
+    "_wrap_tensor_autograd",
+}  # what receives no payload
 
 Tally = dict[tuple[str, str], tuple[int, int]]
 """(phase, kind) -> (number of collectives, bytes that this rank receives)."""
@@ -67,6 +75,8 @@ class CollectiveCounter(TorchDispatchMode):
         """Count and run."""
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # DTensor comes back with its local tensors
+        if is_own_operator(func):
+            return run_inside(self, func, args, kwargs)
         out = func(*args, **(kwargs or {}))
         namespace, _, name = func._schema.name.partition("::")
         if namespace in _NAMESPACES and name not in _SILENT:
@@ -107,7 +117,9 @@ class _CountedStep(pl.Callback):
         self.step = step
         self.counter = CollectiveCounter()
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if batch_idx == self.step:
             self.counter.__enter__()
 
@@ -165,6 +177,6 @@ def total_bytes(tally: Tally, phase: str | None = None) -> int:
 
 def describe(tally: Tally, phase: str) -> str:
     """The collectives of a phase, such as ``1 all_gather + 1 reduce_scatter``."""
-    return " + ".join(f"{number} {kind}" for (own, kind), (number, _) in sorted(tally.items()) if own == phase and number)
-
-
+    return " + ".join(
+        f"{number} {kind}" for (own, kind), (number, _) in sorted(tally.items()) if own == phase and number
+    )

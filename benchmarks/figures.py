@@ -30,7 +30,11 @@ CHARTS = {
     "strong-scaling": Chart("ranks", "tokens_per_second", "strong scaling: the same sequence on more ranks"),
     "weak-scaling": Chart("ranks", "flops_per_second", "weak scaling: the sequence grows with the ranks"),
     "slow-network": Chart(
-        "megabits", "speed_against_megatron", "step over limited links: speed against megatron", ideal=1.0, logarithmic=True
+        "megabits",
+        "speed_against_megatron",
+        "step over limited links: speed against megatron",
+        ideal=1.0,
+        logarithmic=True,
     ),
     "overhead": Chart("ranks", "seconds_against_ddp", "strategy overhead: step time against DDP", ideal=1.0),
     "communication": Chart("ranks", "bytes_per_layer", "bytes that a rank receives per layer", logarithmic=True),
@@ -51,8 +55,8 @@ def draw(name: str, rows: list[dict[str, str]]) -> Figure:
     axes = figure.subplots()
     for index, (series, own) in enumerate(sorted(points.items())):
         xs = sorted(own)
-        style = dict(color=_COLORS[index % len(_COLORS)], marker=_MARKS[index % len(_MARKS)], label=series)
-        axes.plot(xs, [own[x] for x in xs], **style)
+        color, mark = _COLORS[index % len(_COLORS)], _MARKS[index % len(_MARKS)]
+        axes.plot(xs, [own[x] for x in xs], color=color, marker=mark, label=series)
     if chart.ideal is not None:
         axes.axhline(chart.ideal, color="gray", linestyle=":", linewidth=1)
     ticks = sorted({x for own in points.values() for x in own})

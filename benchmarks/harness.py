@@ -101,7 +101,13 @@ class World:
         self._workers = []
 
     def run(
-        self, size: int, fn: Callable[..., Any], *args: Any, threads: int = 1, group: bool = True, timeout: float = TIMEOUT
+        self,
+        size: int,
+        fn: Callable[..., Any],
+        *args: Any,
+        threads: int = 1,
+        group: bool = True,
+        timeout: float = TIMEOUT,
     ) -> list[Any]:
         """Call ``fn(rank, *args)`` on ranks 0 to ``size`` - 1, with ``threads`` threads each; the results by rank.
 
@@ -120,7 +126,7 @@ class World:
             for _, connection in self._workers[:size]:
                 connection.send((fn, args, size if group else 0, threads, Path(folder) / "meeting", timeout))
             deadline = time.monotonic() + timeout
-            results = []
+            results: list[Any] = []
             while len(results) < size:
                 results.append(self._answer(len(results), deadline))
         return results
@@ -143,7 +149,9 @@ class World:
         """A rank that died leaves the others waiting."""
         for other, (worker, _) in enumerate(self._workers):
             if not worker.is_alive():
-                raise RuntimeError(f"Rank {other} died; perhaps the machine's memory does not suffice (saw {rank} wait).")
+                raise RuntimeError(
+                    f"Rank {other} died; perhaps the machine's memory does not suffice (saw {rank} wait)."
+                )
 
 
 def in_turn(contestants: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:

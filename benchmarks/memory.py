@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
 from benchmarks.contestants import CONTESTANTS, Contestant
+from benchmarks.seeing import is_own_operator, run_inside
 from benchmarks.training import Job, fit, make_module
 from lightning_lss import LSSTransformer, SequenceShard
 from lightning_lss.rng import SegmentDropout
@@ -77,6 +79,8 @@ class StepTracker(MemTracker):
             bucket = (kwargs or {})["out"]
             if bucket.untyped_storage() not in self._WINFO:
                 self._update_and_maybe_create_winfos(bucket, _MemRefType.GRAD)
+        if is_own_operator(func):
+            return run_inside(self, func, args, kwargs)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _register_global_optimizer_hook(self) -> None:
@@ -100,7 +104,9 @@ class _TrackedStep(pl.Callback):
         self.step = step
         self.tracker = StepTracker()
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if batch_idx == self.step:
             optimizers = [optimizer.optimizer for optimizer in trainer.strategy._lightning_optimizers]
             self.tracker.track_external(pl_module, *optimizers, *tree_leaves(batch))
@@ -146,9 +152,8 @@ def _split_module(contestant: Contestant, size: int, job: Job) -> LSSTransformer
     """The module as rank 0 of ``size`` has it."""
     module = make_module(contestant, job)
     if contestant.strategy == "megatron":
-        from torch.distributed.device_mesh import init_device_mesh
-
         from lightning_lss.megatron import DATA, TENSOR, parallelize
+        from torch.distributed.device_mesh import init_device_mesh
 
         parallelize(module.model, init_device_mesh("cpu", (1, size), mesh_dim_names=(DATA, TENSOR)))
     else:
@@ -209,16 +214,32 @@ def track_loss(loss: Callable[..., Tensor], tokens: int, width: int, vocabulary:
         tokens: N.
         width: E.
         vocabulary: V.
-        shapes: whether to track fake tensors instead of computing.
+        shapes: whether to track fake tensors instead of computing. What a C++ operator allocates for itself is only seen
+            when it computes.
     """
     with FakeTensorMode() if shapes else nullcontext():
         features, weight = (torch.randn(rows, width, requires_grad=True) for rows in (tokens, vocabulary))
         targets = torch.randint(vocabulary, (tokens,))
+        if not shapes:
+            return allocated_peak(lambda: loss(features, weight, targets).backward())
         tracker = StepTracker()
         tracker.track_external(features, weight, targets)
         with tracker:
             loss(features, weight, targets).backward()
     return tracker.peaks["activations"]
+
+
+def allocated_peak(function: Callable[[], Any]) -> int:
+    """Peak bytes that ``function`` holds of torch's CPU allocator, kernels' own buffers included, beyond what there was
+    before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return highest
 
 
 def longest_length(peak: Callable[[int], int], cap: int, step: int, start: int) -> int:

@@ -71,7 +71,9 @@ def append(figure: str, rows: Sequence[dict[str, Any]], folder: Path = FOLDER) -
         with open(path, newline="") as file:
             header = next(csv.reader(file), columns)
         if header != columns:
-            raise ValueError(f"{path} has other columns: move it away first. It has {header}; the new rows have {columns}.")
+            raise ValueError(
+                f"{path} has other columns: move it away first. It has {header}; the new rows have {columns}."
+            )
     fresh = not path.exists()
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, columns)

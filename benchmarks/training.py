@@ -20,7 +20,17 @@ from benchmarks.contestants import CONTESTANTS, Contestant, attention_module
 from lightning_lss import LSSAttention, LSSStrategy, LSSTransformer
 
 _CONF = Path(__file__).parents[1] / "conf" / "model"
-_SIZES = ("width", "num_layers", "num_heads", "num_kv_heads", "positions", "mlp", "mlp_width", "dropout", "tie_embeddings")
+_SIZES = (
+    "width",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "positions",
+    "mlp",
+    "mlp_width",
+    "dropout",
+    "tie_embeddings",
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,9 @@ def make_module(contestant: Contestant, job: Job) -> LSSTransformer:
 
 def place_attention(root: nn.Module, contestant: Contestant) -> None:
     """Put the contestant's attention in the place of every :class:`~lightning_lss.LSSAttention` below ``root``."""
-    parents = [parent for parent in root.modules() if isinstance(getattr(parent, "attention", None), LSSAttention)]
+    parents: list[Any] = [
+        parent for parent in root.modules() if isinstance(getattr(parent, "attention", None), LSSAttention)
+    ]
     for parent in parents:
         if contestant.attention is not None:
             parent.attention = attention_module(contestant, parent.attention.causal)
@@ -92,7 +104,7 @@ def make_trainer(contestant: Contestant, size: int, job: Job, callbacks: list[pl
 
 def make_strategy(contestant: Contestant, size: int) -> Any:
     """The strategy of a rank."""
-    launched = {"cluster_environment": LightningEnvironment()}  # the processes exist already
+    launched: dict[str, Any] = {"cluster_environment": LightningEnvironment()}  # the processes exist already
     if contestant.strategy == "single":
         return "auto"
     if contestant.strategy == "ddp":
