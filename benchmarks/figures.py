@@ -14,12 +14,12 @@ _MARKS = "osD^vPX*"
 
 
 class Chart(NamedTuple):
-    """Lines of ``y`` over ``x``, one for each value of ``series``."""
+    """Lines of ``y`` over ``x``, one for each combination of the ``series`` columns."""
 
     x: str
     y: str
     title: str
-    series: str = "contestant"
+    series: tuple[str, ...] = ("contestant",)
     ideal: float | None = None  # a line to compare with
     logarithmic: bool = False
 
@@ -33,11 +33,14 @@ CHARTS = {
         "megabits",
         "speed_against_megatron",
         "step over limited links: speed against megatron",
+        ("contestant", "kv_heads"),
         ideal=1.0,
         logarithmic=True,
     ),
     "overhead": Chart("ranks", "seconds_against_ddp", "strategy overhead: step time against DDP", ideal=1.0),
-    "communication": Chart("ranks", "bytes_per_layer", "bytes that a rank receives per layer", logarithmic=True),
+    "communication": Chart(
+        "ranks", "bytes_per_layer", "bytes that a rank receives per layer", ("contestant", "kv_heads"), logarithmic=True
+    ),
     "memory": Chart("ranks", "activations_mib", "peak activation memory of a rank, MiB", logarithmic=True),
     "longest": Chart("ranks", "longest", "longest sequence under a cap of activation memory", logarithmic=True),
     "loss": Chart("tokens", "peak_mib", "peak memory of the loss, MiB", logarithmic=True),
@@ -50,7 +53,7 @@ def draw(name: str, rows: list[dict[str, str]]) -> Figure:
     points: dict[str, dict[float, float]] = {}
     for row in rows:
         if row[chart.x] and row[chart.y]:
-            points.setdefault(row[chart.series], {})[float(row[chart.x])] = float(row[chart.y])
+            points.setdefault(_label(row, chart.series), {})[float(row[chart.x])] = float(row[chart.y])
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     for index, (series, own) in enumerate(sorted(points.items())):
@@ -69,6 +72,11 @@ def draw(name: str, rows: list[dict[str, str]]) -> Figure:
     if points:
         axes.legend(fontsize=8)
     return figure
+
+
+def _label(row: dict[str, str], series: tuple[str, ...]) -> str:
+    name, *others = series
+    return ", ".join([row[name], *(f"{row[other]} {other.replace('_', ' ')}" for other in others)])
 
 
 def save(name: str, folder: Path = results.FOLDER) -> Path:
