@@ -16,7 +16,7 @@ import lightning_lss.loss
 from benchmarks import attention, counting, memory
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.harness import World, in_turn, median_ratio
-from benchmarks.network import Network, obstacle
+from benchmarks.network import Network, measured_megabits, obstacle
 from benchmarks.steps import Row, compare_steps, ranks_and_threads, who_takes_part
 from benchmarks.training import Job, model_options
 
@@ -100,10 +100,14 @@ def run_slow_network(args: Namespace) -> list[Row]:
     for size in args.ranks:
         for megabits in args.megabits:
             with Network(size, megabits) as network, World(size, network) as world:
+                rate = round(world.run(size, measured_megabits, megabits)[0], 1)
                 for kv_heads in args.kv_heads_list:
                     own = Namespace(**{**vars(args), "kv_heads": kv_heads})
                     found = compare_steps(world, args.contestants, size, make_job(own, args.length), args.rounds)
-                    rows += [{"contestant": row["contestant"], "megabits": megabits, **row} for row in found]
+                    rows += [
+                        {"contestant": row["contestant"], "megabits": megabits, "megabits_measured": rate, **row}
+                        for row in found
+                    ]
     return rows
 
 
