@@ -18,9 +18,11 @@ _OTHERS = ["megatron", "ring", "ulysses"]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    args = make_parser().parse_args(arguments)
+    parser = make_parser()
+    args = parser.parse_args(arguments)
     if args.quick:
-        vars(args).update(args.smoke)
+        args.command.set_defaults(**args.smoke)  # what is given on the command line stays
+        args = parser.parse_args(arguments)
     rows = args.run(args)
     if not rows:
         return
@@ -42,7 +44,7 @@ def make_parser() -> ArgumentParser:
         )
         command.add_argument("--quick", action="store_true", help="sizes for a smoke test, in seconds; no figure")
         command.add_argument("--output", type=Path, default=results.FOLDER, help="folder of the CSV and the picture")
-        command.set_defaults(run=run, smoke=smoke, **defaults)
+        command.set_defaults(run=run, command=command, smoke=smoke, **defaults)
         return command
 
     tiny = dict(model="tiny", length=256, ranks=[2], rounds=1, steps=2, width=64, heads=4, kv_heads=4, layers=2)

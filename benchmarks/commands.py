@@ -84,10 +84,16 @@ def run_steps(args: Namespace) -> list[Row]:
 
 
 def run_weak_scaling(args: Namespace) -> list[Row]:
-    """Whole training steps on ``length`` positions a rank."""
+    """Whole training steps on ``length`` positions a rank; efficiency is in FLOP/s a rank, against the fewest ranks."""
     with World(max(args.ranks)) as world:
         jobs = {size: make_job(args, args.length * size) for size in args.ranks}
-        return _flat(compare_steps(world, args.contestants, size, jobs[size], args.rounds) for size in args.ranks)
+        rows = _flat(compare_steps(world, args.contestants, size, jobs[size], args.rounds) for size in args.ranks)
+    first = {row["contestant"]: row for row in reversed(rows)}
+    for row in rows:
+        least = first[row["contestant"]]
+        rates = [x["flops_per_second"] / x["ranks"] for x in (row, least)]
+        row["efficiency"] = round(rates[0] / rates[1], 4)
+    return rows
 
 
 def run_slow_network(args: Namespace) -> list[Row]:
