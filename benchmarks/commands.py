@@ -127,9 +127,9 @@ def run_communication(args: Namespace) -> list[Row]:
             found = {}
             for name in who_takes_part(args.contestants, size, heads, kv_heads):
                 found[name] = counting.per_layer(partial(_count, world, name, size), job)
-            reference = counting.total_bytes(found["megatron"]["activations"]) if "megatron" in found else None
-            for name, layer in found.items():
-                received = counting.total_bytes(layer["activations"])
+            reference = counting.total_bytes(found["megatron"][0]) if "megatron" in found else None
+            for name, (activations, parameter_bytes) in found.items():
+                received = counting.total_bytes(activations)
                 rows.append(
                     {
                         "contestant": name,
@@ -138,13 +138,13 @@ def run_communication(args: Namespace) -> list[Row]:
                         "width": job.model["width"],
                         "heads": heads,
                         "kv_heads": kv_heads,
-                        "forward": counting.describe(layer["activations"], "forward"),
-                        "backward": counting.describe(layer["activations"], "backward"),
+                        "forward": counting.describe(activations, "forward"),
+                        "backward": counting.describe(activations, "backward"),
                         "bytes_per_layer": received,
-                        "bytes_forward": counting.total_bytes(layer["activations"], "forward"),
-                        "bytes_backward": counting.total_bytes(layer["activations"], "backward"),
+                        "bytes_forward": counting.total_bytes(activations, "forward"),
+                        "bytes_backward": counting.total_bytes(activations, "backward"),
                         "bytes_against_megatron": round(received / reference, 4) if reference else "",
-                        "parameter_bytes_per_layer": counting.total_bytes(layer["parameters"]),
+                        "parameter_bytes_per_layer": parameter_bytes,
                     }
                 )
     return rows

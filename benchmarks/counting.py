@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -54,8 +55,8 @@ _SILENT = {
     "_wrap_tensor_autograd",
 }  # what receives no payload
 
-Tally = dict[tuple[str, str], tuple[int, int]]
-"""(phase, kind) -> (number of collectives, bytes that this rank receives)."""
+Tally = Counter[tuple[str, str, int]]
+"""(phase, kind, bytes that this rank receives) -> number of such collectives."""
 
 
 class CollectiveCounter(TorchDispatchMode):
@@ -68,8 +69,7 @@ class CollectiveCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.phase = "forward"
-        self.numbers: Counter[tuple[str, str]] = Counter()
-        self.bytes: Counter[tuple[str, str]] = Counter()
+        self.tally: Tally = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count and run."""
@@ -82,14 +82,8 @@ class CollectiveCounter(TorchDispatchMode):
         if namespace in _NAMESPACES and name not in _SILENT:
             if name not in _KINDS:
                 raise RuntimeError(f"The counter does not know the collective {func}: add it to its table.")
-            key = self.phase, _KINDS[name]
-            self.numbers[key] += 1
-            self.bytes[key] += _received(_KINDS[name], args, out)
+            self.tally[self.phase, _KINDS[name], _received(_KINDS[name], args, out)] += 1
         return out
-
-    def tally(self) -> Tally:
-        """What was counted."""
-        return {key: (number, self.bytes[key]) for key, number in self.numbers.items()}
 
 
 def _received(kind: str, args: Any, out: Any) -> int:
@@ -141,42 +135,36 @@ def count_step(rank: int, name: str, size: int, job: Job) -> Tally:
     """Collectives of the job's last step."""
     counted = _CountedStep(job.steps - 1)
     fit(name, size, job, counted)
-    return counted.counter.tally()
+    return counted.counter.tally
 
 
-def per_layer(run: Any, job: Job) -> dict[str, Tally]:
-    """What one layer adds to a step: ``activations``, which grow with the sequence, and ``parameters``, which do not.
+def per_layer(run: Callable[[Job], Tally], job: Job) -> tuple[Tally, int]:
+    """What one layer adds to a step: the collectives of its activations, and the bytes of its parameters.
 
-    The difference between models of two layers and one is a layer's. Between sequences of L and 2 L what belongs to
-    activations doubles and what belongs to parameters stays, so bytes = constant + slope x L.
+    A layer's collectives are those of a model of two layers without those of a model of one. The ones of parameters are
+    as large for a sequence of 2 L as for one of L, the ones of activations are not.
 
     Args:
         run: from a job to its tally.
         job: the model and L.
     """
-    one, two = run(job.with_model(num_layers=1)), run(job.with_model(num_layers=2))
     twice = job.with_model(seq_len=2 * job.length)
-    long_one, long_two = run(twice.with_model(num_layers=1)), run(twice.with_model(num_layers=2))
-    activations: Tally = {}
-    parameters: Tally = {}
-    for key in sorted(one | two | long_one | long_two):
-        numbers, short = (two.get(key, (0, 0))[i] - one.get(key, (0, 0))[i] for i in (0, 1))
-        long = long_two.get(key, (0, 0))[1] - long_one.get(key, (0, 0))[1]
-        slope = long - short
-        if slope:
-            activations[key] = (numbers, slope)
-        if short - slope:
-            parameters[key] = (0 if slope else numbers, short - slope)
-    return {"activations": activations, "parameters": parameters}
+    one, two = (run(job.with_model(num_layers=layers)) for layers in (1, 2))
+    long_one, long_two = (run(twice.with_model(num_layers=layers)) for layers in (1, 2))
+    layer, long_layer = two - one, long_two - long_one
+    activations = layer - (layer & long_layer)
+    return activations, total_bytes(two) - total_bytes(one) - total_bytes(activations)
 
 
 def total_bytes(tally: Tally, phase: str | None = None) -> int:
     """Bytes received, in one phase or all."""
-    return sum(size for (own, _), (_, size) in tally.items() if phase in (None, own))
+    return sum(size * number for (own, _, size), number in tally.items() if phase in (None, own))
 
 
 def describe(tally: Tally, phase: str) -> str:
     """The collectives of a phase, such as ``1 all_gather + 1 reduce_scatter``."""
-    return " + ".join(
-        f"{number} {kind}" for (own, kind), (number, _) in sorted(tally.items()) if own == phase and number
-    )
+    numbers: Counter[str] = Counter()
+    for (own, kind, _), number in tally.items():
+        if own == phase:
+            numbers[kind] += number
+    return " + ".join(f"{number} {kind}" for kind, number in sorted(numbers.items()))

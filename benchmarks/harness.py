@@ -11,6 +11,7 @@ import logging
 import multiprocessing as mp
 import os
 import statistics
+import sys
 import tempfile
 import time
 import traceback
@@ -166,6 +167,7 @@ def in_turn(contestants: Mapping[str, Callable[[], float]], rounds: int, warm_up
     for index in range(warm_up + rounds):
         for name, run in contestants.items():
             elapsed = run()
+            print(f"turn {index + 1} of {warm_up + rounds}: {name} {elapsed:.4g} s", file=sys.stderr, flush=True)
             if index >= warm_up:
                 seconds[name].append(elapsed)
     return seconds

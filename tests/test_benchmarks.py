@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -97,14 +98,12 @@ def test_longest_length() -> None:
 def test_per_layer_tells_activations_from_parameters() -> None:
     def tally(job: Job) -> counting.Tally:
         layers, length = job.model["num_layers"], job.length
-        return {
-            ("forward", "all_gather"): (layers, 10 * layers * length),
-            ("backward", "all_reduce"): (1, 500 * layers),
-        }
+        gathers = {("forward", "all_gather", 10 * length): layers, ("forward", "all_gather", 700): layers}
+        return Counter({**gathers, ("backward", "all_reduce", 300 + 500 * layers): 1})
 
-    layer = counting.per_layer(tally, JOB)
-    assert layer["activations"] == {("forward", "all_gather"): (1, 10 * 64)}
-    assert counting.total_bytes(layer["parameters"]) == 500
+    activations, parameter_bytes = counting.per_layer(tally, JOB)
+    assert activations == {("forward", "all_gather", 10 * 64): 1}
+    assert parameter_bytes == 700 + 500
 
 
 def test_contestants_take_turns() -> None:
