@@ -14,6 +14,8 @@ from typing import Any
 
 import lightning
 import torch
+from rich.console import Console
+from rich.table import Table
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -69,7 +71,9 @@ def append(figure: str, rows: Sequence[dict[str, Any]], folder: Path = FOLDER) -
         with open(path, newline="") as file:
             header = next(csv.reader(file), columns)
         if header != columns:
-            raise ValueError(f"{path} has other columns: move it away first. It has {header}; the new rows have {columns}.")
+            raise ValueError(
+                f"{path} has other columns: move it away first. It has {header}; the new rows have {columns}."
+            )
     fresh = not path.exists()
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, columns)
@@ -89,16 +93,19 @@ def read(figure: str, folder: Path = FOLDER) -> list[dict[str, str]]:
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    """Print a table."""
-    from rich.console import Console
-    from rich.table import Table
-
+    """Print what differs between the rows as a table, and above it what they have in common."""
+    common = {key: value for key, value in rows[0].items() if len(rows) > 1 and all(r[key] == value for r in rows)}
     table = Table()
-    for column in rows[0]:
-        table.add_column(column, overflow="fold")
+    columns = [column for column in rows[0] if column not in common]
+    for column in columns:
+        table.add_column(column.replace("_", " "))
     for row in rows:
-        table.add_row(*(_text(value) for value in row.values()))
-    Console().print(table)
+        table.add_row(*(_text(row[column]) for column in columns))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200
+    console.print(", ".join(f"{key} {_text(value)}" for key, value in common.items() if value != ""))
+    console.print(table)
 
 
 def _text(value: Any) -> str:

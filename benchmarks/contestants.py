@@ -1,0 +1,243 @@
+"""Who takes part: ways to train one and the same :class:`~lightning_lss.LSSTransformer` on a long sequence.
+
+A contestant is data; :mod:`benchmarks.training` trains with it and :mod:`benchmarks.attention` times its attention
+alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lightning_lss import LSSAttention, LSSStrategy, SequenceShard, ShardedModule
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to train.
+
+    Args:
+        strategy: ``"lss"`` (of Lightning's strategies the one that splits the sequence), ``"megatron"``, ``"ddp"``, or
+            ``"single"``, one process that holds the whole sequence.
+        layout: of the segments, for ``"lss"``.
+        attention: what computes attention in the place of :class:`~lightning_lss.LSSAttention`; None for that one.
+        model: arguments of the model that differ, for example ``keep_gathered``.
+        options: further arguments of the strategy.
+        head_chunks: of :func:`~lightning_lss.lss_attention`.
+        package: what has to be installed.
+    """
+
+    strategy: str = "lss"
+    layout: str = "zigzag"
+    attention: str | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    head_chunks: int | None = None
+    package: str | None = None
+
+    @property
+    def splits_sequence(self) -> bool:
+        """Whether attention alone can be timed: each rank has a segment."""
+        return self.strategy == "lss"
+
+    def obstacle(self, size: int, heads: int, kv_heads: int) -> str | None:
+        """Why it cannot take part with ``size`` ranks, or None."""
+        if self.package is not None and importlib.util.find_spec(self.package) is None:
+            return f"the package {self.package} is not installed: pip install -e '.[benchmarks]'"
+        if self.strategy == "megatron" and importlib.util.find_spec("lightning_lss.megatron") is None:
+            return "lightning_lss has no module megatron"
+        if self.attention == "ulysses" and (heads % size or kv_heads % size):
+            return f"{kv_heads} of {heads} heads cannot be shared out over {size} ranks"
+        if self.strategy == "megatron" and heads % size:
+            return f"{heads} heads cannot be shared out over {size} ranks"
+        if self.head_chunks is not None and kv_heads % self.head_chunks:
+            return f"{kv_heads} key/value heads do not make {self.head_chunks} chunks"
+        unknown = set(self.options) - set(signature(LSSStrategy).parameters)
+        if unknown:
+            return f"LSSStrategy does not take {', '.join(sorted(unknown))}"
+        if self.attention == "context_parallel" and not torch.cuda.is_available():
+            return "torch's context_parallel has no kernel for CPU"
+        return None
+
+
+CONTESTANTS: dict[str, Contestant] = {
+    "single": Contestant("single"),
+    "ddp": Contestant("ddp"),
+    "lss": Contestant(),
+    "lss-kept": Contestant(model={"keep_gathered": True}),
+    "lss-1chunk": Contestant(head_chunks=1),
+    "lss-2chunks": Contestant(head_chunks=2),
+    "lss-8chunks": Contestant(head_chunks=8),
+    "lss-contiguous": Contestant(layout="contiguous"),
+    "lss-fsdp": Contestant(options={"sharding": "fsdp"}),
+    "megatron": Contestant("megatron"),
+    "ring": Contestant(layout="contiguous", attention="ring", package="ring_attention_pytorch"),
+    "ring-zigzag": Contestant(attention="ring-zigzag", package="ring_attention_pytorch"),
+    "ulysses": Contestant(layout="contiguous", attention="ulysses"),
+    "context-parallel": Contestant(layout="contiguous", attention="context_parallel"),
+}
+
+
+def attention_module(contestant: Contestant, causal: bool) -> nn.Module:
+    """The attention of a contestant that splits the sequence: ``forward(q, k, v)`` on [B, H, l, D] and [B, G, l, D]."""
+    if contestant.attention is not None:
+        return ATTENTION[contestant.attention](causal)
+    chunks = "auto" if contestant.head_chunks is None else contestant.head_chunks
+    return LSSAttention(causal, head_chunks=chunks, keep_gathered=contestant.model.get("keep_gathered", False))  # type: ignore[arg-type]
+
+
+def _forget_ranks() -> None:
+    """The package remembers the first rank and world size that it sees; a worker serves worlds of several sizes."""
+    from ring_attention_pytorch import distributed
+
+    distributed.get_rank.cache_clear()
+    distributed.get_world_size.cache_clear()
+
+
+def _interleaved(x: Tensor, groups: int) -> Tensor:
+    """Query heads reordered so that head h belongs to key/value head h mod G, as the package pairs them."""
+    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
+class RingAttention(ShardedModule):
+    """Ring attention (arXiv 2310.01889) as the package ring-attention-pytorch computes it on CPU; contiguous layout.
+
+    Keys and values travel around the ring with point-to-point messages. In version 0.5.20 the backward pass takes apart
+    the pair (received, sent) of its last message where it means the gradients of keys and of values: both are wrong.
+    """
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.causal = causal
+        _forget_ranks()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, H, l, D], [B, G, l, D], [B, G, l, D] -> [B, H, l, D]."""
+        from ring_attention_pytorch import ring_flash_attn
+
+        rows = [x.transpose(1, 2).contiguous() for x in (_interleaved(q, k.size(1)), k, v)]  # [B, l, H, D]
+        size = self.shard.size
+        out = ring_flash_attn(*rows, causal=self.causal, ring_reduce_col=size > 1, ring_size=size)
+        return _interleaved(out.transpose(1, 2), q.size(1) // k.size(1))
+
+
+class RingZigzagAttention(ShardedModule):
+    """The same package's zigzag attention: gathers keys and values, and runs torch's kernel with a mask.
+
+    In version 0.5.20 the adjoint of its gather is a slice of this rank's own gradient, without those of the others: the
+    gradients of keys and values are wrong.
+    """
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.causal = causal
+        _forget_ranks()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, H, l, D], [B, G, l, D], [B, G, l, D] -> [B, H, l, D]."""
+        from ring_attention_pytorch.zig_zag_attention import zig_zag_attn
+
+        local, size, layout = q.size(2), self.shard.size, self.shard.layout
+        own = self.shard.positions(local, q.device)
+        ranks = [SequenceShard(rank, size, layout) for rank in range(size)]
+        others = torch.cat([shard.positions(local, q.device) for shard in ranks])  # gathered by rank, not by position
+        mask = own[:, None] >= others if self.causal else None
+        out = zig_zag_attn(_interleaved(q, k.size(1)), k, v, attn_mask=mask)
+        return _interleaved(out, q.size(1) // k.size(1))
+
+
+class UlyssesAttention(ShardedModule):
+    """Ulysses (arXiv 2309.14509): all-to-all from segments to heads, the plain kernel, and back; contiguous layout."""
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.causal = causal
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, H, l, D], [B, G, l, D], [B, G, l, D] -> [B, H, l, D]; S divides G."""
+        gqa = q.size(1) != k.size(1)
+        if self.shard.size == 1:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=gqa)
+        whole = [_SegmentsToHeads.apply(x, self.shard) for x in (q, k, v)]  # [B, H / S, L, D]
+        out = F.scaled_dot_product_attention(*whole, is_causal=self.causal, enable_gqa=gqa)
+        return _HeadsToSegments.apply(out, self.shard)
+
+
+def _segments_to_heads(x: Tensor, shard: SequenceShard) -> Tensor:
+    """[B, H, l, D] -> [B, H / S, L, D]."""
+    sent = x.unflatten(1, (shard.size, -1)).movedim(1, 0).contiguous()  # [S, B, H / S, l, D]
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=shard.require_group())
+    return received.movedim(0, 2).flatten(2, 3)
+
+
+def _heads_to_segments(x: Tensor, shard: SequenceShard) -> Tensor:
+    """[B, H / S, L, D] -> [B, H, l, D]."""
+    sent = x.unflatten(2, (shard.size, -1)).movedim(2, 0).contiguous()  # [S, B, H / S, l, D]
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=shard.require_group())
+    return received.movedim(0, 1).flatten(1, 2)
+
+
+class _SegmentsToHeads(torch.autograd.Function):
+    """[B, H, l, D] -> [B, H / S, L, D]; its adjoint is its inverse."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shard: SequenceShard) -> Tensor:
+        ctx.shard = shard
+        return _segments_to_heads(x, shard)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _heads_to_segments(grad, ctx.shard), None
+
+
+class _HeadsToSegments(torch.autograd.Function):
+    """[B, H / S, L, D] -> [B, H, l, D]; its adjoint is its inverse."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shard: SequenceShard) -> Tensor:
+        ctx.shard = shard
+        return _heads_to_segments(x, shard)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _segments_to_heads(grad, ctx.shard), None
+
+
+class ContextParallelAttention(ShardedModule):
+    """torch's own ``context_parallel`` (all-gather or ring over its CUDA kernels); it has no CPU kernel."""
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.causal = causal
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, H, l, D], [B, G, l, D], [B, G, l, D] -> [B, H, l, D]; contiguous layout."""
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.tensor.experimental import context_parallel
+
+        if self.shard.size == 1:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=q.size(1) != k.size(1))
+        mesh = DeviceMesh.from_group(self.shard.require_group(), q.device.type)
+        with context_parallel(mesh):  # without buffers: the strategy has split the batch already
+            return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=q.size(1) != k.size(1))
+
+
+ATTENTION: dict[str, Callable[[bool], nn.Module]] = {
+    "ring": RingAttention,
+    "ring-zigzag": RingZigzagAttention,
+    "ulysses": UlyssesAttention,
+    "context_parallel": ContextParallelAttention,
+}

@@ -1,0 +1,86 @@
+"""A picture of each figure, drawn from its CSV."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+
+from benchmarks import results
+
+_COLORS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#000000"]  # Paul Tol's bright
+_MARKS = "osD^vPX*"
+
+
+class Chart(NamedTuple):
+    """Lines of ``y`` over ``x``, one for each combination of the ``series`` columns."""
+
+    x: str
+    y: str
+    title: str
+    series: tuple[str, ...] = ("contestant",)
+    ideal: float | None = None  # a line to compare with
+    logarithmic: bool = False
+
+
+CHARTS = {
+    "attention": Chart("ranks", "fraction_of_ideal", "attention alone: fraction of the ideal", ideal=1.0),
+    "step": Chart("ranks", "speed_against_megatron", "training step: speed against megatron", ideal=1.0),
+    "strong-scaling": Chart("ranks", "tokens_per_second", "strong scaling: the same sequence on more ranks"),
+    "weak-scaling": Chart("ranks", "flops_per_second", "weak scaling: the sequence grows with the ranks"),
+    "slow-network": Chart(
+        "megabits",
+        "speed_against_megatron",
+        "step over limited links: speed against megatron",
+        ("contestant", "kv_heads"),
+        ideal=1.0,
+        logarithmic=True,
+    ),
+    "overhead": Chart("ranks", "seconds_against_ddp", "strategy overhead: step time against DDP", ideal=1.0),
+    "communication": Chart(
+        "ranks", "bytes_per_layer", "bytes that a rank receives per layer", ("contestant", "kv_heads"), logarithmic=True
+    ),
+    "memory": Chart("ranks", "activations_mib", "peak activation memory of a rank, MiB", logarithmic=True),
+    "longest": Chart("ranks", "longest", "longest sequence under a cap of activation memory", logarithmic=True),
+    "loss": Chart("tokens", "peak_mib", "peak memory of the loss, MiB", logarithmic=True),
+}
+
+
+def draw(name: str, rows: list[dict[str, str]]) -> Figure:
+    """The newest point of every series at every ``x``."""
+    chart = CHARTS[name]
+    points: dict[str, dict[float, float]] = {}
+    for row in rows:
+        if row[chart.x] and row[chart.y]:
+            points.setdefault(_label(row, chart.series), {})[float(row[chart.x])] = float(row[chart.y])
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for index, (series, own) in enumerate(sorted(points.items())):
+        xs = sorted(own)
+        color, mark = _COLORS[index % len(_COLORS)], _MARKS[index % len(_MARKS)]
+        axes.plot(xs, [own[x] for x in xs], color=color, marker=mark, label=series)
+    if chart.ideal is not None:
+        axes.axhline(chart.ideal, color="gray", linestyle=":", linewidth=1)
+    ticks = sorted({x for own in points.values() for x in own})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.minorticks_off()
+    if chart.logarithmic:
+        axes.set_yscale("log", base=2)
+    axes.set(xlabel=chart.x.replace("_", " "), ylabel=chart.y.replace("_", " "), title=chart.title)
+    if points:
+        axes.legend(fontsize=8)
+    return figure
+
+
+def _label(row: dict[str, str], series: tuple[str, ...]) -> str:
+    name, *others = series
+    return ", ".join([row[name], *(f"{row[other]} {other.replace('_', ' ')}" for other in others)])
+
+
+def save(name: str, folder: Path = results.FOLDER) -> Path:
+    """Draw a figure from its CSV into ``folder``."""
+    path = folder / f"{name}.png"
+    draw(name, results.read(name, folder)).savefig(path, dpi=110)
+    return path

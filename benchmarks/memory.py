@@ -1,0 +1,256 @@
+"""Memory of a rank by part, with torch's own tracker, on real ranks or on shapes alone.
+
+What is counted are the storages of tensors, in the categories of :class:`torch.distributed._tools.mem_tracker.MemTracker`.
+Activations are everything that is no parameter, buffer, gradient of a parameter or optimizer state: what forward keeps
+for backward, and all temporaries of either, received keys and values included. The buckets of DistributedDataParallel, as
+large as the gradients, count as gradients as soon as they are used. Not counted: what a kernel allocates for itself
+and frees before it returns, buffers inside gloo, and the interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
+from torchmetrics import Metric
+
+from benchmarks.contestants import CONTESTANTS, Contestant
+from benchmarks.seeing import is_own_operator, run_inside
+from benchmarks.training import Job, fit, make_module
+from lightning_lss import LSSTransformer, SequenceShard
+from lightning_lss.rng import SegmentDropout
+from lightning_lss.shard import WHOLE_SEQUENCE, sharded_modules
+
+_PARTS = {
+    "parameters": (_MemRefType.PARAM, _MemRefType.BUFFER),
+    "gradients": (_MemRefType.GRAD,),
+    "optimizer": (_MemRefType.OPT,),
+}
+_ACTIVATIONS = (_MemRefType.ACT, _MemRefType.TEMP)
+
+
+class Peak(NamedTuple):
+    """Bytes of one rank: the peak of each part, and the peak of their sum."""
+
+    activations: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    total: int
+
+
+class StepTracker(MemTracker):
+    """Tracks one training step, for the peak of each part.
+
+    Lightning calls forward and backward from within the optimizer's step, so the optimizer's own part is the caller's
+    to announce, with :attr:`in_optimizer`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peaks = {"activations": 0, "parameters": 0, "gradients": 0, "optimizer": 0, "total": 0}
+
+    @property
+    def in_optimizer(self) -> bool:
+        """Whether what is allocated now is optimizer state."""
+        return self._in_opt
+
+    @in_optimizer.setter
+    def in_optimizer(self, value: bool) -> None:
+        self._in_opt = value
+
+    def peak(self) -> Peak:
+        """What was found."""
+        return Peak(**self.peaks)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run and track, and know DDP's buckets, which hold gradients: its reducer scales gradients into them."""
+        if func is torch.ops.aten.mul.out and self._mod_tracker.is_bw:
+            bucket = (kwargs or {})["out"]
+            if bucket.untyped_storage() not in self._WINFO:
+                self._update_and_maybe_create_winfos(bucket, _MemRefType.GRAD)
+        if is_own_operator(func):
+            return run_inside(self, func, args, kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _register_global_optimizer_hook(self) -> None:
+        """The base class would take everything within ``optimizer.step`` for optimizer state."""
+
+    def _update_peak_stats(self, peak_state: Any) -> None:
+        sizes = {"activations": 0, "parameters": 0, "gradients": 0, "optimizer": 0, "total": 0}
+        for parts in self._curr_mem_snap.values():
+            sizes["activations"] += sum(parts[kind] for kind in _ACTIVATIONS)
+            for name, kinds in _PARTS.items():
+                sizes[name] += sum(parts[kind] for kind in kinds)
+        sizes["total"] = sum(sizes.values())
+        for name, size in sizes.items():
+            self.peaks[name] = max(self.peaks[name], size)
+
+
+class _TrackedStep(pl.Callback):
+    """Tracks one step, after those of the warm-up: optimizer state and DDP's buckets exist by then."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.tracker = StepTracker()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == self.step:
+            optimizers = [optimizer.optimizer for optimizer in trainer.strategy._lightning_optimizers]
+            self.tracker.track_external(pl_module, *optimizers, *tree_leaves(batch))
+            self.tracker.__enter__()
+
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        self.tracker.in_optimizer = True
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == self.step:
+            self.tracker.__exit__(None, None, None)
+        self.tracker.in_optimizer = False
+
+
+def track_ranks(rank: int, name: str, size: int, job: Job) -> Peak:
+    """The peak of the job's last step on this rank, under the real Trainer."""
+    tracked = _TrackedStep(job.steps - 1)
+    fit(name, size, job, tracked)
+    return tracked.tracker.peak()
+
+
+def track_shapes(_: int, name: str, size: int, job: Job) -> Peak:
+    """The same for rank 0 of ``size`` without computing anything: fake tensors and a fake process group.
+
+    A step without the Trainer; for ``single``, ``megatron`` and those that run under LSSStrategy without options.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    try:
+        module = _split_module(CONTESTANTS[name], size, job)
+        mode = FakeTensorMode()
+        _make_fake(module, mode)
+        with mode:
+            return _fake_step(module, job.length // size)
+    finally:
+        dist.destroy_process_group()
+
+
+def _split_module(contestant: Contestant, size: int, job: Job) -> LSSTransformer:
+    """The module as rank 0 of ``size`` has it."""
+    module = make_module(contestant, job)
+    if contestant.strategy == "megatron":
+        from lightning_lss.megatron import DATA, TENSOR, parallelize
+        from torch.distributed.device_mesh import init_device_mesh
+
+        parallelize(module.model, init_device_mesh("cpu", (1, size), mesh_dim_names=(DATA, TENSOR)))
+    else:
+        for part in sharded_modules(module):
+            part.set_shard(SequenceShard(0, size, contestant.layout, dist.group.WORLD))
+    for part in module.modules():
+        if isinstance(part, SegmentDropout):  # would draw a seed, a number that fake tensors do not have
+            part.set_shard(WHOLE_SEQUENCE)  # torch's own dropout allocates the same
+    return module
+
+
+def _make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Replace parameters and buffers by fake ones; what is tied stays tied."""
+    fakes: dict[Tensor, Tensor] = {}
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, x in tensors.items():
+                if x is not None and not isinstance(part, Metric):
+                    fakes[x] = fakes[x] if x in fakes else _fake_like(x, mode)
+                    tensors[name] = fakes[x]
+
+
+def _fake_like(x: Tensor, mode: FakeTensorMode) -> Tensor:
+    if isinstance(x, DTensor):
+        local = mode.from_tensor(x.to_local().detach())
+        fake: Tensor = DTensor.from_local(
+            local, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
+        )
+    else:
+        fake = mode.from_tensor(x.detach())
+    return nn.Parameter(fake, x.requires_grad) if isinstance(x, nn.Parameter) else fake
+
+
+def _fake_step(module: LSSTransformer, local_length: int) -> Peak:
+    configured: Any = module.configure_optimizers()
+    optimizer = configured["optimizer"]
+    batch = {key: torch.zeros(1, local_length, dtype=torch.int64) for key in ("inputs", "targets")}
+    tracker = StepTracker()
+    for last in (False, True):  # the first step makes the optimizer's state
+        if last:
+            tracker.track_external(module, optimizer, *batch.values())
+            tracker.__enter__()
+        loss = module.training_step(batch, 0)
+        optimizer.zero_grad()
+        loss.backward()
+        tracker.in_optimizer = True
+        optimizer.step()
+        tracker.in_optimizer = False
+    tracker.__exit__(None, None, None)
+    return tracker.peak()
+
+
+def track_loss(loss: Callable[..., Tensor], tokens: int, width: int, vocabulary: int, shapes: bool) -> int:
+    """Peak bytes of ``loss(features, weight, targets)`` and its backward pass beyond these inputs, gradients included.
+
+    Args:
+        loss: of features [N, E] and weight [V, E], float32, and targets [N].
+        tokens: N.
+        width: E.
+        vocabulary: V.
+        shapes: whether to track fake tensors instead of computing. What a C++ operator allocates for itself is only seen
+            when it computes.
+    """
+    with FakeTensorMode() if shapes else nullcontext():
+        features, weight = (torch.randn(rows, width, requires_grad=True) for rows in (tokens, vocabulary))
+        targets = torch.randint(vocabulary, (tokens,))
+        if not shapes:
+            return allocated_peak(lambda: loss(features, weight, targets).backward())
+        tracker = StepTracker()
+        tracker.track_external(features, weight, targets)
+        with tracker:
+            loss(features, weight, targets).backward()
+    return tracker.peaks["activations"]
+
+
+def allocated_peak(function: Callable[[], Any]) -> int:
+    """Peak bytes that ``function`` holds of torch's CPU allocator, kernels' own buffers included, beyond what there was
+    before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return highest
+
+
+def longest_length(peak: Callable[[int], int], cap: int, step: int, start: int) -> int:
+    """The longest multiple of ``step`` whose ``peak`` (bytes, by length) is at most ``cap``; 0 if there is none.
+
+    Doubles from ``start`` until the cap is passed, then bisects; ``peak`` is taken to grow with the length.
+    """
+    low, high = 0, max(1, start // step)
+    while peak(high * step) <= cap:
+        low, high = high, 2 * high
+    while high - low > max(1, low // 256):  # to 0.4 %
+        middle = (low + high) // 2
+        low, high = (middle, high) if peak(middle * step) <= cap else (low, middle)
+    return low * step

@@ -1,0 +1,113 @@
+"""Figures of whole training steps: step time, scaling, overhead, and slow links."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from benchmarks.attention import verdict
+from benchmarks.contestants import CONTESTANTS
+from benchmarks.harness import World, in_turn, median_ratio
+from benchmarks.network import bytes_received
+from benchmarks.training import Job, checking_job, gradient_error, gradients, time_steps
+from lightning_lss.model import TransformerConfig
+
+Row = dict[str, Any]
+
+
+def ranks_and_threads(name: str, size: int) -> tuple[int, int]:
+    """Processes of a contestant and torch's threads of each: one process gets the threads of all, up to the cores."""
+    single = CONTESTANTS[name].strategy == "single"
+    return (1, min(size, os.cpu_count() or 1)) if single else (size, 1)
+
+
+def who_takes_part(names: Sequence[str], size: int, heads: int, kv_heads: int) -> list[str]:
+    """Those who can; for the others says why not."""
+    able = []
+    for name in names:
+        obstacle = CONTESTANTS[name].obstacle(size, heads, kv_heads)
+        if obstacle is None:
+            able.append(name)
+        else:
+            print(f"{name} is left out at S = {size}: {obstacle}.")
+    return able
+
+
+def compare_steps(world: World, names: Sequence[str], size: int, job: Job, rounds: int) -> list[Row]:
+    """A row for each contestant: median step, ratios within a round to ``single``, ``ddp`` and ``megatron``, and whether
+    gradients are right (against one process, on a small model of the same kind)."""
+    heads, kv_heads = job.model["num_heads"], job.model.get("num_kv_heads") or job.model["num_heads"]
+    names = who_takes_part(names, size, heads, kv_heads)
+    small = checking_job(job, size)
+    expected = world.run(1, gradients, "single", 1, small, group=False)[0]
+    errors = {}
+    for name in names:
+        ranks, threads = ranks_and_threads(name, size)
+        group = CONTESTANTS[name].strategy != "single"
+        own = world.run(ranks, gradients, name, ranks, small, threads=threads, group=group)[0]
+        errors[name] = gradient_error(own, expected)
+    received: dict[str, int] = {}
+    runs = {name: partial(_one_turn, world, name, size, job, received) for name in names}
+    seconds = in_turn(runs, rounds, warm_up=0)  # every turn has warm-up steps of its own
+    return [_row(name, size, job, rounds, seconds, errors, received) for name in names]
+
+
+def time_steps_and_bytes(rank: int, name: str, size: int, job: Job) -> tuple[list[float], int]:
+    """See :func:`~benchmarks.training.time_steps`; with what the kernel counted on the link, per step of the run."""
+    before = bytes_received()
+    seconds = time_steps(rank, name, size, job)
+    return seconds, (bytes_received() - before) // job.steps
+
+
+def _one_turn(world: World, name: str, size: int, job: Job, received: dict[str, int]) -> float:
+    """Median seconds of a step in one run, the slowest rank's of each step."""
+    ranks, threads = ranks_and_threads(name, size)
+    group = CONTESTANTS[name].strategy != "single"
+    answers = world.run(ranks, time_steps_and_bytes, name, ranks, job, threads=threads, group=group)
+    received[name] = max(count for _, count in answers)
+    return statistics.median(max(step) for step in zip(*(seconds for seconds, _ in answers)))
+
+
+def _row(
+    name: str,
+    size: int,
+    job: Job,
+    rounds: int,
+    seconds: dict[str, list[float]],
+    errors: dict[str, float],
+    received: dict[str, int],
+) -> Row:
+    ranks, threads = ranks_and_threads(name, size)
+    median = statistics.median(seconds[name])
+    config = TransformerConfig(**job.model)
+    against = {other: seconds[other] for other in ("single", "ddp", "megatron") if other in seconds}
+    ratio = {other: median_ratio(own, seconds[name]) for other, own in against.items()}
+    return {
+        "contestant": name,
+        "ranks": size,
+        "processes": ranks,
+        "threads": threads,
+        "length": job.length,
+        "width": config.width,
+        "layers": config.num_layers,
+        "heads": config.num_heads,
+        "kv_heads": config.kv_heads,
+        "rounds": rounds,
+        "steps_a_round": job.steps - job.warm_up,
+        "seconds": round(median, 5),
+        "tokens_per_second": round(job.length / median, 1),
+        "flops_per_second": round(config.training_flops(1, job.length) / median),
+        "speed_against_single": _rounded(ratio.get("single")),
+        "speed_against_megatron": _rounded(ratio.get("megatron")),
+        "seconds_against_ddp": _rounded(None if "ddp" not in ratio else 1 / ratio["ddp"]),
+        "gradients": verdict(errors[name]),
+        "gradient_error": f"{errors[name]:.1e}",
+        "received_bytes_a_step": received[name] or "",
+    }
+
+
+def _rounded(value: float | None) -> Any:
+    return "" if value is None else round(value, 4)

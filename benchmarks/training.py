@@ -1,0 +1,187 @@
+"""A training run of one contestant: the real Trainer on the same model and the same tokens for everyone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from benchmarks.contestants import CONTESTANTS, Contestant, attention_module
+from lightning_lss import LSSAttention, LSSStrategy, LSSTransformer
+
+_CONF = Path(__file__).parents[1] / "conf" / "model"
+_SIZES = (
+    "width",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "positions",
+    "mlp",
+    "mlp_width",
+    "dropout",
+    "tie_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, and for how long.
+
+    Args:
+        model: arguments of :class:`~lightning_lss.LSSTransformer`, ``seq_len`` included.
+        steps: training steps of a run, those of the warm-up included.
+        warm_up: how many of them come first and are not counted.
+    """
+
+    model: dict[str, Any] = field(default_factory=dict)
+    steps: int = 3
+    warm_up: int = 1
+
+    @property
+    def length(self) -> int:
+        """Global sequence length L."""
+        return self.model["seq_len"]
+
+    def with_model(self, **options: Any) -> Job:
+        """The same job with other arguments of the model."""
+        return replace(self, model={**self.model, **options})
+
+
+def model_options(name: str, **options: Any) -> dict[str, Any]:
+    """Arguments of the model from ``conf/model/NAME.yaml`` on bytes; those in ``options`` that are not None replace
+    them."""
+    config = OmegaConf.merge(OmegaConf.load(_CONF / "tiny.yaml"), OmegaConf.load(_CONF / f"{name}.yaml"))
+    sizes = {key: config[key] for key in _SIZES}
+    return {"vocab_size": 256, **sizes, **{key: value for key, value in options.items() if value is not None}}
+
+
+def make_module(contestant: Contestant, job: Job) -> LSSTransformer:
+    """The model, from the same seed for everyone, with the contestant's attention in it."""
+    torch.manual_seed(7)
+    module = LSSTransformer(**{**job.model, **contestant.model})
+    place_attention(module, contestant)
+    return module
+
+
+def place_attention(root: nn.Module, contestant: Contestant) -> None:
+    """Put the contestant's attention in the place of every :class:`~lightning_lss.LSSAttention` below ``root``."""
+    parents: list[Any] = [
+        parent for parent in root.modules() if isinstance(getattr(parent, "attention", None), LSSAttention)
+    ]
+    for parent in parents:
+        if contestant.attention is not None:
+            parent.attention = attention_module(contestant, parent.attention.causal)
+        elif contestant.head_chunks is not None:
+            parent.attention.head_chunks = contestant.head_chunks
+
+
+def make_trainer(contestant: Contestant, size: int, job: Job, callbacks: list[pl.Callback]) -> pl.Trainer:
+    """A Trainer for ``size`` ranks that share every sequence, without what would write files or print."""
+    return pl.Trainer(
+        accelerator="cpu",
+        devices=size,
+        strategy=make_strategy(contestant, size),
+        callbacks=callbacks,
+        max_steps=job.steps,
+        gradient_clip_val=None,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def make_strategy(contestant: Contestant, size: int) -> Any:
+    """The strategy of a rank."""
+    launched: dict[str, Any] = {"cluster_environment": LightningEnvironment()}  # the processes exist already
+    if contestant.strategy == "single":
+        return "auto"
+    if contestant.strategy == "ddp":
+        return DDPStrategy(**launched)
+    if contestant.strategy == "megatron":
+        from lightning_lss.megatron_strategy import MegatronStrategy
+
+        return MegatronStrategy(size)
+    return LSSStrategy(size, contestant.layout, **launched, **contestant.options)
+
+
+def make_loader(job: Job) -> DataLoader[Any]:
+    """The same sequence of random bytes at every step."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(job.model["vocab_size"], (job.length + 1,), generator=generator)
+    return DataLoader([{"inputs": tokens[:-1], "targets": tokens[1:]}] * job.steps, batch_size=1)
+
+
+def fit(name: str, size: int, job: Job, *callbacks: pl.Callback) -> pl.Trainer:
+    """Train."""
+    contestant = CONTESTANTS[name]
+    trainer = make_trainer(contestant, size, job, list(callbacks))
+    trainer.fit(make_module(contestant, job), make_loader(job))
+    return trainer
+
+
+class _Clock(pl.Callback):
+    """The time at which each step ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def time_steps(rank: int, name: str, size: int, job: Job) -> list[float]:
+    """Seconds from the end of one step to the end of the next, data loading included; without the warm-up."""
+    clock = _Clock()
+    fit(name, size, job, clock)
+    return [end - start for start, end in zip(clock.ends[job.warm_up - 1 :], clock.ends[job.warm_up :])]
+
+
+class _Gradients(pl.Callback):
+    """Whole gradients as the optimizer is about to see them."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, Tensor] = {}
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        for name, parameter in pl_module.named_parameters():
+            if parameter.grad is not None:
+                self.by_name[name] = whole(parameter.grad).clone()
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a tensor that may be distributed."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def gradients(rank: int, name: str, size: int, job: Job) -> dict[str, Tensor]:
+    """The gradients of the first step, by parameter; of rank 0 only, since they are the same on all."""
+    taken = _Gradients()
+    fit(name, size, replace(job, steps=1, warm_up=0), taken)
+    return taken.by_name if rank == 0 else {}
+
+
+def gradient_error(own: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest relative error of a parameter's gradient; infinite if one is missing."""
+    if own.keys() != expected.keys():
+        return float("inf")
+    return max(((own[name] - x).norm() / x.norm()).item() for name, x in expected.items() if x.norm() > 0)
+
+
+def checking_job(job: Job, size: int) -> Job:
+    """A small job for the same kind of model, on which gradients are compared: short, shallow, without dropout.
+
+    Positions are rotary, so that every parameter exists whole on every rank.
+    """
+    return job.with_model(seq_len=32 * size, num_layers=2, dropout=0.0, positions="rotary")

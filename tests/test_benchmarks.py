@@ -1,0 +1,150 @@
+"""The benchmarks' harness: what it counts and tracks against sums done by hand, and its command line on tiny sizes."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from benchmarks import counting, memory, network, results
+from benchmarks.attention import Shape, check_attention, verdict
+from benchmarks.contestants import CONTESTANTS
+from benchmarks.harness import World, in_turn, median_ratio
+from benchmarks.training import Job, model_options
+
+JOB = Job(model_options("tiny", seq_len=64, width=32, num_heads=4, dropout=0.1), steps=3, warm_up=2)
+ENVIRONMENT = ["date", "commit", "torch", "lightning", "python", "processor", "cores", "load"]
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with World(2) as world:
+        yield partial(world.run, timeout=60)
+
+
+def run_command(folder: Path, *arguments: str) -> list[dict[str, str]]:
+    command = [sys.executable, "-m", "benchmarks", *arguments, "--quick", "--output", str(folder)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (folder / f"{arguments[0]}.png").stat().st_size > 0
+    with open(folder / f"{arguments[0]}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_counting_from_the_command_line(tmp_path) -> None:
+    rows = run_command(tmp_path, "communication", "--contestants", "lss-kept", "ulysses")
+    assert list(rows[0])[-len(ENVIRONMENT) :] == ENVIRONMENT
+    found = {row["contestant"]: row for row in rows}
+    keys_and_values = 2 * 128 * 64 * 4 // 2  # K and V of the other rank: 2 x L x E x 4 bytes, of which it holds half
+    assert {name: int(row["bytes_forward"]) for name, row in found.items()} == {
+        "lss-kept": keys_and_values,
+        "ulysses": keys_and_values,  # a quarter of q, k, v and the output
+    }
+    assert int(found["lss-kept"]["bytes_backward"]) == keys_and_values
+    assert found["lss-kept"]["forward"] == "1 all_gather"
+    assert found["lss-kept"]["backward"] == "1 reduce_scatter"
+    assert found["ulysses"]["forward"] == "4 all_to_all"
+    # weights of a layer in float32, all-reduced: 12 E^2 and two norms of 2 E
+    assert int(found["lss-kept"]["parameter_bytes_per_layer"]) == 4 * (12 * 64**2 + 4 * 64)
+
+
+def test_a_timing_from_the_command_line(tmp_path) -> None:
+    rows = run_command(tmp_path, "attention", "--contestants", "lss")
+    assert [row["contestant"] for row in rows] == ["single", "lss"]
+    assert all(float(row["seconds"]) > 0 for row in rows)
+    assert all(row["gradients"] == "right" for row in rows)
+    assert rows[0]["fraction_of_ideal"] == "" != rows[1]["fraction_of_ideal"]
+
+
+@pytest.mark.parametrize("name", ["lss", "lss-contiguous", "ulysses"])
+def test_attention_is_checked_in_output_and_gradients(ranks, name) -> None:
+    errors = ranks(2, check_attention, name, 2, Shape(length=64, heads=4, kv_heads=2, width=8))
+    assert all(value < 1e-6 for rank in errors for value in rank.values())
+
+
+def test_a_wrong_gradient_is_called_wrong() -> None:
+    assert verdict(3e-7) == "right"
+    assert verdict(0.5) == "wrong"
+
+
+@pytest.mark.parametrize("name", ["single", "lss", "lss-kept", "ulysses"])
+def test_memory_on_shapes_is_that_of_real_ranks(ranks, name) -> None:
+    size = 1 if name == "single" else 2
+    real = ranks(size, memory.track_ranks, name, size, JOB, group=size > 1)[0]
+    shapes = ranks(1, memory.track_shapes, name, size, JOB, group=False)[0]
+    assert shapes.parameters == real.parameters
+    assert shapes.activations == pytest.approx(real.activations, rel=0.03)
+
+
+def test_buckets_of_ddp_are_gradients_not_activations(ranks) -> None:
+    single = ranks(1, memory.track_ranks, "single", 1, JOB, group=False)[0]
+    ddp = ranks(1, memory.track_ranks, "ddp", 1, JOB)[0]
+    assert ddp.activations == pytest.approx(single.activations, rel=0.01)
+    assert ddp.gradients > single.gradients
+
+
+def test_longest_length() -> None:
+    longest = memory.longest_length(lambda length: 100 * length, cap=123_456, step=4, start=64)
+    assert longest % 4 == 0
+    assert 0.99 * 1234 < longest <= 1234
+    assert memory.longest_length(lambda length: 10**9, cap=1, step=4, start=64) == 0
+
+
+def test_per_layer_tells_activations_from_parameters() -> None:
+    def tally(job: Job) -> counting.Tally:
+        layers, length = job.model["num_layers"], job.length
+        gathers = {("forward", "all_gather", 10 * length): layers, ("forward", "all_gather", 700): layers}
+        return Counter({**gathers, ("backward", "all_reduce", 300 + 500 * layers): 1})
+
+    activations, parameter_bytes = counting.per_layer(tally, JOB)
+    assert activations == {("forward", "all_gather", 10 * 64): 1}
+    assert parameter_bytes == 700 + 500
+
+
+def test_contestants_take_turns() -> None:
+    order: list[str] = []
+    runs = {name: lambda name=name: order.append(name) or float(len(order)) for name in "ab"}
+    seconds = in_turn(runs, rounds=2, warm_up=1)
+    assert order == list("ababab")
+    assert seconds == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    assert median_ratio([2.0, 4.0, 90.0], [1.0, 2.0, 9.0]) == 2.0
+
+
+def test_rows_with_other_columns_are_refused(tmp_path) -> None:
+    results.append("step", [{"a": 1}], tmp_path)
+    results.append("step", [{"a": 2}], tmp_path)
+    assert [row["a"] for row in results.read("step", tmp_path)] == ["1", "2"]
+    with pytest.raises(ValueError, match="other columns"):
+        results.append("step", [{"b": 1}], tmp_path)
+
+
+def test_a_failing_rank_is_reported() -> None:
+    with World(2) as world, pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        world.run(2, divmod, 0, group=False, timeout=60)
+
+
+def test_who_cannot_take_part_says_why() -> None:
+    assert "3 of 6 heads" in str(CONTESTANTS["ulysses"].obstacle(2, 6, 3))
+    assert CONTESTANTS["lss"].obstacle(2, 6, 3) is None
+
+
+def test_namespaces_are_removed_also_after_a_failure() -> None:
+    reason = network.obstacle()
+    if reason is not None:
+        pytest.skip(reason)
+    made = network.Network(2, megabits=100, prefix="lsstest")
+    with made:
+        assert Path("/run/netns/lsstestn1").exists()
+    assert not list(Path("/run/netns").glob("lsstest*"))
+    with pytest.raises(ZeroDivisionError), made:
+        raise ZeroDivisionError
+    assert not list(Path("/run/netns").glob("lsstest*"))
+    assert not list(Path("/sys/class/net").glob("lsstest*"))
+    with pytest.raises(RuntimeError, match="failed"), network.Network(2, 100, "lsstest-too-long"):
+        pass
+    assert not list(Path("/run/netns").glob("lsstest*"))
