@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import commands, figures, gpu, results
+from benchmarks import commands, figures, gpu, planner, results
 from benchmarks.contestants import CONTESTANTS
 
 _LSS = ["lss", "lss-kept"]
@@ -86,7 +86,11 @@ def make_parser() -> ArgumentParser:
 
     on_gpu = commands_.add_parser("gpu", help=gpu.run.__doc__, description=gpu.run.__doc__)
     gpu.add_arguments(on_gpu)
-    on_gpu.set_defaults(run=gpu.run, smoke={})
+    on_gpu.set_defaults(run=gpu.run, smoke={}, command=on_gpu)
+
+    predicted = commands_.add_parser("planner", help=planner.run.__doc__, description=planner.run.__doc__)
+    planner.add_arguments(predicted)
+    predicted.set_defaults(run=planner.run, smoke={}, command=predicted, quick=False)
     return parser
 
 

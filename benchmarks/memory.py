@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
@@ -28,6 +29,7 @@ from benchmarks.contestants import CONTESTANTS, Contestant
 from benchmarks.seeing import is_own_operator, run_inside
 from benchmarks.training import Job, fit, make_module
 from lightning_lss import LSSTransformer, SequenceShard
+from lightning_lss.megatron import DATA, TENSOR, parallelize
 from lightning_lss.rng import SegmentDropout
 from lightning_lss.shard import WHOLE_SEQUENCE, sharded_modules
 
@@ -152,9 +154,6 @@ def _split_module(contestant: Contestant, size: int, job: Job) -> LSSTransformer
     """The module as rank 0 of ``size`` has it."""
     module = make_module(contestant, job)
     if contestant.strategy == "megatron":
-        from lightning_lss.megatron import DATA, TENSOR, parallelize
-        from torch.distributed.device_mesh import init_device_mesh
-
         parallelize(module.model, init_device_mesh("cpu", (1, size), mesh_dim_names=(DATA, TENSOR)))
     else:
         for part in sharded_modules(module):

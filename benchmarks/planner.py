@@ -1,22 +1,16 @@
 """The planner's predictions against measurements: memory of a rank, and seconds of a step.
 
-    python benchmarks/planner.py memory               # a rank of 2 to 3,456 under torch's memory tracker (2 minutes)
-    python benchmarks/planner.py calibrate            # figures of this machine, as conf/hardware/cpu.yaml has them
-    python benchmarks/planner.py time                 # steps of CPU ranks over gloo, against figures calibrated in the same run
-
-``memory`` and ``time`` print a table and write it to benchmarks/results/planner_memory.csv and planner_time.csv with
-environment and commit in every row.
+python -m benchmarks planner memory               # a rank of 2 to 3,456 under torch's memory tracker (2 minutes)
+python -m benchmarks planner calibrate            # figures of this machine, as conf/hardware/cpu.yaml has them
+python -m benchmarks planner time                 # steps of CPU ranks over gloo, against figures calibrated in the same run
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 import warnings
@@ -30,11 +24,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn import functional as F
 
+from benchmarks import results
 from lightning_lss.model import TransformerConfig
 from lightning_lss.planner import Hardware, Link, Options, Setup, load_hardware, rank_memory, step_time
 from lightning_lss.planner.measure import fake_world, make_model, make_step, measure_memory
 
-RESULTS = Path(__file__).parent / "results"
 CPU = Path(__file__).parents[1] / "conf" / "hardware" / "cpu.yaml"
 
 
@@ -76,7 +70,7 @@ MEMORY: list[tuple[str, int, int, int, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-def memory(args: argparse.Namespace) -> None:
+def memory() -> list[dict[str, Any]]:
     """Measure and predict every entry of ``MEMORY``."""
     rows = []
     for what, size, length, batch, sizes, options in MEMORY:
@@ -92,8 +86,7 @@ def memory(args: argparse.Namespace) -> None:
         row = {"what": what, "size": size, "length": length, "batch_size": batch, "fake_tensors": fake}
         row |= {"model": sizes, "options": options}
         rows.append(row | {"measured_bytes": measured, "predicted_bytes": round(predicted), "error": round(error, 4)})
-    print(f"worst error {100 * max(abs(row['error']) for row in rows):.1f} % of {len(rows)}")
-    write(RESULTS / "planner_memory.csv", rows)
+    return rows
 
 
 # -- time --------------------------------------------------------------------------------------------------------------
@@ -107,7 +100,7 @@ TIME: list[tuple[dict[str, Any], int, int]] = [
 ]
 
 
-def time_steps(args: argparse.Namespace) -> None:
+def time_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure and predict every entry of ``TIME`` that this machine has the cores for."""
     hardware, rows = load_hardware(args.hardware) if args.hardware else measure_hardware(), []
     for sizes, size, length in TIME:
@@ -120,9 +113,7 @@ def time_steps(args: argparse.Namespace) -> None:
         print(f"{sizes!s:52} S {size} L {length:6,} {seconds:8.3f} {predicted.total:8.3f} s {100 * error:+6.1f} %")
         rows.append({"model": sizes, "size": size, "length": length, "measured_seconds": seconds, **vars(predicted)})
         rows[-1] |= {"predicted_seconds": predicted.total, "error": round(error, 4), "rounds": args.rounds}
-    if rows:
-        print(f"worst error {100 * max(abs(row['error']) for row in rows):.1f} % of {len(rows)}")
-        write(RESULTS / "planner_time.csv", rows)
+    return rows
 
 
 def _time_rank(rank: int, setup: Setup, rounds: int) -> list[float]:
@@ -177,12 +168,13 @@ def measure_hardware() -> Hardware:
     )
 
 
-def calibrate(args: argparse.Namespace) -> None:
+def calibrate() -> None:
     """Print conf/hardware/cpu.yaml with the figures of this machine."""
     found = measure_hardware()
-    source = f"python benchmarks/planner.py calibrate, {datetime.date.today()}, {cpu_name()}, torch {torch.__version__}"
+    machine = f"{results.environment()['processor']}, {os.cpu_count()} cores, torch {torch.__version__}"
+    source = f"python -m benchmarks planner calibrate, {datetime.date.today()}, {machine}"
     print(
-        f"""# A CPU rank of one thread, in float32, over gloo on one machine. Make your own: python benchmarks/planner.py calibrate
+        f"""# A CPU rank of one thread, in float32, over gloo on one machine. Make your own: python -m benchmarks planner calibrate
 _target_: lightning_lss.planner.Hardware
 name: CPU
 memory: {found.memory:.3e} # of the machine, for each of its {os.cpu_count()} cores
@@ -260,39 +252,24 @@ def _measure_link(rank: int) -> tuple[float, float]:
     return 4 * 2**22 / max(1e-9, gather(2**22) - latency), latency
 
 
-# -- results -----------------------------------------------------------------------------------------------------------
+# -- command line ------------------------------------------------------------------------------------------------------
 
 
-def cpu_name() -> str:
-    """The processor, as the kernel calls it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the table with environment and commit in every row."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
-    environment = {"commit": commit + ("+" if dirty else ""), "torch": torch.__version__, "cpu": cpu_name()}
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *environment])
-        writer.writeheader()
-        writer.writerows(row | environment for row in rows)
-    print(f"written to {os.path.relpath(path)}")
-
-
-def main() -> None:
-    """Run what is asked for."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to compare."""
     parser.add_argument("what", choices=["memory", "time", "calibrate"])
     parser.add_argument("--hardware", type=Path, help="figures that `time` predicts with, if not measured at once")
     parser.add_argument("--rounds", type=int, default=5, help="steps that `time` takes the median of")
-    args = parser.parse_args()
-    {"memory": memory, "time": time_steps, "calibrate": calibrate}[args.what](args)
+    parser.add_argument("--output", type=Path, default=results.FOLDER, help="folder of the CSV")
 
 
-if __name__ == "__main__":
-    main()
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The planner's predictions against measurements."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if args.what == "calibrate":
+        calibrate()
+        return []
+    rows = memory() if args.what == "memory" else time_steps(args)
+    print(f"worst error {100 * max(abs(row['error']) for row in rows):.1f} % of {len(rows)}")
+    print(results.append(f"planner_{args.what}", rows, args.output))
+    return []
