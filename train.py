@@ -169,12 +169,13 @@ def run_plan(cfg: DictConfig) -> None:
     sizes = {name: value for name, value in cfg.model.items() if name in names}
     model = TransformerConfig(**{**sizes, "vocab_size": vocab_size})
     layout = cfg.strategy.get("layout", "auto")
-    options = Options(
-        cfg.plan.precision or hardware.precision,
-        "zigzag" if layout == "auto" else layout,
-        optimizer_temporaries=hardware.optimizer_temporaries,
-        **cfg.plan.options,
-    )
+    chosen = {
+        "precision": cfg.plan.precision or hardware.precision,
+        "layout": "zigzag" if layout == "auto" else layout,
+        "sharding": cfg.strategy.get("sharding"),
+        "optimizer_temporaries": hardware.optimizer_temporaries,
+    }
+    options = Options(**{**chosen, **cfg.plan.options})
     console = Console(soft_wrap=True)
     if cfg.plan.weak_scaling is not None:
         scaling = weak_scaling(model, hardware, options, cfg.data.batch_size)

@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.quick:
         args.command.set_defaults(**args.smoke)  # what is given on the command line stays
         args = parser.parse_args(arguments)
+    results.environment()  # the commit and the load of the machine before anything runs
     rows = args.run(args)
     if not rows:
         return

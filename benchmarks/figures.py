@@ -25,8 +25,12 @@ class Chart(NamedTuple):
 
 
 CHARTS = {
-    "attention": Chart("ranks", "fraction_of_ideal", "attention alone: fraction of the ideal", ideal=1.0),
-    "step": Chart("ranks", "speed_against_megatron", "training step: speed against megatron", ideal=1.0),
+    "attention": Chart(
+        "ranks", "fraction_of_ideal", "attention alone: fraction of the ideal", ("contestant", "length"), ideal=1.0
+    ),
+    "step": Chart(
+        "ranks", "speed_against_megatron", "training step: speed against megatron", ("contestant", "length"), ideal=1.0
+    ),
     "strong-scaling": Chart("ranks", "tokens_per_second", "strong scaling: the same sequence on more ranks"),
     "weak-scaling": Chart("ranks", "flops_per_second", "weak scaling: the sequence grows with the ranks"),
     "slow-network": Chart(
@@ -41,9 +45,17 @@ CHARTS = {
     "communication": Chart(
         "ranks", "bytes_per_layer", "bytes that a rank receives per layer", ("contestant", "kv_heads"), logarithmic=True
     ),
-    "memory": Chart("ranks", "activations_mib", "peak activation memory of a rank, MiB", logarithmic=True),
+    "memory": Chart(
+        "ranks",
+        "activations_mib",
+        "peak activation memory of a rank, MiB",
+        ("contestant", "checkpointing"),
+        logarithmic=True,
+    ),
     "longest": Chart("ranks", "longest", "longest sequence under a cap of activation memory", logarithmic=True),
-    "loss": Chart("tokens", "peak_mib", "peak memory of the loss, MiB", logarithmic=True),
+    "loss": Chart(
+        "tokens", "peak_mib", "peak memory of the loss, MiB", ("contestant", "measured_on"), logarithmic=True
+    ),
 }
 
 

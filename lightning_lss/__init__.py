@@ -1,6 +1,6 @@
 """Long Short-Sequence (LSS) Transformer training for PyTorch Lightning: one long sequence over many devices, exactly.
 
-Importing the package registers the strategies ``"lss"``, ``"lss_spawn"``, ``"lss_fork"`` and ``"lss_notebook"`` with
+Importing the package registers the strategies ``"lss"``, ``"lss_fsdp"``, ``"lss_spawn"``, ``"lss_fork"`` and ``"lss_notebook"`` with
 Lightning.
 """
 

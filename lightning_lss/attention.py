@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_lss.kernels import select_kernel
 from lightning_lss.operators import attention_operator
 from lightning_lss.precision import in_autocast_dtype
 from lightning_lss.shard import WHOLE_SEQUENCE, SequenceShard, ShardedModule
@@ -59,7 +60,7 @@ def lss_attention(
     """
     q, k, v = in_autocast_dtype(q, k, v)
     _check_inputs(q, k, v)
-    if shard.size == 1 and kernel == "auto":
+    if shard.size == 1 and kernel == "auto" and _is_linear_in_torch(q, k):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.size(1) != k.size(1))
     if q.stride(-1) != 1:  # the kernels read heads as contiguous rows, and do not check
         q = q.contiguous()
@@ -114,6 +115,12 @@ class LSSAttention(ShardedModule):
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""
         return f"causal={self.causal}, kernel={self.kernel!r}, head_chunks={self.head_chunks}, keep_gathered={self.keep_gathered}"
+
+
+def _is_linear_in_torch(q: Tensor, k: Tensor) -> bool:
+    """Whether torch's own attention has a kernel that does not write out the scores; with grouped-query heads only its
+    flash kernels have."""
+    return q.size(1) == k.size(1) or select_kernel(q).name.endswith("flash")
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:

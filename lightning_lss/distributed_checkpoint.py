@@ -36,7 +36,7 @@ from typing_extensions import override
 from lightning_lss.positions import SegmentPositionalEmbedding
 
 KEY_OF_FOLDER = "lightning_lss_folder"
-"""Entry of a loaded checkpoint that names the folder in which the tensors of its optimizers still lie."""
+"""Entry of a loaded checkpoint: the folder in which the tensors of its optimizers still lie, and their places."""
 
 _PLACES = "lightning_lss_tensors"  # in meta.pt: where in the checkpoint each stored tensor belongs
 
@@ -223,7 +223,7 @@ def load_folder(
 
     Returns:
         the checkpoint on the CPU. With a ``model`` the tensors of optimizers are left out, for
-        :func:`load_optimizer_state`, and :data:`KEY_OF_FOLDER` is the folder.
+        :func:`load_optimizer_state`, and :data:`KEY_OF_FOLDER` says where they are.
     """
     checkpoint, places = _load_rest(folder, weights_only)
 
@@ -237,19 +237,25 @@ def load_folder(
         return torch.empty(size, dtype=dtype)
 
     if model is not None:
-        places = {key: path for key, path in places.items() if path[0] != "optimizer_states"}
-        checkpoint[KEY_OF_FOLDER] = str(folder)
+        left = {key: path for key, path in places.items() if path[0] == "optimizer_states"}
+        places = {key: path for key, path in places.items() if key not in left}
+        checkpoint[KEY_OF_FOLDER] = (str(folder), left)
     _read(folder, checkpoint, places, target)
     return checkpoint
 
 
 def load_optimizer_state(
-    folder: Path, number: int, state: dict[str, Any], optimizer: Optimizer, tables: TablesByWeight
+    where: tuple[str, dict[str, Path_]],
+    number: int,
+    state: dict[str, Any],
+    optimizer: Optimizer,
+    tables: TablesByWeight,
 ) -> dict[str, Any]:
     """``checkpoint["optimizer_states"][number]`` of :func:`load_folder` with its tensors, of which this rank reads its
     own parts."""
     parameters = parameters_by_index(optimizer, state)
-    places = {k: path for k, path in _load_rest(folder, None)[1].items() if path[:2] == ("optimizer_states", number)}
+    folder, left = where
+    places = {key: path for key, path in left.items() if path[1] == number}
 
     def target(path: Path_, size: torch.Size, dtype: torch.dtype) -> Any:
         parameter = parameters.get(path[3])
@@ -261,7 +267,7 @@ def load_optimizer_state(
         return torch.empty(size, dtype=dtype)
 
     whole = {"optimizer_states": {number: state}}
-    _read(folder, whole, places, target)
+    _read(Path(folder), whole, places, target)
     return state
 
 

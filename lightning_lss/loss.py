@@ -90,7 +90,7 @@ def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> T
 
 def chunked_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
     """:func:`linear_cross_entropy` with ``rows`` rows of logits at a time, in torch's basic operators."""
-    return _ChunkedCrossEntropy.apply(features, weight, targets, rows)
+    return _ChunkedCrossEntropy.apply(features, weight, targets, rows, torch.is_grad_enabled())
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -103,10 +103,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, chunk: int, grad_enabled: bool) -> Tensor:
         loss = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))
-        wanted = any(ctx.needs_input_grad[:2])
-        grad_features, grad_weight = torch.empty_like(features), torch.zeros_like(weight, dtype=loss.dtype)
+        wanted = grad_enabled and any(ctx.needs_input_grad[:2])
+        grad_features = torch.empty_like(features) if wanted else features
+        grad_weight = torch.zeros_like(weight, dtype=loss.dtype) if wanted else weight
         for x, y, grad_x in zip(*(t.split(chunk) for t in (features, targets, grad_features))):
             part, grad = _loss_of_rows(x, weight, y, wanted)
             loss += part
@@ -115,14 +116,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_weight += grad.T @ x
                 del grad  # before the next rows
         if wanted:
-            ctx.save_for_backward(grad_features, grad_weight.to(weight.dtype))
+            # float16 could not say the gradient of a sum over all tokens, before it is scaled to that of a mean
+            narrow = weight.dtype != torch.float16
+            ctx.save_for_backward(grad_features, grad_weight.to(weight.dtype) if narrow else grad_weight)
+            ctx.dtype = weight.dtype
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_features, grad_weight = ctx.saved_tensors
-        return (grad_features * grad).to(grad_features.dtype), (grad_weight * grad).to(grad_weight.dtype), None, None
+        return (grad_features * grad).to(grad_features.dtype), (grad_weight * grad).to(ctx.dtype), None, None, None
 
 
 def _loss_of_rows(x: Tensor, weight: Tensor, targets: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor | None]:

@@ -8,9 +8,11 @@ segment's logits: every layer but attention works token by token, and attention 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -173,9 +175,21 @@ class Block(nn.Module):
         self.mlp = MLPBlock(config)
         self.dropout = SegmentDropout(config.dropout)
         self.mlp_tiles = config.mlp_tiles
+        self._compiled: Callable[[Tensor], Tensor] | None = None
+
+    def compile_forward(self, **options: Any) -> None:
+        """Compile the block with ``torch.compile(**options)``, but not hooks around it: those of FSDP cannot be
+        traced."""
+        self._compiled = torch.compile(self._forward, **options)
+
+    def __getstate__(self) -> dict[str, Any]:  # compiled code belongs to this object and this process
+        return {**super().__getstate__(), "_compiled": None}
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, l, E] -> [B, l, E]."""
+        return self._forward(x) if self._compiled is None else self._compiled(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x)))
         return x + self.dropout(run_in_tiles(lambda part: self.mlp(self.mlp_norm(part)), x, self.mlp_tiles))
 
@@ -189,9 +203,9 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         learned = config.positions == "learned"
         self.positions = SegmentPositionalEmbedding(config.seq_len, config.width) if learned else None
-        rotary = None if learned else RotaryEmbedding(config.head_dim)  # one for all layers
+        self.rotary = None if learned else RotaryEmbedding(config.head_dim)  # one for all layers
         self.dropout = SegmentDropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, rotary) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, self.rotary) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -206,6 +220,12 @@ class Transformer(nn.Module):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=residual_std if name.endswith(".out") else 0.02)
 
+    def compile_blocks(self) -> None:
+        """Compile each block, without graph breaks unless there is dropout."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.compile_forward(fullgraph=self.config.dropout == 0)
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, l, V] of the local tokens [B, l]."""
         return self.head(self.features(tokens))
@@ -215,6 +235,8 @@ class Transformer(nn.Module):
         x = self.embedding(tokens)
         if self.positions is not None:
             x = x + self.positions(tokens.size(1))
+        if self.rotary is not None:
+            self.rotary.prepare(x)
         x = self.dropout(x)
         for block in self.blocks:
             x = run_block(block, x, self.config.activation_checkpointing)

@@ -96,9 +96,7 @@ class LSSTransformer(pl.LightningModule):
                 mlp_tiles=mlp_tiles,
             )
         )
-        if compile_blocks:
-            for block in self.model.blocks:
-                block.compile(fullgraph=dropout == 0)
+        self.compile_blocks = compile_blocks
         self.lr = lr
         self.min_lr = min_lr
         self.weight_decay = weight_decay
@@ -126,6 +124,11 @@ class LSSTransformer(pl.LightningModule):
                 " gradients. Use lightning_lss.megatron_strategy.MegatronStrategy, which is a ModelParallelStrategy that does."
             )
         parallelize(self.model, self.device_mesh)
+
+    def setup(self, stage: str) -> None:
+        """Compile the blocks, where that is asked for."""
+        if self.compile_blocks:
+            self.model.compile_blocks()
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, l, V] of tokens, int64 [B, l]: of the segment within a run under LSS, else of whole sequences."""

@@ -92,18 +92,23 @@ def _attention_backward(
 
 @_attention_backward.register_fake
 def _(grad: Tensor, q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return empty_attended(q).out, k.new_empty(2, *k.shape)
+    batch, heads, _, width = k.shape
+    return empty_attended(q).out, k.new_empty(2, batch, heads, q.size(2), width)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, *options = inputs
     ctx.options = options
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(q, k, v, *output)
+    keeps_gathered = options[-1]
+    own = () if keeps_gathered else (k, v)
+    ctx.save_for_backward(q, *output, *own)
 
 
 def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
-    grad_q, grad_keys_values = _attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+    q, out, lse, gathered, *own = ctx.saved_tensors
+    k, v = own or gathered.unbind()
+    grad_q, grad_keys_values = _attention_backward(grad, q, k, v, out, lse, gathered, *ctx.options)
     return grad_q, grad_keys_values[0], grad_keys_values[1], *(None for _ in ctx.options)
 
 

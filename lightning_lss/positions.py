@@ -247,18 +247,27 @@ class RotaryEmbedding(ShardedModule):
         first, second = x.to(cos.dtype).chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
+    def prepare(self, x: Tensor) -> None:
+        """Compute the angles for activations [B, l, E] ahead, outside of compiled blocks, which cannot keep them."""
+        self._turns(x.size(-2), x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+
     def _turns(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the angles, [l, D/2]; the last are kept, since all layers ask for the same."""
         key = (length, device, dtype, self.shard)
-        if self._cached is None or self._cached[0] != key:
-            # angles in float64: at position 4,000,000 a float32 is a quarter of a radian off. Outside inference mode,
-            # since a validation before training would otherwise leave tensors that autograd cannot use.
-            with torch.inference_mode(False), torch.no_grad():
-                exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
-                angles = torch.outer(self.shard.positions(length).double(), self.base**-exponents)
-                turns = (angles.cos().to(device, dtype), angles.sin().to(device, dtype))
-            self._cached = (key, turns)
+        if self._cached is not None and self._cached[0] == key:
+            return self._cached[1]
+        if torch.compiler.is_compiling():  # what a graph makes may be of inference mode, and is not to be kept
+            return self._compute_turns(length, device, dtype)
+        # outside inference mode, since a validation before training would otherwise leave tensors that autograd cannot use
+        with torch.inference_mode(False), torch.no_grad():
+            self._cached = (key, self._compute_turns(length, device, dtype))
         return self._cached[1]
+
+    def _compute_turns(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        # angles in float64: at position 4,000,000 a float32 is a quarter of a radian off
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
+        angles = torch.outer(self.shard.positions(length).double(), self.base**-exponents)
+        return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""

@@ -7,8 +7,10 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -154,6 +156,20 @@ def check_sharded_optimizers(optimizers: Iterable[Optimizer]) -> None:
                     " (positional tables, scalars) in one group. Leave these options out, or give the others a group of"
                     " their own."
                 )
+
+
+def check_communication_dtype(dtype: torch.dtype | None, precision_plugin: Precision) -> None:
+    """Refuse to send gradients in float16 where nothing scales them.
+
+    Raises:
+        MisconfigurationException: without a gradient scaler; gradients of a mean over many tokens would become 0.
+    """
+    scaler = getattr(precision_plugin, "scaler", None)
+    if dtype == torch.float16 and (scaler is None or not scaler.is_enabled()):
+        raise MisconfigurationException(
+            f"communication_dtype={dtype} rounds gradients of a mean over many tokens to 0 unless they are scaled. Use"
+            " 'bfloat16', or Trainer(precision='16-mixed'), which has a gradient scaler."
+        )
 
 
 def check_optimizers(optimizers: Iterable[Optimizer], averages_models: bool, count: int) -> None:

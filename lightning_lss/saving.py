@@ -147,9 +147,9 @@ class SavingStrategy(DDPStrategy):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load the optimizers' state, of which each rank takes its part."""
-        folder, tables, own = checkpoint.get(KEY_OF_FOLDER), self._tables(), []
+        where, tables, own = checkpoint.get(KEY_OF_FOLDER), self._tables(), []
         for number, (optimizer, state) in enumerate(zip(self.optimizers, checkpoint["optimizer_states"])):
-            if folder is not None:
-                state = load_optimizer_state(Path(folder), number, state, optimizer, tables)
+            if where is not None:
+                state = load_optimizer_state(where, number, state, optimizer, tables)
             own.append(own_optimizer_state(state, optimizer, tables) if tables or self._is_sharded else state)
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": own})

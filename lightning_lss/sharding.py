@@ -141,7 +141,7 @@ class ShardedRoot(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the LightningModule, or the step that Lightning has put in the place of its forward."""
-        if self.broadcast_buffers and self.training:
+        if self.broadcast_buffers and self.module.training:  # Lightning switches that back after a validation
             for buffer in self.shared_buffers:
                 dist.broadcast(buffer, src=0)
         return self.module(*args, **kwargs)

@@ -52,6 +52,7 @@ class ShardingStrategy(SavingStrategy):
         check_sharded_before(self._module, self._sharding, size, world_size)
         if self._sharding is not None:
             check_sharded_run(self._module.trainer, self._module, self._sharding, size, world_size)
+            _evaluate_without_inference_mode(self._module.trainer)
 
     # -- setting up and tearing down -----------------------------------------------------------------------------------
 
@@ -170,6 +171,14 @@ class ShardingStrategy(SavingStrategy):
     def _put_away(self) -> None:
         if self._root is not None:
             self._root.put_away()
+
+
+def _evaluate_without_inference_mode(trainer: pl.Trainer) -> None:
+    """FSDP makes room for whole parameters once; tensors of inference mode could not be trained with afterwards.
+    (Lightning knows that of its own FSDP strategy, and uses ``torch.no_grad`` there.)"""
+    loops = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
+    for loop in loops:
+        loop.inference_mode = False
 
 
 def _make_whole(module: nn.Module, state: dict[str, Any], *_: Any) -> None:

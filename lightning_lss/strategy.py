@@ -35,6 +35,7 @@ from lightning_lss.layout import check_layout, resolve_sequence_parallel_size
 from lightning_lss.mesh import SequenceMesh, build_mesh
 from lightning_lss.precision import resolve_communication_dtype
 from lightning_lss.refusals import (
+    check_communication_dtype,
     check_module,
     check_optimizers,
     check_sharded_optimizers,
@@ -63,8 +64,9 @@ class LSSStrategy(ShardingStrategy):
         sequence_dims: for batch entries by key, the dimension that is the sequence or None to leave an entry whole; see
             :func:`lightning_lss.batch.split_batch`.
         check_batches: how many of the first batches of each data loader are compared over a sequence group.
-        communication_dtype: ``torch.bfloat16`` or ``torch.float16`` (or its name): keys, values and all gradients travel
-            in it, for half the bytes of float32, and gradients are summed in it. The training is then that of one device
+        communication_dtype: ``torch.bfloat16`` or ``torch.float16`` (or its name): keys, values and gradients travel in it,
+            for half the bytes of float32, and gradients are summed in it (but those of positional tables, which travel in
+            full). The training is then that of one device
             only up to the rounding of that dtype. None sends everything in the dtype that it is computed in.
         sharding: how parameters, gradients and optimizer state are laid out, by torch's ``fully_shard``.
 
@@ -199,6 +201,7 @@ class LSSStrategy(ShardingStrategy):
         self._failed = False
         if self.lightning_module is not None:
             check_module(self.lightning_module, self.sequence_parallel_size, self._layout)
+            check_communication_dtype(self._communication_dtype, self.precision_plugin)
             self._check_sharded_run()
         super().setup_environment()
         size = self.sequence_parallel_size

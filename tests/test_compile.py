@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from lightning_lss.model import Transformer, TransformerConfig
 from lightning_lss.shard import SequenceShard, sharded_modules
-from tests.training import Run, fit, worst_difference
+from tests.training import Run, fit, make_loader, make_module, make_samples, make_trainer, worst_difference
 
 CONFIG = TransformerConfig(vocab_size=11, seq_len=32, width=32, num_layers=2, num_heads=4, num_kv_heads=2)
 
@@ -37,7 +38,7 @@ def compare(rank: int, layout: str, whole: bool, options: dict[str, Any]) -> tup
             gradients(model, torch.compile(model, backend="aot_eager", fullgraph=True), tokens), expected
         )
     for block in model.blocks:
-        block.compile(backend="aot_eager", fullgraph=True)
+        block.compile_forward(backend="aot_eager", fullgraph=True)
     return worst_difference(gradients(model, model, tokens), expected)
 
 
@@ -57,7 +58,12 @@ def test_compiled_models_have_no_graph_break_and_the_same_gradients(world, layou
         assert difference < 1e-12, name
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile's default backend needs a C++ compiler")
+NEEDS_COMPILER = pytest.mark.skipif(
+    shutil.which("c++") is None, reason="torch.compile's default backend needs a C++ compiler"
+)
+
+
+@NEEDS_COMPILER
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_blocks_are_compiled_by_configuration(world, dropout) -> None:
     # with dropout random numbers are drawn outside of the graph, in the same order
@@ -67,3 +73,36 @@ def test_blocks_are_compiled_by_configuration(world, dropout) -> None:
     )
     difference, name = worst_difference(compiled, plain)
     assert difference < 1e-5, name
+
+
+@NEEDS_COMPILER
+def test_compiled_blocks_may_be_sharded_and_validated_before(world) -> None:
+    # FSDP's hooks around a block cannot be traced, and angles of a validation must not be kept for training
+    common = {"size": 2, "strategy": {"sharding": "fsdp"}}
+    plain, compiled = (
+        world.run(
+            2, fit_after_validation, Run(**common, model={"positions": "rotary", "compile_blocks": own}), timeout=200
+        )[0]
+        for own in (False, True)
+    )
+    difference, name = worst_difference(compiled, plain)
+    assert difference < 1e-5, name
+
+
+def fit_after_validation(rank: int, run: Run) -> dict[str, Tensor]:
+    module, trainer = make_module(run), make_trainer(rank, run)
+    loader = make_loader(trainer, make_samples(run.samples), 4)
+    trainer.validate(module, loader, verbose=False)
+    assert not trainer.validate_loop.inference_mode  # room that FSDP makes in inference mode cannot be trained with
+    trainer.fit(module, loader)
+    return {name: x.clone() for name, x in trainer.strategy.lightning_module_state_dict().items() if x is not None}
+
+
+def test_a_copy_of_a_compiled_block_is_its_own() -> None:
+    block = Transformer(CONFIG).blocks[0]
+    block.compile_forward(backend="eager")
+    copy = deepcopy(block)
+    with torch.no_grad():
+        copy.mlp.out.weight.zero_()
+        x = torch.randn(1, 4, CONFIG.width)
+        assert not torch.equal(copy(x), block(x))

@@ -187,3 +187,32 @@ def test_cross_entropy_never_holds_all_logits(monkeypatch) -> None:
     with LargestTensor() as largest:
         linear_cross_entropy(features, weight, targets).backward()
     assert largest.elements < ROWS * 50 / 2
+
+
+def test_gradients_of_a_sum_that_float16_cannot_say(implementation) -> None:
+    # 100,000 alike: the head's gradient before it is scaled to a mean is past 65,504
+    features = torch.ones(100_000, 4, dtype=torch.float16, requires_grad=True)
+    weight = torch.zeros(50, 4, dtype=torch.float16, requires_grad=True)
+    loss = linear_cross_entropy(features, weight, torch.zeros(100_000, dtype=torch.int64)) / 100_000
+    (grad,) = torch.autograd.grad(loss, weight)
+    expected = torch.full((50, 4), 1 / 50)
+    expected[0] -= 1
+    torch.testing.assert_close(grad.float(), expected, rtol=1e-2, atol=1e-3)
+
+
+def test_evaluation_computes_no_gradients(monkeypatch) -> None:
+    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    features, weight, targets = head_inputs(50, torch.float32)
+    with torch.no_grad(), CountedProducts() as counted:
+        linear_cross_entropy(features, weight, targets)
+    assert counted.products == -(-ROWS // 256)
+
+
+class CountedProducts(TorchDispatchMode):
+    """How many matrix products are computed."""
+
+    products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.products += func.overloadpacket.__name__ in ("mm", "addmm")
+        return func(*args, **(kwargs or {}))

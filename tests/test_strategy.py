@@ -80,6 +80,11 @@ def test_bad_arguments_are_refused_at_once(arguments, words) -> None:
         LSSStrategy(**arguments)
 
 
+def test_float16_on_the_network_needs_a_gradient_scaler(world) -> None:
+    with pytest.raises(AssertionError, match="rounds gradients of a mean over many tokens to 0"):
+        world.run(2, fit, Run(size=2, strategy={"communication_dtype": "float16"}))
+
+
 class TakesIterator(SGDTransformer):
     def training_step(self, dataloader_iter: Any) -> Tensor:
         raise AssertionError("never reached")

@@ -143,7 +143,8 @@ def _choice(
             return Choice(scheme, data_size, size, 0, obstacle=why)
         batch_size = global_batch // data_size
     if scheme == "megatron":
-        options = replace(options, ddp=False)  # gradients are averaged where they are
+        # gradients are averaged where they are, and every parameter is shared out already
+        options = replace(options, ddp=False, sharding=None)
     try:
         setup = Setup(config, scheme, data_size, size, seq_len, batch_size, options)
     except ValueError as error:

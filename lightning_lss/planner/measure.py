@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_lss.attention import LSSAttention
 from lightning_lss.gradients import ignore_in_ddp
 from lightning_lss.loss import chunked_cross_entropy, linear_cross_entropy
 from lightning_lss.model import Transformer
@@ -50,8 +52,10 @@ def measure_memory(setup: Setup, group: dist.ProcessGroup, fake_tensors: bool = 
     Raises:
         ValueError: if it cannot be measured.
     """
-    if setup.scheme != "lss":
-        raise ValueError(f"scheme={setup.scheme!r} cannot be measured here, only 'lss'.")
+    if setup.scheme != "lss" or setup.options.sharding is not None:
+        raise ValueError(
+            f"scheme={setup.scheme!r} with sharding={setup.options.sharding!r} cannot be measured here, only 'lss' without."
+        )
     if fake_tensors and (setup.options.ddp or setup.config.dropout or setup.config.positions != "rotary"):
         raise ValueError("fake_tensors needs ddp=False, positions='rotary' and dropout=0.")
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -74,10 +78,16 @@ def make_model(setup: Setup, group: dist.ProcessGroup) -> Transformer:
     """The model of a rank, with its shard."""
     name, _, kind = setup.options.precision.partition("-")
     with _default_dtype(_DTYPES[name] if kind == "true" else torch.float32):
-        model = Transformer(replace(setup.config, seq_len=setup.seq_len))
+        chosen: dict[str, Any] = {
+            "activation_checkpointing": setup.activation_checkpointing,
+            "mlp_tiles": setup.mlp_tiles,
+        }
+        model = Transformer(replace(setup.config, seq_len=setup.seq_len, **chosen))
     shard = SequenceShard(dist.get_rank(group), setup.size, setup.options.layout, group)
     for module in sharded_modules(model):
         module.set_shard(shard)
+        if isinstance(module, LSSAttention) and setup.options.head_chunks is not None:
+            module.head_chunks = setup.options.head_chunks
     return model
 
 

@@ -44,6 +44,10 @@ class ParameterCounts:
         """Those whose gradients are averaged over the world under LSS: all but the positions."""
         return self.total - self.positions
 
+    def held(self, shards: int) -> float:
+        """Of the rank where FSDP shards the others over ``shards`` ranks; positions are not sharded."""
+        return self.shared / shards + self.positions
+
     @property
     def largest(self) -> int:
         """An upper bound of the largest tensor."""

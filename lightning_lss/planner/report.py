@@ -105,10 +105,19 @@ def _remarks(plan: Plan) -> list[str]:
         return lines
     assert best.time is not None
     lines.append(
-        f"[bold green]Recommended:[/] strategy={best.scheme} sequence_parallel_size={best.size} (D = {best.data_size}):"
+        f"[bold green]Recommended:[/] strategy={_strategy(best)} sequence_parallel_size={best.size} (D = {best.data_size}):"
         f" {best.time.total:.3g} s a step, {best.tokens_per_second:,.0f} tokens/s, {100 * best.utilization:.0f} % of the peak."
     )
     return lines + _comparison(plan)
+
+
+def _strategy(choice: Choice) -> str:
+    """What train.py takes to run it."""
+    assert choice.setup is not None
+    sharding = choice.setup.options.sharding
+    if sharding is None:
+        return choice.scheme
+    return "lss_fsdp" if sharding == "fsdp" else f"lss_fsdp strategy.sharding={sharding}"
 
 
 def _comparison(plan: Plan) -> list[str]:

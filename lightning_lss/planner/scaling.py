@@ -77,8 +77,8 @@ def weak_scaling(
     devices: Sequence[int] = DEVICES,
 ) -> WeakScaling:
     """Predict it; every group trains on ``batch_size`` sequences of 58 tokens for each of its ranks."""
-    options = replace(options, ddp=False)
-    free = replace(options, fractional_heads=True)
+    baseline = replace(options, ddp=False)
+    free = replace(baseline, fractional_heads=True)
 
     def point(scheme: str, count: int, group: int, chosen: Options, links: bool = True) -> Point:
         length = TOKENS_A_RANK * min(count, LARGEST_GROUP)
@@ -96,7 +96,7 @@ def weak_scaling(
         [point("lss", count, groups[count], options) for count in devices],
         [point("lss", count, groups[count], options, links=False) for count in devices],
         [point("megatron", count, groups[count], free) for count in devices],
-        [point("megatron", count, shared[count], options) for count in devices],
+        [point("megatron", count, shared[count], baseline) for count in devices],
     )
 
 

@@ -135,6 +135,10 @@ class Setup:
             self._check_head_chunks()
         else:
             self._check_tensor_parallel()
+            if self.options.sharding is not None:
+                raise ValueError(
+                    f"sharding={self.options.sharding!r} goes with LSS only: MegatronStrategy shares out parameters by itself."
+                )
 
     def _check_head_chunks(self) -> None:
         chunks = self.options.head_chunks

@@ -50,17 +50,21 @@ def step_time(setup: Setup, hardware: Hardware) -> StepTime:
     again = {"full": 4 / 12, "offload": 4 / 12}.get(setup.activation_checkpointing, 0.0)
     attention = pairs * (1 + again) / (peak * hardware.attention)
     memory = _TOUCHES * _written(setup) / hardware.bandwidth
-    shard = count(setup).total / setup.shards * setup.precision.parameter
+    shard = count(setup).held(setup.shards) * setup.precision.parameter
     launch = hardware.launch * setup.config.num_layers * (_KERNELS + _attention_calls(setup))
     optimizer = _OPTIMIZER_TOUCHES * shard / hardware.bandwidth
-    compute = {
+    room = {
         "attention": attention,
         "backward": (matmul + attention + memory) * 2 / 3,
         "compute": matmul + attention + memory,
     }
     traffic = step_traffic(setup)
     seconds = [collective_time(entry, setup, hardware) for entry in traffic]
-    exposed = sum(_exposed(entry, time, compute, setup, hardware) for entry, time in zip(traffic, seconds))
+    exposed = 0.0
+    for entry, time in zip(traffic, seconds):
+        hidden = _hidden(entry, time, room, setup, hardware)
+        exposed += time - hidden
+        room = {work: left - hidden for work, left in room.items()}  # what hides one collective hides no other
     return StepTime(matmul, attention, memory, launch, optimizer, exposed, sum(seconds))
 
 
@@ -91,9 +95,9 @@ def _matmul_flops(setup: Setup) -> tuple[float, float]:
     forward = attention + mlp + head
     again = 0.0
     if setup.activation_checkpointing != "none":
-        again = attention + mlp
-    elif setup.mlp_tiles > 1:
-        again = mlp
+        again += attention + mlp
+    if setup.mlp_tiles > 1:  # tiles are computed once more by themselves
+        again += mlp
     return forward + again, 2 * forward
 
 
@@ -101,7 +105,7 @@ def _written(setup: Setup) -> float:
     """Bytes of all tensors that a step makes, but parameters and optimizer state."""
     walk = Walk(setup)
     walk.step()
-    standing = count(setup).total / setup.shards * 3 * setup.precision.parameter
+    standing = count(setup).held(setup.shards) * 3 * setup.precision.parameter
     return walk.ledger.written - standing
 
 
@@ -118,10 +122,12 @@ def collective_time(traffic: Traffic, setup: Setup, hardware: Hardware) -> float
 
 def _link(traffic: Traffic, setup: Setup, hardware: Hardware) -> Link:
     """The link that bounds a ring. Neighbouring ranks form a sequence group, so a ring of many enters each node once and has
-    the node's link for itself; a data group has one rank in each sequence group, and so many rings pass through a node."""
+    the node's link for itself, unless groups do not line up with nodes and two of them share it; a data group has one rank
+    in each sequence group, and so many rings pass through a node."""
     node = hardware.devices_per_node
     if traffic.group != "data":
-        crosses, rings = traffic.ranks > node, 1
+        straddles = setup.world_size > node and node % traffic.ranks != 0 and traffic.ranks % node != 0
+        crosses, rings = traffic.ranks > node or straddles, 2 if straddles else 1
     else:
         crosses, rings = setup.world_size > node, min(setup.size, node)
     if not crosses:
@@ -130,13 +136,11 @@ def _link(traffic: Traffic, setup: Setup, hardware: Hardware) -> Link:
     return Link(bandwidth, max(hardware.inside.latency, hardware.between.latency))
 
 
-def _exposed(traffic: Traffic, seconds: float, compute: dict[str, float], setup: Setup, hardware: Hardware) -> float:
-    """Seconds of a collective that no computation hides."""
+def _hidden(traffic: Traffic, seconds: float, room: dict[str, float], setup: Setup, hardware: Hardware) -> float:
+    """Seconds of a collective that computation hides, of which there is ``room`` left."""
     if traffic.hidden_behind is None:
-        return seconds
-    hidden = hardware.overlap
-    room = compute[traffic.hidden_behind]
+        return 0.0
+    share = hardware.overlap
     if traffic.hidden_behind == "attention":  # the first chunk has nothing before it, the last no kernel behind it
-        hidden *= 1 - 1 / head_chunks(setup)
-        room /= 3  # forward, backward gather, backward scatter
-    return seconds - min(seconds * hidden, room)
+        share *= 1 - 1 / head_chunks(setup)
+    return max(0.0, min(seconds * share, room[traffic.hidden_behind]))

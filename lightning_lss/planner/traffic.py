@@ -69,12 +69,14 @@ def _lss(setup: Setup) -> list[Traffic]:
 def _megatron(setup: Setup) -> list[Traffic]:
     """Before attention and before the MLP the sequence is gathered and behind them partial sums are scattered; in the backward
     pass the other way round (arXiv 2205.05198, section 4.2.2)."""
-    layers = setup.config.num_layers
+    layers, tiles = setup.config.num_layers, setup.mlp_tiles
     whole = setup.batch_size * setup.seq_len * setup.config.width * setup.precision.compute * layers
-    forward = 2 * (2 if setup.activation_checkpointing != "none" else 1)
+    times = 2 if setup.activation_checkpointing != "none" else 1  # that a block's forward pass is computed
+    mlp_times = times + (tiles > 1)  # tiles are computed once more by themselves
+    forward, calls = times + mlp_times, (times + mlp_times * tiles) * layers
     return [
-        _ring("gather activations", "sequence", setup.size, forward * layers, forward * whole, None),
-        _ring("scatter activations", "sequence", setup.size, forward * layers, forward * whole, None),
+        _ring("gather activations", "sequence", setup.size, calls, forward * whole, None),
+        _ring("scatter activations", "sequence", setup.size, calls, forward * whole, None),
         _ring("gather gradients", "sequence", setup.size, 2 * layers, 2 * whole, None),
         _ring("scatter gradients", "sequence", setup.size, 2 * layers, 2 * whole, None),
     ]
@@ -91,9 +93,12 @@ def _gradients(setup: Setup) -> list[Traffic]:
         own += parameters.num_layers * (parameters.attention + parameters.mlp)
     size = setup.precision.parameter
 
+    # MegatronStrategy averages when the backward pass is over
+    behind = None if setup.scheme == "megatron" else "backward"
+
     def average(name: str, group: Group, ranks: int, numbers: int) -> Traffic:
         whole = numbers * size
-        return _ring(name, group, ranks, -(-whole // _BUCKET), whole, "backward", passes=2)
+        return _ring(name, group, ranks, -(-whole // _BUCKET), whole, behind, passes=2)
 
     return [
         average("average gradients", "world", setup.world_size, parameters.total - own),
@@ -105,7 +110,7 @@ def _sharded(setup: Setup) -> list[Traffic]:
     """Parameters are gathered for the forward and again for the backward pass, gradients scattered; hybrid sharding averages
     the shards over the data group."""
     parameters = count(setup)
-    whole = parameters.total * setup.precision.parameter
+    whole = parameters.shared * setup.precision.parameter
     calls = parameters.num_layers + 1
     group: Group = "sequence" if setup.options.sharding == "hybrid" else "world"
     entries = [
@@ -115,4 +120,6 @@ def _sharded(setup: Setup) -> list[Traffic]:
     if group == "sequence":
         shard = whole / setup.shards
         entries.append(_ring("average shards", "data", setup.data_size, calls, shard, "backward", passes=2))
-    return entries
+    positions = parameters.positions * setup.precision.parameter
+    own = _ring("average own gradients", "data", setup.data_size, int(positions > 0), positions, "backward", passes=2)
+    return [*entries, own]

@@ -66,13 +66,14 @@ class Walk(Sizes):
 
     def _standing(self) -> None:
         """What is there before a step begins."""
-        own = self.parameters.total / self.setup.shards * self.setup.precision.parameter
+        own = self.parameters.held(self.setup.shards) * self.setup.precision.parameter
         self.ledger.hold("parameters", own, "parameters")
         self.ledger.hold("moments", 2 * own, "optimizer")  # AdamW's two
         if self.setup.shards == 1 and self.options.ddp:
             self.ledger.hold("buckets", self.parameters.shared * self.setup.precision.parameter, "gradients")
         if self.setup.shards > 1:  # FSDP keeps the root's whole for as long as the step lasts
-            self.ledger.hold("root", self.parameters.root * self.setup.precision.parameter, "parameters")
+            root = self.parameters.root - self.parameters.positions
+            self.ledger.hold("root", root * self.setup.precision.parameter, "parameters")
         self.ledger.hold("batch", 2 * 8 * self.tokens)  # inputs and targets, int64
         if self.config.positions == "rotary":
             positions = self.rows / self.setup.batch_size
