@@ -88,7 +88,7 @@ def draw(name: str, rows: list[dict[str, str]]) -> Figure:
 
 def _label(row: dict[str, str], series: tuple[str, ...]) -> str:
     name, *others = series
-    return ", ".join([row[name], *(f"{row[other]} {other.replace('_', ' ')}" for other in others)])
+    return ", ".join([row[name], *(f"{other.replace('_', ' ')} {row[other]}" for other in others)])
 
 
 def save(name: str, folder: Path = results.FOLDER) -> Path:
