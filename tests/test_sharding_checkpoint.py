@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,29 @@ def test_a_checkpoint_without_sharding_resumes_with_it(world: World, tmp_path: P
         run = epochs(2, size=2, layout="contiguous", module=AdamTransformer, resume=saved, strategy=sharded(kind))
         for state in world.run(4, fit, run):
             assert worst_difference(state, reference)[0] <= 1e-5
+
+
+class WithAPath(AdamTransformer):
+    """With a hyperparameter that torch loads only if it is told that the file can be trusted."""
+
+    def __init__(self, where: Path = Path("data"), **options: Any) -> None:
+        super().__init__(**options)
+        self.save_hyperparameters()
+
+
+def resume_trusting(rank: int, run: Run) -> bool:
+    module, trainer = make_module(run), make_trainer(rank, run)
+    loader = make_loader(trainer, make_samples(run.samples), 4)
+    trainer.fit(module, loader, ckpt_path=run.resume, weights_only=False)
+    return bool(trainer.optimizers[0].state)
+
+
+def test_a_folder_with_any_hyperparameter_is_resumed_by_those_who_trust_it(world: World, tmp_path: Path) -> None:
+    saved = str(tmp_path / "saved.ckpt")
+    options = sharded(save_distributed_checkpoint=True)
+    world.run(2, fit, epochs(1, size=2, module=WithAPath, save=saved, strategy=options))
+    run = epochs(2, size=2, module=WithAPath, resume=saved, strategy=options)
+    assert world.run(2, resume_trusting, run) == [True, True]
 
 
 def test_files_are_those_of_one_process(world: World, tmp_path: Path) -> None:
