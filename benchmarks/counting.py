@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.seeing import is_own_operator, run_inside
 from benchmarks.training import Job, fit
+from lightning_lss.planner.seeing import is_own_operator, run_inside
 
 # Names in the c10d namespace (collectives in place) and in _c10d_functional (DTensor's), torch 2.11 to 2.13.
 _KINDS = {

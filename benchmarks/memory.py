@@ -26,10 +26,10 @@ from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
 from benchmarks.contestants import CONTESTANTS, Contestant
-from benchmarks.seeing import is_own_operator, run_inside
 from benchmarks.training import Job, fit, make_module
 from lightning_lss import LSSTransformer, SequenceShard
 from lightning_lss.megatron import DATA, TENSOR, parallelize
+from lightning_lss.planner.seeing import is_own_operator, run_inside
 from lightning_lss.rng import SegmentDropout
 from lightning_lss.shard import WHOLE_SEQUENCE, sharded_modules
 

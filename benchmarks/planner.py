@@ -37,7 +37,7 @@ def config(**sizes: Any) -> TransformerConfig:
     return TransformerConfig(**{"width": 256, "num_layers": 3, "num_heads": 4, "positions": "rotary", **sizes})
 
 
-# what, S, L, B, model, options; a rank in the middle of the group is measured
+# what, S, L, B, model, options; the rank with the widest tile is measured
 MEMORY: list[tuple[str, int, int, int, dict[str, Any], dict[str, Any]]] = [
     ("whole sequence", 1, 2_048, 1, {}, {}),
     ("zigzag", 4, 8_192, 1, {}, {}),
@@ -80,7 +80,7 @@ def memory() -> list[dict[str, Any]]:
     for what, size, length, batch, sizes, options in MEMORY:
         setup = Setup(config(**sizes), "lss", 1, size, length, batch, Options(**{"ddp": False, **options}))
         fake = not setup.options.ddp and not setup.config.dropout and setup.config.positions == "rotary"
-        with fake_world(size // 2, size) as group:
+        with fake_world(0 if setup.options.layout == "zigzag" else size - 1, size) as group:
             measured = measure_memory(setup, group, fake_tensors=fake)["Total"]
         predicted = rank_memory(setup).total
         error = predicted / measured - 1

@@ -16,6 +16,7 @@ from lightning_lss.attention import LSSAttention
 from lightning_lss.gradients import ignore_in_ddp
 from lightning_lss.loss import chunked_cross_entropy, linear_cross_entropy
 from lightning_lss.model import Transformer
+from lightning_lss.planner.seeing import is_own_operator, run_inside
 from lightning_lss.planner.setup import Setup
 from lightning_lss.precision import in_autocast_dtype
 from lightning_lss.shard import SequenceShard, segment_local_names, sharded_modules
@@ -61,9 +62,15 @@ def measure_memory(setup: Setup, group: dist.ProcessGroup, fake_tensors: bool = 
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
 
+    class Tracker(MemTracker):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if is_own_operator(func):
+                return run_inside(self, func, args, kwargs)
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
     with FakeTensorMode() if fake_tensors else nullcontext():
         model = make_model(setup, group)
-        tracker = MemTracker()
+        tracker = Tracker()
         tracker.track_external(model)
         with tracker:
             step = make_step(model, setup)

@@ -18,6 +18,6 @@ def is_own_operator(func: Any) -> bool:
 def run_inside(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
     """Run the operator's Python code with ``mode`` active, so that its tensors and collectives are seen as well."""
     device = next(x.device.type for x in tree_leaves(args) if isinstance(x, Tensor))
-    keys = torch._C.DispatchKeySet(torch._C._parse_dispatch_key(device.upper()))
+    keys = torch._C.DispatchKeySet(torch._C._parse_dispatch_key(device.upper()))  # type: ignore[arg-type]
     with mode:
         return func.redispatch(keys, *args, **(kwargs or {}))
