@@ -18,7 +18,7 @@ from lightning_lss.shard import SequenceShard
 from lightning_lss.split_attention import Attended, Plan, attend, attend_backward, empty_attended, make_plan
 
 
-def _plan(
+def _plan(  # the operators' options, see _OPTIONS
     q: Tensor,
     k: Tensor,
     rank: int,
@@ -37,23 +37,18 @@ def _plan(
     return make_plan(q, k, shard, causal, scale, kernel, head_chunks, keep_gathered)
 
 
-@torch.library.custom_op("lightning_lss::attention", mutates_args=())
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rank: int,
-    size: int,
-    layout: str,
-    group: str,
-    communication_dtype: torch.dtype | None,
-    causal: bool,
-    scale: float,
-    kernel: str,
-    head_chunks: int | None,
-    keep_gathered: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    options = (rank, size, layout, group, communication_dtype, causal, scale, kernel, head_chunks, keep_gathered)
+_OPTIONS = (
+    "SymInt rank, SymInt size, str layout, str group, ScalarType? communication_dtype, bool causal, float scale,"
+    " str kernel, SymInt? head_chunks, bool keep_gathered"
+)
+
+
+@torch.library.custom_op(
+    "lightning_lss::attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
+def _attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     return attend(q, k, v, _plan(q, k, *options))
 
 
@@ -66,27 +61,17 @@ def _(q: Tensor, k: Tensor, v: Tensor, rank: int, size: int, *options: Any) -> t
     return out, lse, gathered
 
 
-@torch.library.custom_op("lightning_lss::attention_backward", mutates_args=())
+@torch.library.custom_op(
+    "lightning_lss::attention_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor gathered,"
+        f" {_OPTIONS}) -> (Tensor, Tensor)"
+    ),
+)
 def _attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    gathered: Tensor,
-    rank: int,
-    size: int,
-    layout: str,
-    group: str,
-    communication_dtype: torch.dtype | None,
-    causal: bool,
-    scale: float,
-    kernel: str,
-    head_chunks: int | None,
-    keep_gathered: bool,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, gathered: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    options = (rank, size, layout, group, communication_dtype, causal, scale, kernel, head_chunks, keep_gathered)
     return attend_backward(grad, q, k, v, Attended(out, lse, gathered), _plan(q, k, *options))
 
 

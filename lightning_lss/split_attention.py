@@ -207,11 +207,16 @@ def _gathered_chunks(k: Tensor, v: Tensor, plan: Plan) -> Iterator[Tensor]:
         return
     group, dtype = shard.require_group(), shard.communication_dtype or k.dtype
 
-    def start(heads: slice, out: Tensor | None = None) -> Pending:
-        return all_gather(torch.stack((k[:, heads], v[:, heads])).to(dtype), group, out)
+    batch, heads_in_all, local_length, width = k.shape
+    heads_of_chunk = heads_in_all // len(chunks)
 
-    batch, _, local_length, width = k.shape
-    in_use = k.new_empty(2, batch, k.size(1) // len(chunks), local_length * shard.size, width)
+    def start(heads: slice, out: Tensor | None = None) -> Pending:
+        sent = k.new_empty(2, batch, heads_of_chunk, local_length, width, dtype=dtype)
+        sent[0].copy_(k[:, heads])
+        sent[1].copy_(v[:, heads])
+        return all_gather(sent, group, out)
+
+    in_use = k.new_empty(2, batch, heads_of_chunk, local_length * shard.size, width)
     ahead: Pending | None = start(chunks[0])
     for following in [*chunks[1:], None]:
         assert ahead is not None
@@ -276,14 +281,15 @@ def _backward_tiles(
     gradient of the queries to be filled in.
     """
     kernel = KERNELS[plan.kernel]
+    rooms = [plan.shard.chunks_in_order(of_kind, 2) for of_kind in by_rank.unbind(1)]  # of K, of V
     for span, row_tiles in _by_rows(tiles):
         grad, q, out, lse, grad_q = (x[:, :, span] for x in rows)
         for index, tile in enumerate(row_tiles):
             k, v = keys_values[..., tile.k_start : tile.k_stop, :]
             tile_q, *tile_keys_values = kernel.backward(grad, q, k, v, out, lse, tile.causal, plan.scale)
             grad_q.add_(tile_q) if index else grad_q.copy_(tile_q)
-            for kind, tile_grad in enumerate(tile_keys_values):
-                _add(plan.shard.chunks_in_order(by_rank[:, kind], 2), tile_grad, tile.k_start)
+            for room, tile_grad in zip(rooms, tile_keys_values):
+                _add(room, tile_grad, tile.k_start)
 
 
 def _add(chunks: Sequence[Tensor], grad: Tensor, start: int) -> None:
