@@ -6,21 +6,17 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.trainer.connectors.data_connector import _auto_add_worker_init_fn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from lightning_lss.batch import check_same_batch, split_batch
-from lightning_lss.layout import resolve_sequence_parallel_size
 from lightning_lss.megatron import TENSOR, reduce_gradients
+from lightning_lss.sequence_strategy import SequenceStrategy
 from lightning_lss.shard import WHOLE_SEQUENCE, SequenceShard
 
 
-class MegatronStrategy(ModelParallelStrategy):
+class MegatronStrategy(SequenceStrategy, ModelParallelStrategy):
     """Nvidia's sequence parallelism (arXiv 2205.05198) under Lightning's ``ModelParallelStrategy``.
 
     The world is a grid of data-parallel groups x tensor-parallel groups. The ranks of a tensor-parallel group share a
@@ -31,7 +27,7 @@ class MegatronStrategy(ModelParallelStrategy):
     Args:
         sequence_parallel_size: number of ranks of a tensor-parallel group, a divisor of the world size; ``"auto"`` puts
             all ranks into one group.
-        check_batches: how many of the first batches of a run are compared over a tensor-parallel group.
+        check_batches: how many of the first batches of each data loader are compared over a tensor-parallel group.
         **kwargs: further arguments of :class:`~lightning.pytorch.strategies.ModelParallelStrategy`, such as
             ``save_distributed_checkpoint=False`` for checkpoints of one file.
 
@@ -44,31 +40,11 @@ class MegatronStrategy(ModelParallelStrategy):
         self, sequence_parallel_size: int | Literal["auto"] = "auto", check_batches: int = 2, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        if sequence_parallel_size != "auto":
-            resolve_sequence_parallel_size(sequence_parallel_size, sequence_parallel_size)
-        self._requested_size = sequence_parallel_size
-        self._batches_to_check = check_batches
+        self._request(sequence_parallel_size, check_batches)
         self._syncs_gradients = True
 
     @property
-    def sequence_parallel_size(self) -> int:
-        """The number of ranks that share one sequence and one copy of the model."""
-        try:
-            return resolve_sequence_parallel_size(self.num_nodes * self.num_processes, self._requested_size)
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from None
-
-    @property
-    def data_parallel_size(self) -> int:
-        """The number of different batches in flight."""
-        return self.num_nodes * self.num_processes // self.sequence_parallel_size
-
-    @property
-    def data_rank(self) -> int:
-        """Which of the batches in flight this process works on."""
-        return self.global_rank // self.sequence_parallel_size
-
-    @property
+    @override
     def shard_of_run(self) -> SequenceShard:
         """The segment of the sequence that this process gets; the whole before the first run."""
         if self._device_mesh is None:
@@ -76,33 +52,11 @@ class MegatronStrategy(ModelParallelStrategy):
         mesh = self._device_mesh[TENSOR]
         return SequenceShard(mesh.get_local_rank(), mesh.size(), "contiguous", mesh.get_group())
 
-    @property
-    @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        return {"num_replicas": self.data_parallel_size, "rank": self.data_rank}
-
     @override
     def _configure_launcher(self) -> None:
         # a size that does not divide the world is refused before processes are started
         self._tensor_parallel_size, self._data_parallel_size = self.sequence_parallel_size, self.data_parallel_size
         super()._configure_launcher()
-
-    @override
-    def process_dataloader(self, dataloader: object) -> object:
-        # Lightning would seed workers by global rank; the first to set `worker_init_fn` wins.
-        _auto_add_worker_init_fn(dataloader, self.data_rank)
-        return super().process_dataloader(dataloader)
-
-    @override
-    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        batch = super().batch_to_device(batch, device, dataloader_idx)
-        shard = self.shard_of_run
-        if shard.size == 1:
-            return batch
-        if self._batches_to_check > 0:
-            self._batches_to_check -= 1
-            check_same_batch(batch, shard.require_group(), self.root_device)
-        return split_batch(batch, shard, None)
 
     @override
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -17,16 +17,19 @@ from lightning_lss.checkpoint import gather_model_state
 from lightning_lss.mesh import SequenceMesh
 from lightning_lss.refusals import check_sharded_before, check_sharded_run
 from lightning_lss.saving import SavingStrategy
+from lightning_lss.sequence_strategy import SequenceStrategy
+from lightning_lss.shard import WHOLE_SEQUENCE, segment_local_names
 from lightning_lss.sharding import ShardedRoot, Sharding, sharded_root, sharding_mesh
 
 
-class ShardingStrategy(SavingStrategy):
+class ShardingStrategy(SequenceStrategy, SavingStrategy):
     """A DDPStrategy that can shard; with ``sharding=None`` it is DDPStrategy."""
 
     _sharding: Sharding | None = None
     _sharding_units: Collection[type[nn.Module]] | None = None
     _communication_dtype: torch.dtype | None = None
     _mesh: SequenceMesh | None = None
+    _shard = WHOLE_SEQUENCE
 
     @property
     def _root(self) -> ShardedRoot | None:
@@ -39,16 +42,11 @@ class ShardingStrategy(SavingStrategy):
         return None if self._module.automatic_optimization else self._root
 
     def _segment_local(self) -> list[str]:
-        """Names of parameters and buffers that differ from segment to segment."""
-        raise NotImplementedError
-
-    @property
-    def sequence_parallel_size(self) -> int:
-        """S, the number of ranks that share one sequence."""
-        raise NotImplementedError
+        """Names of parameters and buffers that differ from segment to segment; none where there is one segment."""
+        return segment_local_names(self._module) if self._shard.size > 1 else []
 
     def _check_sharded_run(self) -> None:
-        size, world_size = self.sequence_parallel_size, self.num_nodes * self.num_processes
+        size, world_size = self.sequence_parallel_size, self._processes
         check_sharded_before(self._module, self._sharding, size, world_size)
         if self._sharding is not None:
             check_sharded_run(self._module.trainer, self._module, self._sharding, size, world_size)

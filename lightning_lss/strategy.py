@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -10,8 +9,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.strategies.registry import _StrategyRegistry
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.trainer.connectors.data_connector import _auto_add_worker_init_fn
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
@@ -20,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_lss.batch import SequenceDims, check_same_batch, split_batch
+from lightning_lss.batch import SequenceDims
 from lightning_lss.checkpoint import tables_by_name
 from lightning_lss.gradients import (
     average_replicated_gradients,
@@ -31,8 +28,8 @@ from lightning_lss.gradients import (
     travel_in,
     watch_precision_plugin,
 )
-from lightning_lss.layout import check_layout, resolve_sequence_parallel_size
-from lightning_lss.mesh import SequenceMesh, build_mesh
+from lightning_lss.layout import check_layout
+from lightning_lss.mesh import build_mesh
 from lightning_lss.precision import resolve_communication_dtype
 from lightning_lss.refusals import (
     check_communication_dtype,
@@ -45,7 +42,7 @@ from lightning_lss.refusals import (
     warn_of_unsaved_state,
 )
 from lightning_lss.rng import share_random_state
-from lightning_lss.shard import WHOLE_SEQUENCE, SequenceShard, segment_local_names
+from lightning_lss.shard import WHOLE_SEQUENCE, SequenceShard
 from lightning_lss.sharding import Sharding
 from lightning_lss.sharding_strategy import ShardingStrategy
 from lightning_lss.start import broadcast_over_data_group, give_shards, take_shards
@@ -120,16 +117,10 @@ class LSSStrategy(ShardingStrategy):
         self._save_distributed_checkpoint = save_distributed_checkpoint
         if layout != "auto":
             check_layout(layout)
-        if sequence_parallel_size != "auto":
-            resolve_sequence_parallel_size(sequence_parallel_size, sequence_parallel_size)
+        self._request(sequence_parallel_size, check_batches)
         warn_of_other_lightning()
-        self._requested_size = sequence_parallel_size
         self._layout = "zigzag" if layout == "auto" else layout
         self._sequence_dims = sequence_dims
-        self._check_batches = check_batches
-        self._batches_checked: Counter[tuple[Any, int]] = Counter()
-        self._mesh: SequenceMesh | None = None
-        self._shard = WHOLE_SEQUENCE
         self._running = False
         self._handles: list[RemovableHandle] = []
         self._failed = False
@@ -140,24 +131,6 @@ class LSSStrategy(ShardingStrategy):
         return f"LSSStrategy(sequence_parallel_size={size!r}, layout={layout!r}) for lightning.pytorch.Trainer"
 
     # -- who this process is -------------------------------------------------------------------------------------------
-
-    @property
-    def sequence_parallel_size(self) -> int:
-        """S, the number of ranks that share one sequence."""
-        try:
-            return resolve_sequence_parallel_size(self.num_nodes * self.num_processes, self._requested_size)
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from None
-
-    @property
-    def data_parallel_size(self) -> int:
-        """D = W / S, the number of different batches in flight."""
-        return self.num_nodes * self.num_processes // self.sequence_parallel_size
-
-    @property
-    def data_rank(self) -> int:
-        """Which of the D batches this process works on."""
-        return self.global_rank // self.sequence_parallel_size
 
     @property
     def sequence_shard(self) -> SequenceShard:
@@ -182,12 +155,6 @@ class LSSStrategy(ShardingStrategy):
                 "The process groups do not exist yet: the strategy makes them when the Trainer starts a run."
             )
         return self._mesh.device_mesh(self.root_device.type)
-
-    @property
-    @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        # All ranks of a sequence group need the same samples. Read before the process group exists.
-        return {"num_replicas": self.data_parallel_size, "rank": self.data_rank}
 
     # -- setting up and tearing down -----------------------------------------------------------------------------------
 
@@ -295,28 +262,6 @@ class LSSStrategy(ShardingStrategy):
         if self.lightning_module is not None:
             take_shards(self.lightning_module)
 
-    # -- batches -------------------------------------------------------------------------------------------------------
-
-    @override
-    def process_dataloader(self, dataloader: object) -> object:
-        # Lightning would seed workers by global rank; the first to set `worker_init_fn` wins.
-        _auto_add_worker_init_fn(dataloader, self.data_rank)
-        return super().process_dataloader(dataloader)
-
-    @override
-    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        batch = super().batch_to_device(batch, device, dataloader_idx)
-        shard = self._shard
-        if shard.size == 1:
-            return batch
-        split_by_module = getattr(self.lightning_module, "shard_batch", None)
-        part = split_by_module(batch, shard) if split_by_module else split_batch(batch, shard, self._sequence_dims)
-        loader = (self._module.trainer.state.stage, dataloader_idx)
-        if self._batches_checked[loader] < self._check_batches:
-            self._batches_checked[loader] += 1
-            check_same_batch(batch, shard.require_group(), self.root_device)
-        return part
-
     def gradient_norm(self) -> torch.Tensor:
         """2-norm of the gradients of the whole model, segment-local ones of all ranks included; every rank must call
         it."""
@@ -333,10 +278,6 @@ class LSSStrategy(ShardingStrategy):
         super()._register_ddp_hooks()
         if self._communication_dtype is not None and isinstance(self.model, DistributedDataParallel):
             self.model.register_comm_hook(None, travel_in(self._communication_dtype))
-
-    def _segment_local(self) -> list[str]:
-        """Names of parameters and buffers that differ from segment to segment; none where there is one segment."""
-        return segment_local_names(self._module) if self._shard.size > 1 else []
 
     def _segment_local_parameters(self) -> list[nn.Parameter]:
         parameters = dict(self._module.named_parameters())
