@@ -167,9 +167,9 @@ class UlyssesAttention(ShardedModule):
         gqa = q.size(1) != k.size(1)
         if self.shard.size == 1:
             return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=gqa)
-        whole = [_SegmentsToHeads.apply(x, self.shard) for x in (q, k, v)]  # [B, H / S, L, D]
+        whole = [_Exchange.apply(x, self.shard, True) for x in (q, k, v)]  # [B, H / S, L, D]
         out = F.scaled_dot_product_attention(*whole, is_causal=self.causal, enable_gqa=gqa)
-        return _HeadsToSegments.apply(out, self.shard)
+        return _Exchange.apply(out, self.shard, False)
 
 
 def _segments_to_heads(x: Tensor, shard: SequenceShard) -> Tensor:
@@ -188,32 +188,18 @@ def _heads_to_segments(x: Tensor, shard: SequenceShard) -> Tensor:
     return received.movedim(0, 1).flatten(1, 2)
 
 
-class _SegmentsToHeads(torch.autograd.Function):
-    """[B, H, l, D] -> [B, H / S, L, D]; its adjoint is its inverse."""
+class _Exchange(torch.autograd.Function):
+    """From segments to heads or back; the adjoint of either is the other."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shard: SequenceShard) -> Tensor:
-        ctx.shard = shard
-        return _segments_to_heads(x, shard)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _heads_to_segments(grad, ctx.shard), None
-
-
-class _HeadsToSegments(torch.autograd.Function):
-    """[B, H / S, L, D] -> [B, H, l, D]; its adjoint is its inverse."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shard: SequenceShard) -> Tensor:
-        ctx.shard = shard
-        return _heads_to_segments(x, shard)
+    def forward(ctx: Any, x: Tensor, shard: SequenceShard, to_heads: bool) -> Tensor:
+        ctx.shard, ctx.to_heads = shard, to_heads
+        return (_segments_to_heads if to_heads else _heads_to_segments)(x, shard)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _segments_to_heads(grad, ctx.shard), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return (_heads_to_segments if ctx.to_heads else _segments_to_heads)(grad, ctx.shard), None, None
 
 
 class ContextParallelAttention(ShardedModule):

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch.nn import attention as torch_attention
 
 if not __package__:
@@ -37,6 +36,7 @@ from benchmarks import results
 from benchmarks.gpu_attention import BACKENDS, Call, compare
 from benchmarks.gpu_step import time_steps
 from benchmarks.one_rank import one_rank_of
+from benchmarks.training import model_options
 from lightning_lss.kernels import select_kernel
 
 _COLUMNS = [
@@ -137,16 +137,8 @@ def run_step(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for mode in args.checkpointing:
             where = dict(ranks=size, length=length, checkpointing=mode)
             peak = args.peak_tflops * 1e12 if args.peak_tflops else None
-            options = (model_options(args.model), args.rounds, args.device, peak)
+            options = (model_options(args.model, positions="rotary"), args.rounds, args.device, peak)
             yield from _guarded(args, partial(time_steps, size, length, mode, *options), **where)
-
-
-def model_options(name: str) -> dict[str, Any]:
-    """Sizes of the model in ``conf/model/NAME.yaml``, with 256 token values."""
-    folder = Path(__file__).parents[1] / "conf" / "model"
-    config = OmegaConf.merge(OmegaConf.load(folder / "tiny.yaml"), OmegaConf.load(folder / f"{name}.yaml"))
-    names = ("width", "num_layers", "num_heads", "num_kv_heads", "mlp", "mlp_width", "tie_embeddings")
-    return {"vocab_size": 256, **{key: config[key] for key in names}}
 
 
 FIGURES = {"attention": run_attention, "kernels": run_kernels, "step": run_step}

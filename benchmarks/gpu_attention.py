@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.one_rank import Timed, in_turn, shard_of, time_call
-from lightning_lss import SequenceShard, lss_attention
-from lightning_lss.layout import position_ranges
+from benchmarks.harness import in_turn
+from benchmarks.one_rank import Timed, shard_of, time_call
+from lightning_lss import lss_attention
+from lightning_lss.tiles import pairs_of_rank
 
 BACKENDS = {
     "cuda_flash": SDPBackend.FLASH_ATTENTION,
@@ -49,12 +50,6 @@ class Call:
         return 14.0 * self.heads * self.width * pairs
 
 
-def causal_pairs(shard: SequenceShard, length: int) -> int:
-    """Query-key pairs that the rank computes under a causal mask."""
-    runs = position_ranges(length, shard.rank, shard.size, shard.layout)
-    return sum((run.start + run.stop + 1) * len(run) // 2 for run in runs)
-
-
 def time_rank(call: Call, size: int, kernel: str, layout: str, head_chunks: Any) -> Timed:
     """One rank's attention of S."""
     attend = partial(lss_attention, shard=shard_of(size, layout), kernel=kernel, head_chunks=head_chunks)
@@ -85,13 +80,14 @@ def compare(
         rounds: turns of every contestant after a warm-up.
         seconds: after which no further round begins.
     """
-    pairs = {name: causal_pairs(shard_of(size, own["layout"]), call.length) for name, own in contestants.items()}
+    shards = {name: shard_of(size, own["layout"]) for name, own in contestants.items()}
+    pairs = {name: pairs_of_rank(call.length, x.rank, size, x.layout, True) for name, x in shards.items()}
     whole = replace(call, length=max(128, round(math.sqrt(2 * next(iter(pairs.values()))) / 128) * 128))
-    pairs["plain"] = causal_pairs(SequenceShard(), whole.length)
+    pairs["plain"] = pairs_of_rank(whole.length, 0, 1, "contiguous", True)
     runs: dict[str, Callable[[], Timed]] = {"plain": partial(time_plain, whole, kernel)}
     for name, own in contestants.items():
         runs[name] = partial(time_rank, call, size, kernel, **own)
-    times = in_turn(runs, rounds, seconds)
+    times = in_turn(runs, rounds, most_seconds=seconds)
     for name, own_times in times.items():
         own = contestants.get(name, {})
         per_pair = [[x.seconds / pairs[which] for x in times[which]] for which in ("plain", name)]

@@ -74,7 +74,7 @@ def time_steps(
         peak: floating-point operations a second to divide by; None for what is known of the device.
     """
     torch.manual_seed(0)
-    module = LSSTransformer(seq_len=length, activation_checkpointing=checkpointing, positions="rotary", **model)
+    module = LSSTransformer(seq_len=length, activation_checkpointing=checkpointing, **model)
     config = module.model.config
     clock = _Clock(device)
     trainer = pl.Trainer(

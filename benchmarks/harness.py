@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import multiprocessing as mp
 import os
 import statistics
-import sys
 import tempfile
 import time
 import traceback
@@ -20,12 +20,14 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from benchmarks.network import Network
+
+Result = TypeVar("Result")
 
 TIMEOUT = 3600.0  # seconds for one call
 
@@ -155,22 +157,29 @@ class World:
                 )
 
 
-def in_turn(contestants: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of every contestant in every round; in each round every contestant runs once, in order.
+def in_turn(
+    contestants: Mapping[str, Callable[[], Result]], rounds: int, warm_up: int = 1, most_seconds: float = math.inf
+) -> dict[str, list[Result]]:
+    """What every contestant gave in every round; in each round every contestant runs once, in order.
 
     Args:
-        contestants: by name, a function that runs the contestant and returns its seconds.
+        contestants: by name, a function that runs the contestant and returns its seconds, or more.
         rounds: how many rounds are kept.
         warm_up: how many rounds before them are thrown away.
+        most_seconds: no round but the first begins when those that are kept have taken as long.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    found: dict[str, list[Result]] = {name: [] for name in contestants}
+    start = math.inf
     for index in range(warm_up + rounds):
+        if index > warm_up and time.perf_counter() - start > most_seconds:
+            break
+        if index == warm_up:
+            start = time.perf_counter()
         for name, run in contestants.items():
-            elapsed = run()
-            print(f"turn {index + 1} of {warm_up + rounds}: {name} {elapsed:.4g} s", file=sys.stderr, flush=True)
+            result = run()
             if index >= warm_up:
-                seconds[name].append(elapsed)
-    return seconds
+                found[name].append(result)
+    return found
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:

@@ -165,18 +165,3 @@ def time_call(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, gr
     end = time.perf_counter()
     peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else 0
     return Timed(middle - start, end - middle, peak)
-
-
-def in_turn(contestants: dict[str, Callable[[], Timed]], rounds: int, seconds: float) -> dict[str, list[Timed]]:
-    """Run the contestants one after another, ``rounds`` times after a warm-up; no round begins after ``seconds``."""
-    times: dict[str, list[Timed]] = {name: [] for name in contestants}
-    deadline = None
-    for index in range(rounds + 1):
-        if index > 1 and deadline is not None and time.perf_counter() > deadline:
-            break
-        for name, run in contestants.items():
-            result = run()
-            if index:
-                times[name].append(result)
-        deadline = deadline or time.perf_counter() + seconds
-    return times

@@ -27,6 +27,11 @@ class Tile(NamedTuple):
         return rows * keys - (rows * (rows - 1) // 2 if self.causal else 0)
 
 
+def pairs_of_rank(length: int, rank: int, size: int, layout: str, causal: bool) -> int:
+    """Number of query-key pairs that ``rank`` computes; for arguments see :func:`attention_tiles`."""
+    return sum(tile.pairs for tile in attention_tiles(length, rank, size, layout, causal))
+
+
 def attention_tiles(
     length: int, rank: int, size: int, layout: str, causal: bool, offset_diagonal: bool = False
 ) -> tuple[Tile, ...]:

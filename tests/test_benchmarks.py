@@ -112,6 +112,7 @@ def test_contestants_take_turns() -> None:
     seconds = in_turn(runs, rounds=2, warm_up=1)
     assert order == list("ababab")
     assert seconds == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    assert len(in_turn(runs, rounds=5, most_seconds=0)["a"]) == 1  # at least one
     assert median_ratio([2.0, 4.0, 90.0], [1.0, 2.0, 9.0]) == 2.0
 
 

@@ -5,7 +5,6 @@ stand-ins for collectives by which one rank runs alone. Device-agnostic: on CPU 
 from __future__ import annotations
 
 import argparse
-from functools import partial
 
 import pytest
 import torch
@@ -13,11 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import gpu
-from benchmarks.gpu_attention import causal_pairs
-from benchmarks.one_rank import Timed, in_turn, one_rank_of, shard_of
+from benchmarks.one_rank import one_rank_of, shard_of
 from lightning_lss import SequenceShard, collectives, lss_attention
 from lightning_lss.kernels import KERNELS, select_kernel
-from lightning_lss.tiles import attention_tiles
+from lightning_lss.tiles import pairs_of_rank
 from tests.recorded_ranks import RecordedRanks
 from tests.test_kernels import ROUNDING, Inputs, make_inputs, worst_error
 
@@ -89,28 +87,10 @@ def test_copies_stand_in_for_collectives(device) -> None:
 
 
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
-@pytest.mark.parametrize("offset_diagonal", [True, False])
-def test_pairs_of_the_busiest_rank(layout, offset_diagonal) -> None:
-    def pairs(rank: int) -> int:
-        return sum(tile.pairs for tile in attention_tiles(64, rank, 4, layout, True, offset_diagonal))
-
+def test_the_rank_that_is_timed_is_the_busiest(layout) -> None:
     with one_rank_of(4, torch.device("cpu")):
-        assert causal_pairs(shard_of(4, layout), 64) == max(map(pairs, range(4)))
-    assert causal_pairs(SequenceShard(), 64) == 64 * 65 // 2
-
-
-def test_contestants_take_turns_after_a_warm_up() -> None:
-    calls: list[str] = []
-
-    def run(name: str) -> Timed:
-        calls.append(name)
-        return Timed(1.0, 2.0, len(calls))
-
-    times = in_turn({name: partial(run, name) for name in "ab"}, rounds=2, seconds=1000)
-    assert calls == list("ababab")
-    assert [x.peak for x in times["b"]] == [4, 6]
-    assert times["a"][0].seconds == 3.0
-    assert len(in_turn({"a": partial(run, "a")}, rounds=5, seconds=0)["a"]) == 1  # at least one
+        timed = pairs_of_rank(64, shard_of(4, layout).rank, 4, layout, causal=True)
+    assert timed == max(pairs_of_rank(64, rank, 4, layout, causal=True) for rank in range(4))
 
 
 @pytest.mark.parametrize("figure", list(gpu.FIGURES))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_lss.layout import LAYOUTS, position_ranges
-from lightning_lss.tiles import Tile, attention_tiles
+from lightning_lss.tiles import Tile, attention_tiles, pairs_of_rank
 
 SIZES = range(1, 7)
 
@@ -100,3 +100,11 @@ def test_tiles_of_the_same_rows_follow_each_other(size, layout, causal, offset_d
 def test_a_length_that_cannot_be_shared_is_refused() -> None:
     with pytest.raises(ValueError, match="length 10 cannot be split over 4 ranks"):
         attention_tiles(10, 0, 4, "contiguous", causal=False)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_pairs_of_the_ranks_are_those_of_the_mask(layout, causal) -> None:
+    shares = [pairs_of_rank(64, rank, 4, layout, causal) for rank in range(4)]
+    assert sum(shares) == (64 * 65 // 2 if causal else 64 * 64)
+    assert (min(shares) == max(shares)) == (layout == "zigzag" or not causal)

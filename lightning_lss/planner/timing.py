@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_lss.layout import position_ranges
 from lightning_lss.planner.hardware import Hardware, Link
 from lightning_lss.planner.parameters import count
 from lightning_lss.planner.setup import Setup, head_chunks
 from lightning_lss.planner.traffic import Traffic, step_traffic
 from lightning_lss.planner.walk import Walk
+from lightning_lss.tiles import pairs_of_rank
 
 _TOUCHES = 3  # every tensor that is made is written once and read about twice
 _OPTIMIZER_TOUCHES = 7  # AdamW reads four tensors and writes three
@@ -82,8 +82,7 @@ def visible_pairs(setup: Setup) -> float:
         return length * length / setup.size
     if setup.scheme == "megatron" or setup.size == 1:
         return length * (length + 1) / 2 / setup.size
-    ranges = position_ranges(length, setup.size - 1, setup.size, setup.options.layout)
-    return sum((run.start + 1 + run.stop) * len(run) / 2 for run in ranges)
+    return pairs_of_rank(length, setup.size - 1, setup.size, setup.options.layout, causal=True)
 
 
 def _matmul_flops(setup: Setup) -> tuple[float, float]:
