@@ -36,6 +36,8 @@ class Kernel(NamedTuple):
     forward: Forward
     backward: Backward
     offset_diagonal: bool
+    backward_keys: int | None = None
+    """The most keys to give to one call of ``backward``, where fewer at a time are faster; None for any number."""
 
 
 def select_kernel(q: Tensor, name: str = "auto") -> Kernel:
@@ -161,7 +163,8 @@ def _reference_backward(
 KERNELS = {
     kernel.name: kernel
     for kernel in (
-        Kernel("cpu_flash", _cpu_flash_forward, _cpu_flash_backward, offset_diagonal=False),
+        # a block of queries passes over all keys and their gradients, which must stay in the cache (measured: 1,024)
+        Kernel("cpu_flash", _cpu_flash_forward, _cpu_flash_backward, offset_diagonal=False, backward_keys=1024),
         Kernel("cuda_flash", kernels_cuda.flash_forward, kernels_cuda.flash_backward, offset_diagonal=True),
         Kernel("cudnn", kernels_cuda.cudnn_forward, kernels_cuda.cudnn_backward, offset_diagonal=False),
         Kernel("efficient", kernels_cuda.efficient_forward, kernels_cuda.efficient_backward, offset_diagonal=True),

@@ -141,7 +141,7 @@ def attend_backward(
             keys_values = next(gathered)
             if index < 2:
                 rooms.append(_room_by_rank(keys_values, plan.shard))
-            by_rank = rooms[index % 2].zero_()
+            by_rank = rooms[index % 2]
             rows = [x[:, heads] for x in (grad, q, attended.out, attended.lse, grad_q)]
             _backward_tiles(rows, keys_values, by_rank, tiles, plan)
             if on_its_way is not None:
@@ -275,25 +275,36 @@ def _join(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tup
 def _backward_tiles(
     rows: Sequence[Tensor], keys_values: Tensor, by_rank: Tensor, tiles: Sequence[Tile], plan: Plan
 ) -> None:
-    """Fill in the gradient of the queries and add those of K and V to ``by_rank`` [S, 2, B, g, l, D].
+    """Fill in the gradient of the queries and those of K and V, ``by_rank`` [S, 2, B, g, l, D].
 
     ``rows`` are the gradient of the output, the queries, the output [B, h, l, D], its log-sum-exp [B, h, l], and the
     gradient of the queries to be filled in.
     """
     kernel = KERNELS[plan.kernel]
     rooms = [plan.shard.chunks_in_order(of_kind, 2) for of_kind in by_rank.unbind(1)]  # of K, of V
-    for span, row_tiles in _by_rows(tiles):
+    filled = 0  # positions whose gradients are in the rooms; the last rows come first, since they see the most keys
+    for span, row_tiles in reversed(list(_by_rows(tiles))):
         grad, q, out, lse, grad_q = (x[:, :, span] for x in rows)
-        for index, tile in enumerate(row_tiles):
+        sum_q: Tensor | None = None
+        for tile in (part for whole in row_tiles for part in whole.cut(kernel.backward_keys)):
             k, v = keys_values[..., tile.k_start : tile.k_stop, :]
             tile_q, *tile_keys_values = kernel.backward(grad, q, k, v, out, lse, tile.causal, plan.scale)
-            grad_q.add_(tile_q) if index else grad_q.copy_(tile_q)
+            sum_q = tile_q.to(lse.dtype) if sum_q is None else sum_q.add_(tile_q)
             for room, tile_grad in zip(rooms, tile_keys_values):
-                _add(room, tile_grad, tile.k_start)
+                _put(room, tile_grad, tile.k_start, add=tile.k_start < filled)
+            filled = max(filled, tile.k_stop)
+        assert sum_q is not None
+        grad_q.copy_(sum_q)
+    for unseen in (chunk for room in rooms for chunk in room[filled // room[0].size(-2) :]):
+        unseen.zero_()
 
 
-def _add(chunks: Sequence[Tensor], grad: Tensor, start: int) -> None:
-    """Add a tile's gradient [B, g, n, D] to the chunks of the sequence [B, g, c, D] from position ``start`` on."""
-    width = chunks[0].size(-2)
-    for chunk, part in zip(chunks[start // width :], grad.split(width, -2)):
-        chunk += part
+def _put(chunks: Sequence[Tensor], grad: Tensor, start: int, add: bool) -> None:
+    """Copy or add a tile's gradient [B, g, n, D] to the chunks of the sequence [B, g, c, D] from position ``start``
+    on."""
+    width, stop = chunks[0].size(-2), start + grad.size(-2)
+    for index in range(start // width, -(-stop // width)):
+        first = index * width
+        low, high = max(start, first), min(stop, first + width)
+        room, part = chunks[index][..., low - first : high - first, :], grad[..., low - start : high - start, :]
+        room.add_(part) if add else room.copy_(part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from lightning_lss.layout import position_ranges
@@ -25,6 +26,12 @@ class Tile(NamedTuple):
         """Number of query-key pairs that the tile computes."""
         rows, keys = self.q_stop - self.q_start, self.k_stop - self.k_start
         return rows * keys - (rows * (rows - 1) // 2 if self.causal else 0)
+
+    def cut(self, keys: int | None) -> Iterator[Tile]:
+        """The tile in parts of at most ``keys`` keys each, in order; whole with None or where it has a diagonal."""
+        step = self.k_stop - self.k_start if keys is None or self.causal else keys
+        for start in range(self.k_start, self.k_stop, step):
+            yield self._replace(k_start=start, k_stop=min(start + step, self.k_stop))
 
 
 def pairs_of_rank(length: int, rank: int, size: int, layout: str, causal: bool) -> int:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lss.attention import LSSAttention, lss_attention
@@ -129,7 +130,7 @@ class CollectiveDtypes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            self.dtypes |= {x.dtype for x in args[:2] if isinstance(x, Tensor)}
+            self.dtypes |= {x.dtype for x in tree_leaves(args[:2]) if isinstance(x, Tensor)}
         return func(*args, **(kwargs or {}))
 
 
@@ -180,14 +181,14 @@ def count_collectives(rank: int, options: dict[str, Any]) -> tuple[int, dict[str
 
 def test_keep_gathered_has_exactly_two_collectives(world) -> None:
     for forward, backward in world.run(2, count_collectives, {"keep_gathered": True}):
-        assert forward == {"_allgather_base_": 1}
-        assert backward == {"_reduce_scatter_base_": 1}
+        assert forward == {"allgather_into_tensor_coalesced_": 1}
+        assert backward == {"reduce_scatter_tensor_coalesced_": 1}
 
 
 def test_regathering_has_one_more_gather_a_chunk(world) -> None:
     for forward, backward in world.run(2, count_collectives, {"head_chunks": 2}):
-        assert forward == {"_allgather_base_": 2}
-        assert backward == {"_allgather_base_": 2, "_reduce_scatter_base_": 2}
+        assert forward == {"allgather_into_tensor_coalesced_": 2}
+        assert backward == {"allgather_into_tensor_coalesced_": 2, "reduce_scatter_tensor_coalesced_": 2}
 
 
 class CopiedElements(TorchDispatchMode):
@@ -223,7 +224,7 @@ def test_nothing_is_copied_without_a_reason(world, options) -> None:
     chunked = "keep_gathered" not in options
     gathered = 2 * local + 2 * size * local  # K and V side by side to be sent, and put into position order
     forward = gathered + local + local // WIDTH  # rows of the output, of the log-sum-exp
-    backward = 2 * size * local + local + 2 * local  # zeros for dK and dV, rows of dq, gloo's own reduce-scatter
+    backward = 2 * size * local + local + 2 * local  # dK and dV by rank, rows of dq, gloo's own reduce-scatter
     if chunked:
         backward += gathered + 2 * local  # chunks of dk and dv joined
     assert world.run(size, count_copies, options) == [(forward, backward)] * size

@@ -5,6 +5,7 @@ stand-ins for collectives by which one rank runs alone. Device-agnostic: on CPU 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import pytest
 import torch
@@ -60,18 +61,35 @@ def test_all_ranks_together_are_plain_attention(
     monkeypatch, size, causal, layout, kv_heads, options, device, kernel, dtype, limit
 ) -> None:
     inputs = make_inputs(LENGTH, LENGTH, 8, kv_heads, 64, dtype, device)
+    error, which = error_of_all_ranks(monkeypatch, inputs, size, layout, causal, kernel=kernel, **options)
+    assert error < limit * ROUNDING[dtype], which
+
+
+@pytest.mark.parametrize("keys", [1, 40, LENGTH])
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_backward_pass_may_take_any_number_of_keys_at_a_time(monkeypatch, causal, layout, keys) -> None:
+    monkeypatch.setitem(KERNELS, "cpu_flash", KERNELS["cpu_flash"]._replace(backward_keys=keys))
+    inputs = make_inputs(LENGTH, LENGTH, 4, 2, 16, torch.float64, "cpu")
+    error, which = error_of_all_ranks(monkeypatch, inputs, 4, layout, causal, kernel="cpu_flash")
+    assert error < 100 * ROUNDING[torch.float64], which
+
+
+def error_of_all_ranks(
+    monkeypatch: pytest.MonkeyPatch, inputs: Inputs, size: int, layout: str, causal: bool, **options: Any
+) -> tuple[float, str]:
+    """The largest error of output and gradients, and whose it is."""
 
     def work(shard: SequenceShard) -> list[Tensor]:
         q, k, v, grad = (shard.split(x, 2).transpose(1, 2).contiguous().transpose(1, 2) for x in inputs)
         leaves = [x.requires_grad_() for x in (q, k, v)]
-        out = lss_attention(*leaves, shard, causal, kernel=kernel, **options)
+        out = lss_attention(*leaves, shard, causal, **options)
         return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
     by_rank = RecordedRanks(size, layout, monkeypatch).run(work)
     order = torch.cat([SequenceShard(r, size, layout).positions(LENGTH // size) for r in range(size)]).argsort()
-    whole = [torch.cat(parts, 2)[:, :, order.to(device)] for parts in zip(*by_rank)]
-    error, which = worst_error(whole, plain(inputs, causal))
-    assert error < limit * ROUNDING[dtype], which
+    whole = [torch.cat(parts, 2)[:, :, order.to(inputs[0].device)] for parts in zip(*by_rank)]
+    return worst_error(whole, plain(inputs, causal))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])

@@ -97,6 +97,13 @@ def test_tiles_of_the_same_rows_follow_each_other(size, layout, causal, offset_d
         assert [(tile.q_start, tile.q_stop) for tile in tiles] == sorted((tile.q_start, tile.q_stop) for tile in tiles)
 
 
+def test_a_rectangle_is_cut_along_its_keys_and_a_diagonal_is_not() -> None:
+    rectangle, diagonal = Tile(0, 4, 8, 15, False), Tile(0, 4, 0, 4, True)
+    assert list(rectangle.cut(3)) == [Tile(0, 4, 8, 11, False), Tile(0, 4, 11, 14, False), Tile(0, 4, 14, 15, False)]
+    assert list(rectangle.cut(None)) == list(rectangle.cut(7)) == [rectangle]
+    assert list(diagonal.cut(3)) == [diagonal]
+
+
 def test_a_length_that_cannot_be_shared_is_refused() -> None:
     with pytest.raises(ValueError, match="length 10 cannot be split over 4 ranks"):
         attention_tiles(10, 0, 4, "contiguous", causal=False)
