@@ -173,6 +173,7 @@ def run_plan(cfg: DictConfig) -> None:
         "precision": cfg.plan.precision or hardware.precision,
         "layout": "zigzag" if layout == "auto" else layout,
         "sharding": cfg.strategy.get("sharding"),
+        "kernel": hardware.kernel,
         "optimizer_temporaries": hardware.optimizer_temporaries,
     }
     options = Options(**{**chosen, **cfg.plan.options})

@@ -17,7 +17,7 @@ from benchmarks import attention, counting, memory
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.harness import World, in_turn, median_ratio
 from benchmarks.network import Network, measured_megabits, obstacle
-from benchmarks.steps import Row, compare_steps, ranks_and_threads, who_takes_part
+from benchmarks.steps import Row, compare_single_ranks, compare_steps, ranks_and_threads, who_takes_part
 from benchmarks.training import Job, model_options
 
 MIB = 2**20
@@ -76,11 +76,17 @@ def _attention_errors(world: World, name: str, size: int, shape: attention.Shape
 
 
 def run_steps(args: Namespace) -> list[Row]:
-    """Whole training steps on sequences of the same length; also strong scaling and overhead."""
+    """Whole training steps on sequences of the same length; also strong scaling."""
     with World(max(args.ranks)) as world:
         return _flat(
             compare_steps(world, args.contestants, s, make_job(args, args.length), args.rounds) for s in args.ranks
         )
+
+
+def run_overhead(args: Namespace) -> list[Row]:
+    """Whole training steps of one rank, in turn step by step."""
+    with World(len(args.contestants)) as world:
+        return compare_single_ranks(world, args.contestants, make_job(args, args.length))
 
 
 def run_weak_scaling(args: Namespace) -> list[Row]:

@@ -56,12 +56,54 @@ CHARTS = {
     "loss": Chart(
         "tokens", "peak_mib", "peak memory of the loss, MiB", ("contestant", "measured_on"), logarithmic=True
     ),
+    "gpu": Chart(
+        "length",
+        "fraction_of_plain",
+        "one rank's attention on a GPU: fraction of the plain kernel's speed",
+        ("figure", "contestant", "ranks", "kernel"),
+        ideal=1.0,
+    ),
+}
+
+
+class Prediction(NamedTuple):
+    """Points of ``predicted`` over ``measured``, with the line of equality and the bar on either side of it."""
+
+    measured: str
+    predicted: str
+    title: str
+    bar: float
+
+
+PREDICTIONS = {
+    "planner_memory": Prediction("measured_bytes", "predicted_bytes", "the planner's memory of a rank, bytes", 0.10),
+    "planner_time": Prediction("measured_seconds", "predicted_seconds", "the planner's seconds of a step", 0.25),
 }
 
 
 def draw(name: str, rows: list[dict[str, str]]) -> Figure:
+    """The figure called ``name`` from the rows of its CSV."""
+    if name in PREDICTIONS:
+        return _draw_prediction(PREDICTIONS[name], rows)
+    return _draw_chart(CHARTS[name], rows)
+
+
+def _draw_prediction(prediction: Prediction, rows: list[dict[str, str]]) -> Figure:
+    measured, predicted = ([float(row[column]) for row in rows] for column in prediction[:2])
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    span = [min(measured) / 1.5, max(measured) * 1.5]
+    axes.plot(span, span, color="gray", linestyle=":", linewidth=1)
+    low, high = ([factor * x for x in span] for factor in (1 - prediction.bar, 1 + prediction.bar))
+    axes.fill_between(span, low, high, color="gray", alpha=0.2, linewidth=0, label=f"within {prediction.bar:.0%}")
+    axes.plot(measured, predicted, "o", color=_COLORS[0], markersize=4, label=f"{len(rows)} configurations")
+    axes.set(xscale="log", yscale="log", xlabel="measured", ylabel="predicted", title=prediction.title)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _draw_chart(chart: Chart, rows: list[dict[str, str]]) -> Figure:
     """The newest point of every series at every ``x``."""
-    chart = CHARTS[name]
     points: dict[str, dict[float, float]] = {}
     for row in rows:
         if row[chart.x] and row[chart.y]:

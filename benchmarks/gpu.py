@@ -32,7 +32,7 @@ from torch.nn import attention as torch_attention
 if not __package__:
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import results
+from benchmarks import figures, results
 from benchmarks.gpu_attention import BACKENDS, Call, compare
 from benchmarks.gpu_step import time_steps
 from benchmarks.one_rank import one_rank_of
@@ -243,6 +243,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             if written:
                 results.append("gpu", [row])  # at once: a later one may not fit
         results.show([{key: row[key] for key in _SHOWN} for row in rows])
+    if written:
+        print(figures.save("gpu"))
     print("Collectives were copies of the same size on this device; time on links is not in these figures.")
     return []
 

@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn import functional as F
 
-from benchmarks import results
+from benchmarks import figures, results
 from lightning_lss.model import TransformerConfig
 from lightning_lss.planner import Hardware, Link, Options, Setup, load_hardware, rank_memory, step_time
 from lightning_lss.planner.measure import fake_world, make_model, make_step, measure_memory
@@ -193,6 +193,7 @@ overlap: 0.0 # the cores that compute also copy
 launch: 1.0e-5
 usable: 0.9
 precision: 32-true
+kernel: cpu_flash
 optimizer_temporaries: largest
 source:
   memory, bandwidth, peak, inside, attention: "{source}"
@@ -275,5 +276,6 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         return []
     rows = memory() if args.what == "memory" else time_steps(args)
     print(f"worst error {100 * max(abs(row['error']) for row in rows):.1f} % of {len(rows)}")
-    print(results.append(f"planner_{args.what}", rows, args.output))
+    name = f"planner_{args.what}"
+    print(f"{results.append(name, rows, args.output)}\n{figures.save(name, args.output)}")
     return []

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import statistics
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from benchmarks.attention import verdict
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.harness import World, in_turn, median_ratio
 from benchmarks.network import bytes_received
-from benchmarks.training import Job, checking_job, gradient_error, gradients, time_steps
+from benchmarks.training import Job, checking_job, gradient_error, gradients, time_steps, time_steps_in_turn
 from lightning_lss.model import TransformerConfig
 
 Row = dict[str, Any]
@@ -41,6 +44,26 @@ def compare_steps(world: World, names: Sequence[str], size: int, job: Job, round
     gradients are right (against one process, on a small model of the same kind)."""
     heads, kv_heads = job.model["num_heads"], job.model.get("num_kv_heads") or job.model["num_heads"]
     names = who_takes_part(names, size, heads, kv_heads)
+    errors = _gradient_errors(world, names, size, job)
+    received: dict[str, int] = {}
+    runs = {name: partial(_one_turn, world, name, size, job, received) for name in names}
+    seconds = in_turn(runs, rounds, warm_up=0)  # every turn has warm-up steps of its own
+    return [_row(name, size, job, rounds, seconds, errors, received) for name in names]
+
+
+def compare_single_ranks(world: World, names: Sequence[str], job: Job) -> list[Row]:
+    """Rows as of :func:`compare_steps` for one rank, whose runs take turns step by step: a round is one step of each. What
+    else the machine does in the meantime meets them even more alike, so that a hundredth can be seen."""
+    errors = _gradient_errors(world, names, 1, job)
+    with tempfile.TemporaryDirectory() as folder:
+        for index in range(len(names)):
+            os.mkfifo(Path(folder) / str(index))
+        found = world.run(len(names), time_steps_in_turn, names, job, Path(folder), group=False)
+    seconds, one_step = dict(zip(names, found)), replace(job, steps=job.warm_up + 1)
+    return [_row(name, 1, one_step, len(found[0]), seconds, errors, dict.fromkeys(names, 0)) for name in names]
+
+
+def _gradient_errors(world: World, names: Sequence[str], size: int, job: Job) -> dict[str, float]:
     small = checking_job(job, size)
     expected = world.run(1, gradients, "single", 1, small, group=False)[0]
     errors = {}
@@ -49,10 +72,7 @@ def compare_steps(world: World, names: Sequence[str], size: int, job: Job, round
         group = CONTESTANTS[name].strategy != "single"
         own = world.run(ranks, gradients, name, ranks, small, threads=threads, group=group)[0]
         errors[name] = gradient_error(own, expected)
-    received: dict[str, int] = {}
-    runs = {name: partial(_one_turn, world, name, size, job, received) for name in names}
-    seconds = in_turn(runs, rounds, warm_up=0)  # every turn has warm-up steps of its own
-    return [_row(name, size, job, rounds, seconds, errors, received) for name in names]
+    return errors
 
 
 def time_steps_and_bytes(rank: int, name: str, size: int, job: Job) -> tuple[list[float], int]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import OmegaConf
@@ -146,6 +149,43 @@ def time_steps(rank: int, name: str, size: int, job: Job) -> list[float]:
     clock = _Clock()
     fit(name, size, job, clock)
     return [end - start for start, end in zip(clock.ends[job.warm_up - 1 :], clock.ends[job.warm_up :])]
+
+
+class _Turns(pl.Callback):
+    """Takes turns with other runs, step by step, and notes the seconds of its own steps.
+
+    A byte in a pipe is the right to go on: the run whose turn it is takes it out of ``before``, trains one step (from
+    the end of the last one, data loading included) and puts it into ``after``.
+    """
+
+    def __init__(self, before: Path, after: Path, first: bool) -> None:
+        self._before, self._after = (os.open(pipe, os.O_RDWR) for pipe in (before, after))
+        self._first = first
+        self._start = 0.0
+        self.seconds: list[float] = []
+
+    def on_train_start(self, *args: Any) -> None:
+        if not self._first:
+            os.read(self._before, 1)
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._start)
+        os.write(self._after, b"x")
+        if trainer.global_step < trainer.max_steps:
+            os.read(self._before, 1)
+        self._start = time.perf_counter()
+
+
+def time_steps_in_turn(rank: int, names: Sequence[str], job: Job, folder: Path) -> list[float]:
+    """Seconds of the steps of contestant ``names[rank]``, which trains as the only rank of its own run while the others
+    wait; without the warm-up. ``folder`` has a named pipe for each of them."""
+    pipes = [folder / str(index) for index in range(len(names))]
+    turns = _Turns(pipes[rank], pipes[(rank + 1) % len(names)], first=rank == 0)
+    fit(names[rank], 1, job, turns)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return turns.seconds[job.warm_up :]
 
 
 class _Gradients(pl.Callback):

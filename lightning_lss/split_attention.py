@@ -289,7 +289,7 @@ def _backward_tiles(
         for tile in (part for whole in row_tiles for part in whole.cut(kernel.backward_keys)):
             k, v = keys_values[..., tile.k_start : tile.k_stop, :]
             tile_q, *tile_keys_values = kernel.backward(grad, q, k, v, out, lse, tile.causal, plan.scale)
-            sum_q = tile_q.to(lse.dtype) if sum_q is None else sum_q.add_(tile_q)
+            sum_q = tile_q if sum_q is None else sum_q.to(lse.dtype).add_(tile_q)
             for room, tile_grad in zip(rooms, tile_keys_values):
                 _put(room, tile_grad, tile.k_start, add=tile.k_start < filled)
             filled = max(filled, tile.k_stop)

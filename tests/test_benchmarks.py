@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import counting, memory, network, results
+from benchmarks import counting, figures, memory, network, results
 from benchmarks.attention import Shape, check_attention, verdict
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.harness import World, in_turn, median_ratio
@@ -149,3 +149,12 @@ def test_namespaces_are_removed_also_after_a_failure() -> None:
     with pytest.raises(RuntimeError, match="failed"), network.Network(2, 100, "lsstest-too-long"):
         pass
     assert not list(Path("/run/netns").glob("lsstest*"))
+
+
+@pytest.mark.parametrize("name", [*figures.CHARTS, *figures.PREDICTIONS])
+def test_every_figure_has_a_picture(tmp_path, name) -> None:
+    of = figures.CHARTS.get(name) or figures.PREDICTIONS[name]
+    columns = [*of[:2], *getattr(of, "series", ())]
+    rows = [{column: str(2.0**n) for column in columns} for n in range(1, 4)]
+    figures.draw(name, rows).savefig(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 0

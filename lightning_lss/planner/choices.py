@@ -108,7 +108,8 @@ def plan(
         if value < 1:
             raise ValueError(f"{name}={value} must be positive.")
     if options is None:
-        options = Options(hardware.precision, optimizer_temporaries=hardware.optimizer_temporaries)
+        usual: dict[str, Any] = {"kernel": hardware.kernel, "optimizer_temporaries": hardware.optimizer_temporaries}
+        options = Options(hardware.precision, **usual)
     hardware.peak_of(options.precision)  # refuse what it has no figure for
     choices = [
         _choice(scheme, config, seq_len, devices // size, size, hardware, batch_size, global_batch, options)

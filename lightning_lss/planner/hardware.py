@@ -42,7 +42,7 @@ class Hardware:
         usable: fraction of the memory that tensors can have; the rest is the context, fragmentation, and buffers of the
             communication library.
         precision: Lightning's name of the precision that one would train in.
-        optimizer_temporaries: see :class:`~lightning_lss.planner.setup.Options`.
+        kernel, optimizer_temporaries: see :class:`~lightning_lss.planner.setup.Options`.
         source: where the figures come from.
     """
 
@@ -59,6 +59,7 @@ class Hardware:
     launch: float = 0.0
     usable: float = 1.0
     precision: str = "32-true"
+    kernel: str = "cuda_flash"
     optimizer_temporaries: str = "all"
     source: dict[str, str] = field(default_factory=dict)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lightning_lss.kernels import KERNELS
 from lightning_lss.layout import check_length
 from lightning_lss.loss import logit_rows
 from lightning_lss.model import TransformerConfig
@@ -60,6 +61,7 @@ class Options:
             all ranks; ``"hybrid"``, over the ranks of a sequence group.
         ddp: whether DistributedDataParallel keeps buckets of gradients beside the gradients.
         gradient_as_bucket_view: whether its buckets are the gradients.
+        kernel: name of the kernel of attention, see :data:`lightning_lss.kernels.KERNELS`.
         optimizer_temporaries: what AdamW makes during its step: ``"largest"``, two tensors of the size of the largest
             parameter (on a CPU); ``"all"``, one of the size of all parameters (on a GPU); ``"none"`` (fused).
         explicit_scores: whether attention writes out its matrix of scores, as before FlashAttention; it is then kept for the
@@ -77,6 +79,7 @@ class Options:
     sharding: str | None = None
     ddp: bool = True
     gradient_as_bucket_view: bool = False
+    kernel: str = "cpu_flash"
     optimizer_temporaries: str = "largest"
     explicit_scores: bool = False
     fractional_heads: bool = False
@@ -86,6 +89,7 @@ class Options:
             "precision": PRECISIONS,
             "activation_checkpointing": (None, "none", "full", "selective", "offload"),
             "sharding": (None, "fsdp", "hybrid"),
+            "kernel": KERNELS,
             "optimizer_temporaries": ("largest", "all", "none"),
         }
         for name, values in known.items():

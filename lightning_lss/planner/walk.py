@@ -9,6 +9,8 @@ Sizes: N = B x l local tokens, E model width, K = G x D width of the keys, F hid
 
 from __future__ import annotations
 
+from lightning_lss.kernels import KERNELS
+from lightning_lss.layout import chunks_per_rank
 from lightning_lss.planner.ledger import Ledger
 from lightning_lss.planner.setup import Setup
 from lightning_lss.planner.sizes import Sizes
@@ -284,12 +286,22 @@ class Walk(Sizes):
             # the first of two chunks is in use none is on its way, while the last is in use none arrives
             chunks = min(self.chunks + 1, 4) - (1 if self.config.keep_gathered else 0)
             self._hold("in_use", self.chunk * chunks, "kv_buffers")
-            self._brief("tile", self.chunk + self.shared(self.config.width) / self.chunks, "kv_buffers")
+            self._brief("tile", self._kernel_gradients(), "kv_buffers")
             if self.chunks > 1:
                 self._brief("chunk_grads", self.keys_values)  # before they are one tensor
         self._hold("k_grad", self.keys_values / 2)
         self._hold("v_grad", self.keys_values / 2)
         self._free("in_use")
+
+    def _kernel_gradients(self) -> float:
+        """What a call of attention's backward kernel returns, beside the sum of the queries' gradients so far."""
+        length, runs = self.setup.seq_len, chunks_per_rank(self.setup.size, self.options.layout)
+        kernel, causal = KERNELS[self.options.kernel], self.config.causal
+        diagonal = length / (self.setup.size * runs) if causal else 0  # a tile with a diagonal is not cut
+        keys = length if kernel.backward_keys is None else max(min(kernel.backward_keys, length), diagonal)
+        one_call = keys == length and (kernel.offset_diagonal or not causal)
+        queries = self.shared(self.config.width) / self.chunks / (runs if causal else 1)
+        return self.chunk * keys / length + queries * (1 if one_call else 2)
 
     def _embedding_backward(self) -> None:
         self.layer = 0
