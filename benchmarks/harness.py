@@ -46,6 +46,7 @@ def _serve(connection: Any, rank: int, network: Network | None) -> None:
             return
         try:
             torch.set_num_threads(threads)
+            os.environ["OMP_NUM_THREADS"] = str(threads)  # or Lightning's DDP gives a process all cores
             if size:
                 _join(rank, size, meeting, timeout)
             result = fn(rank, *args)
