@@ -39,7 +39,6 @@ CHARTS = {
         "step over limited links: speed against megatron",
         ("contestant", "kv_heads"),
         ideal=1.0,
-        logarithmic=True,
     ),
     "overhead": Chart("ranks", "seconds_against_ddp", "strategy overhead: step time against DDP", ideal=1.0),
     "communication": Chart(
