@@ -77,14 +77,12 @@ def test_the_next_chunk_travels_while_tiles_are_computed(monkeypatch, tmp_path, 
     gathers, scatters = windows(events, GATHER), windows(events, SCATTER)
     tiles, backs = windows(events, "tile"), windows(events, "back")
     assert (len(gathers), len(scatters)) == (2 * chunks, chunks)
-    per_chunk = len(tiles) // chunks
-    assert len(tiles) == len(backs) == per_chunk * chunks
+    assert len(tiles) % chunks == len(backs) % chunks == 0
+    forward, backward = (found[:: len(found) // chunks] for found in (tiles, backs))  # the first of each chunk
     for index in range(chunks - 1):
-        assert gathers[index + 1].end <= tiles[index * per_chunk].start, "forward: the next gather comes first"
-        assert gathers[chunks + index + 1].end <= backs[index * per_chunk].start, (
-            "backward: the next gather comes first"
-        )
-        assert scatters[index].end <= backs[(index + 1) * per_chunk].start, "gradients leave before the next tiles"
+        assert gathers[index + 1].end <= forward[index].start, "forward: the next gather comes first"
+        assert gathers[chunks + index + 1].end <= backward[index].start, "backward: the next gather comes first"
+        assert scatters[index].end <= backward[index + 1].start, "gradients leave before the next tiles"
     if device == "cuda":
         communication, computation = streams(events, [*gathers, *scatters]), streams(events, [*tiles, *backs])
         assert communication
