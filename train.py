@@ -156,7 +156,7 @@ def run_plan(cfg: DictConfig) -> None:
     from rich.console import Console
 
     from lightning_lss.model import TransformerConfig
-    from lightning_lss.planner import Options, plan
+    from lightning_lss.planner import plan, usual_options
     from lightning_lss.planner.hardware import bytes_of
     from lightning_lss.planner.report import draw_plan, print_plan, write_csv
     from lightning_lss.planner.scaling import draw_weak_scaling, print_weak_scaling, weak_scaling
@@ -173,10 +173,8 @@ def run_plan(cfg: DictConfig) -> None:
         "precision": cfg.plan.precision or hardware.precision,
         "layout": "zigzag" if layout == "auto" else layout,
         "sharding": cfg.strategy.get("sharding"),
-        "kernel": hardware.kernel,
-        "optimizer_temporaries": hardware.optimizer_temporaries,
     }
-    options = Options(**{**chosen, **cfg.plan.options})
+    options = usual_options(hardware, **{**chosen, **cfg.plan.options})
     console = Console(soft_wrap=True)
     if cfg.plan.weak_scaling is not None:
         scaling = weak_scaling(model, hardware, options, cfg.data.batch_size)

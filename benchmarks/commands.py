@@ -85,8 +85,10 @@ def run_steps(args: Namespace) -> list[Row]:
 
 def run_overhead(args: Namespace) -> list[Row]:
     """Whole training steps of one rank, in turn step by step."""
+    if args.ranks != [1]:
+        raise SystemExit(f"overhead is that of one rank: leave out --ranks {' '.join(map(str, args.ranks))}.")
     with World(len(args.contestants)) as world:
-        return compare_single_ranks(world, args.contestants, make_job(args, args.length))
+        return compare_single_ranks(world, args.contestants, make_job(args, args.length), args.rounds)
 
 
 def run_weak_scaling(args: Namespace) -> list[Row]:

@@ -25,6 +25,7 @@ import torch.multiprocessing as mp
 from torch.nn import functional as F
 
 from benchmarks import figures, results
+from lightning_lss.collectives import all_gather
 from lightning_lss.model import TransformerConfig
 from lightning_lss.planner import Hardware, Link, Options, Setup, load_hardware, rank_memory, step_time
 from lightning_lss.planner.measure import fake_world, make_model, make_step, measure_memory
@@ -249,10 +250,9 @@ def _measure_link(rank: int) -> tuple[float, float]:
     """Bytes a second that a rank receives in an all-gather of two ranks, and the seconds of an empty one."""
 
     def gather(numbers: int) -> float:
-        own, whole = torch.ones(numbers), torch.empty(2 * numbers)
-        return _seconds(lambda: dist.all_gather_into_tensor(whole, own), rounds=11)
+        own, whole = torch.ones(numbers), torch.empty(2, numbers)
+        return _seconds(lambda: all_gather(own, dist.group.WORLD, whole).wait(), rounds=11)
 
-    warnings.filterwarnings("ignore", category=FutureWarning)
     latency = gather(1)
     return 4 * 2**22 / max(1e-9, gather(2**22) - latency), latency
 

@@ -51,16 +51,23 @@ def compare_steps(world: World, names: Sequence[str], size: int, job: Job, round
     return [_row(name, size, job, rounds, seconds, errors, received) for name in names]
 
 
-def compare_single_ranks(world: World, names: Sequence[str], job: Job) -> list[Row]:
+def compare_single_ranks(world: World, names: Sequence[str], job: Job, runs: int) -> list[Row]:
     """Rows as of :func:`compare_steps` for one rank, whose runs take turns step by step: a round is one step of each. What
-    else the machine does in the meantime meets them even more alike, so that a hundredth can be seen."""
+    else the machine does in the meantime meets them even more alike, so that a hundredth can be seen. Who is the first to
+    train changes from run to run, since that alone makes some hundredths."""
     errors = _gradient_errors(world, names, 1, job)
-    with tempfile.TemporaryDirectory() as folder:
-        for index in range(len(names)):
-            os.mkfifo(Path(folder) / str(index))
-        found = world.run(len(names), time_steps_in_turn, names, job, Path(folder), group=False)
-    seconds, one_step = dict(zip(names, found)), replace(job, steps=job.warm_up + 1)
-    return [_row(name, 1, one_step, len(found[0]), seconds, errors, dict.fromkeys(names, 0)) for name in names]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(runs):
+        first = index % len(names)
+        order = [*names[first:], *names[:first]]
+        with tempfile.TemporaryDirectory() as folder:
+            for place in range(len(order)):
+                os.mkfifo(Path(folder) / str(place))
+            found = world.run(len(order), time_steps_in_turn, order, job, Path(folder), group=False)
+        for name, own in zip(order, found):
+            seconds[name] += own
+    rounds, one_step = len(seconds[names[0]]), replace(job, steps=job.warm_up + 1)
+    return [_row(name, 1, one_step, rounds, seconds, errors, dict.fromkeys(names, 0)) for name in names]
 
 
 def _gradient_errors(world: World, names: Sequence[str], size: int, job: Job) -> dict[str, float]:

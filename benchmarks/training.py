@@ -176,6 +176,10 @@ class _Turns(pl.Callback):
             os.read(self._before, 1)
         self._start = time.perf_counter()
 
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
+        os.close(self._before)
+        os.close(self._after)
+
 
 def time_steps_in_turn(rank: int, names: Sequence[str], job: Job, folder: Path) -> list[float]:
     """Seconds of the steps of contestant ``names[rank]``, which trains as the only rank of its own run while the others

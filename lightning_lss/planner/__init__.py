@@ -5,7 +5,7 @@ Pure arithmetic on the sizes of a model, a number of devices and the figures of 
 :mod:`lightning_lss.planner.report` and :mod:`lightning_lss.planner.scaling`.
 """
 
-from lightning_lss.planner.choices import Choice, Plan, longest_sequence, plan
+from lightning_lss.planner.choices import Choice, Plan, longest_sequence, plan, usual_options
 from lightning_lss.planner.hardware import Hardware, Link, load_hardware
 from lightning_lss.planner.memory import Memory, rank_memory
 from lightning_lss.planner.setup import Options, Setup
@@ -28,4 +28,5 @@ __all__ = [
     "rank_memory",
     "step_time",
     "step_traffic",
+    "usual_options",
 ]

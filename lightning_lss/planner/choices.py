@@ -108,8 +108,7 @@ def plan(
         if value < 1:
             raise ValueError(f"{name}={value} must be positive.")
     if options is None:
-        usual: dict[str, Any] = {"kernel": hardware.kernel, "optimizer_temporaries": hardware.optimizer_temporaries}
-        options = Options(hardware.precision, **usual)
+        options = usual_options(hardware)
     hardware.peak_of(options.precision)  # refuse what it has no figure for
     choices = [
         _choice(scheme, config, seq_len, devices // size, size, hardware, batch_size, global_batch, options)
@@ -120,6 +119,12 @@ def plan(
     if all(choice.obstacle for choice in choices):
         raise ValueError(f"No way to share {devices} devices out is possible; {_first_words(choices)}")
     return Plan(config, seq_len, devices, hardware, choices)
+
+
+def usual_options(hardware: Hardware, **chosen: Any) -> Options:
+    """What is usual on the hardware, except where it is ``chosen``."""
+    usual = {name: getattr(hardware, name) for name in ("precision", "kernel", "optimizer_temporaries")}
+    return Options(**{**usual, **chosen})
 
 
 def _first_words(choices: list[Choice]) -> str:

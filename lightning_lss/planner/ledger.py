@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-PARTS = ("parameters", "gradients", "optimizer", "activations", "kv_buffers", "logits")
+_WORK = ("activations", "kv_buffers", "logits")
+PARTS = ("parameters", "gradients", "optimizer", *_WORK)
 
 
 class Ledger:
@@ -13,6 +14,7 @@ class Ledger:
         self.now = dict.fromkeys(PARTS, 0.0)
         self.peak = dict(self.now)
         self.moment = ""
+        self.most_work = 0.0  # the most, at a moment of its own, beside parameters, gradients and optimizer state
         self.written = 0.0
 
     def hold(self, name: str, size: float, part: str = "activations") -> None:
@@ -21,6 +23,7 @@ class Ledger:
         self.held[name] = (part, size)
         self.now[part] += size
         self.written += size
+        self.most_work = max(self.most_work, sum(self.now[part] for part in _WORK))
         if sum(self.now.values()) > sum(self.peak.values()):
             self.peak, self.moment = dict(self.now), name
 

@@ -11,7 +11,8 @@ from lightning_lss.planner.walk import Walk
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank by part; ``moment`` names the tensor that came last before the peak."""
+    """Bytes of a rank by part; ``moment`` names the tensor that came last before the peak. ``most_work`` is the most that
+    activations, buffers of keys and values, and logits come to at any moment, which need not be the peak's."""
 
     parameters: float
     gradients: float
@@ -20,6 +21,7 @@ class Memory:
     kv_buffers: float
     logits: float
     moment: str
+    most_work: float
 
     @property
     def total(self) -> float:
@@ -36,4 +38,4 @@ def rank_memory(setup: Setup) -> Memory:
     """
     walk = Walk(setup)
     walk.step()
-    return Memory(**walk.ledger.peak, moment=walk.ledger.moment)
+    return Memory(**walk.ledger.peak, moment=walk.ledger.moment, most_work=walk.ledger.most_work)

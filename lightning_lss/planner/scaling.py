@@ -39,11 +39,6 @@ class Point:
     seconds: float
     petaflops: float
 
-    @property
-    def saved(self) -> float:
-        """Bytes beside parameters, gradients and optimizer state."""
-        return self.memory.activations + self.memory.kv_buffers + self.memory.logits
-
 
 @dataclass(frozen=True)
 class WeakScaling:
@@ -66,7 +61,11 @@ class WeakScaling:
         at ``devices``."""
         (own,) = (point for point in self.lss if point.devices == devices)
         (other,) = (point for point in points if point.devices == devices)
-        return other.seconds / own.seconds, other.memory.total / own.memory.total, other.saved / own.saved
+        return (
+            other.seconds / own.seconds,
+            other.memory.total / own.memory.total,
+            other.memory.most_work / own.memory.most_work,
+        )
 
 
 def weak_scaling(
@@ -159,25 +158,31 @@ def print_weak_scaling(scaling: WeakScaling, console: Console | None = None) -> 
     """The same as a table, with the ratios at 144 devices."""
     console = console or Console(soft_wrap=True)
     table = Table(title=f"Weak scaling on {scaling.hardware.name}, predicted", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("", "GPUs", "L", "D", "S", "seconds", "GiB", "saved", "PFLOP/s", "efficiency"):
+    for name in ("", "GPUs", "L", "D", "S", "seconds", "GiB", "work", "PFLOP/s", "efficiency"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for name, _, _ in _STYLES.values():
         points = getattr(scaling, name)
         for point, efficiency in zip(points, scaling.efficiency(points)):
             setup = point.setup
             sizes = (name, f"{point.devices:,}", f"{setup.seq_len:,}", str(setup.data_size), str(setup.size))
-            figures = (f"{point.seconds:.4f}", f"{point.memory.total / 2**30:.2f}", f"{point.saved / 2**30:.2f}")
+            figures = (
+                f"{point.seconds:.4f}",
+                f"{point.memory.total / 2**30:.2f}",
+                f"{point.memory.most_work / 2**30:.3f}",
+            )
             table.add_row(*sizes, *figures, f"{point.petaflops:.3g}", f"{100 * efficiency:.0f} %")
         table.add_section()
     console.print(table)
-    console.print("seconds: of one sequence; saved: GiB beside parameters, gradients and optimizer state.")
+    console.print(
+        "seconds: of one sequence; work: GiB beside parameters, gradients and optimizer state, when it is most."
+    )
     console.print(*(f"{name}: {label}." for label, (name, _, _) in _STYLES.items()), sep="\n")
     for label, points in (
         ("heads split without limit", scaling.baseline),
         ("groups that the heads allow", scaling.possible),
     ):
-        faster, leaner, saved = scaling.ratios(points)
+        faster, leaner, work = scaling.ratios(points)
         console.print(
-            f"At {COMPARED_AT} GPUs, baseline with {label}: {faster:.1f}x the time, {leaner:.1f}x the memory ({saved:.1f}x beside"
+            f"At {COMPARED_AT} GPUs, baseline with {label}: {faster:.1f}x the time, {leaner:.1f}x the memory ({work:.1f}x beside"
             f" parameters and their like). The paper's abstract: {FASTER}x and {LEANER}x."
         )
