@@ -56,7 +56,8 @@ def make_parser() -> ArgumentParser:
     weak = figure("weak-scaling", commands.run_weak_scaling, {**tiny, "ranks": [1, 2]})
     _add_training(weak, [1, 2, 4, 8], ["lss", "megatron", "ulysses"], length=2048)
     overhead = figure("overhead", commands.run_overhead, {**tiny, "ranks": [1]})
-    _add_training(overhead, [1], ["ddp", "lss"], length=256, rounds=4, steps=50, warm_up=5)
+    small = {"length": 64, "width": 32, "layers": 6, "heads": 4}
+    _add_training(overhead, [1], ["ddp", "lss"], **small, rounds=8, steps=150, warm_up=5)
     slow = figure("slow-network", commands.run_slow_network, {**tiny, "megabits": [1000], "kv_heads_list": [4]})
     _add_training(slow, [4], ["lss", "lss-kept", "megatron"], rounds=3, steps=2, width=256, layers=6, heads=8)
     slow.add_argument("--megabits", type=int, nargs="+", default=[100, 1000, 10_000], help="rates of the links")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lss import LSSAttention, RotaryEmbedding, sequence_shard, token_mean
-from tests.training import Run, fit, worst_difference
+from tests.training import Run, fit, make_loader, make_module, make_samples, make_trainer, worst_difference
 from tests.world import World
 
 GRIDS = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]  # (W, S)
@@ -182,3 +182,34 @@ def test_one_rank_a_sequence_is_bit_identical_to_ddp(world) -> None:
     lss, ddp = (world.run(2, fit, Run(**common, strategy=kind))[0] for kind in ({"check_batches": 2}, {"ddp": True}))
     for name, value in ddp.items():
         assert torch.equal(value, lss[name]), name
+
+
+class _Operators(pl.Callback):
+    """How often each of torch's operators runs in the last step."""
+
+    def __init__(self) -> None:
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        self.counts: dict[str, int] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == trainer.max_steps - 1:
+            self.profile.start()
+        elif trainer.global_step == trainer.max_steps:
+            self.profile.stop()
+            self.counts = {event.key: event.count for event in self.profile.key_averages()}
+
+
+def _operators_of(rank: int, run: Run) -> dict[str, int]:
+    operators = _Operators()
+    trainer = make_trainer(rank, run, callbacks=[operators])
+    trainer.fit(make_module(run), make_loader(trainer, make_samples(run.samples), run.global_batch))
+    return operators.counts
+
+
+def test_one_rank_a_sequence_runs_the_operators_of_ddp(world) -> None:
+    """So that what the strategy itself costs is at most some Python a step."""
+    lss, ddp = (
+        world.run(1, _operators_of, Run(steps=6, strategy=kind))[0] for kind in ({"check_batches": 2}, {"ddp": True})
+    )
+    assert ddp["aten::mm"] > 0
+    assert lss == ddp
