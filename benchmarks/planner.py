@@ -199,6 +199,8 @@ optimizer_temporaries: largest
 source:
   memory, bandwidth, peak, inside, attention: "{source}"
   between: "assumed: 10 Gbit/s Ethernet"
+  matmul: "1 by definition: peak is what multiplications come to"
+  devices_per_node: "as many ranks as one starts on a machine"
   overlap, launch, usable: "assumed"
 """.strip()
     )

@@ -284,7 +284,7 @@ def test_every_kind_of_hardware_says_where_its_figures_come_from(path) -> None:
     hardware = load_hardware(path)
     told = {name.strip().partition(".")[0] for names in hardware.source for name in names.split(",")}
     needed = {"memory", "bandwidth", "peak", "matmul", "attention", "overlap", "launch", "usable"}
-    assert needed - told <= {"matmul"} if path.stem == "cpu" else needed <= told
+    assert needed <= told
     assert lightning_lss.plan(MODEL, 4096, 8, hardware).recommended is not None
 
 
