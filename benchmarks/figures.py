@@ -11,10 +11,12 @@ from benchmarks import results
 
 _COLORS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#000000"]  # Paul Tol's bright
 _MARKS = "osD^vPX*"
+_LINES = ["-", "--", "-.", ":"]
 
 
 class Chart(NamedTuple):
-    """Lines of ``y`` over ``x``, one for each combination of the ``series`` columns."""
+    """Lines of ``y`` over ``x``, one for each combination of the ``series`` columns, of which the first has a colour for
+    each of its values."""
 
     x: str
     y: str
@@ -31,7 +33,9 @@ CHARTS = {
     "step": Chart(
         "ranks", "speed_against_megatron", "training step: speed against megatron", ("contestant", "length"), ideal=1.0
     ),
-    "strong-scaling": Chart("ranks", "tokens_per_second", "strong scaling: the same sequence on more ranks"),
+    "strong-scaling": Chart(
+        "ranks", "tokens_per_second", "strong scaling: the same sequence on more ranks", ("contestant", "length")
+    ),
     "weak-scaling": Chart("ranks", "flops_per_second", "weak scaling: the sequence grows with the ranks"),
     "slow-network": Chart(
         "megabits",
@@ -103,16 +107,22 @@ def _draw_prediction(prediction: Prediction, rows: list[dict[str, str]]) -> Figu
 
 def _draw_chart(chart: Chart, rows: list[dict[str, str]]) -> Figure:
     """The newest point of every series at every ``x``."""
-    points: dict[str, dict[float, float]] = {}
+    points: dict[tuple[str, ...], dict[float, float]] = {}
     for row in rows:
         if row[chart.x] and row[chart.y]:
-            points.setdefault(_label(row, chart.series), {})[float(row[chart.x])] = float(row[chart.y])
+            key = tuple(row[column] for column in chart.series)
+            points.setdefault(key, {})[float(row[chart.x])] = float(row[chart.y])
+    names, variants = sorted({key[0] for key in points}), sorted({key[1:] for key in points})
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
-    for index, (series, own) in enumerate(sorted(points.items())):
-        xs = sorted(own)
-        color, mark = _COLORS[index % len(_COLORS)], _MARKS[index % len(_MARKS)]
-        axes.plot(xs, [own[x] for x in xs], color=color, marker=mark, label=series)
+    for key, own in sorted(points.items()):
+        xs, name, variant = sorted(own), names.index(key[0]), variants.index(key[1:])
+        style = dict(
+            color=_COLORS[name % len(_COLORS)],
+            marker=_MARKS[name % len(_MARKS)],
+            linestyle=_LINES[variant % len(_LINES)],
+        )
+        axes.plot(xs, [own[x] for x in xs], label=_label(key, chart.series), **style)
     if chart.ideal is not None:
         axes.axhline(chart.ideal, color="gray", linestyle=":", linewidth=1)
     ticks = sorted({x for own in points.values() for x in own})
@@ -127,9 +137,8 @@ def _draw_chart(chart: Chart, rows: list[dict[str, str]]) -> Figure:
     return figure
 
 
-def _label(row: dict[str, str], series: tuple[str, ...]) -> str:
-    name, *others = series
-    return ", ".join([row[name], *(f"{other.replace('_', ' ')} {row[other]}" for other in others)])
+def _label(key: tuple[str, ...], series: tuple[str, ...]) -> str:
+    return ", ".join([key[0], *(f"{column.replace('_', ' ')} {value}" for column, value in zip(series[1:], key[1:]))])
 
 
 def save(name: str, folder: Path = results.FOLDER) -> Path:
