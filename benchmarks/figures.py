@@ -44,7 +44,9 @@ CHARTS = {
         ("contestant", "kv_heads"),
         ideal=1.0,
     ),
-    "overhead": Chart("ranks", "seconds_against_ddp", "strategy overhead: step time against DDP", ideal=1.0),
+    "overhead": Chart(
+        "ranks", "seconds_against_ddp", "strategy overhead: step time against DDP", ("contestant", "length"), ideal=1.0
+    ),
     "communication": Chart(
         "ranks", "bytes_per_layer", "bytes that a rank receives per layer", ("contestant", "kv_heads"), logarithmic=True
     ),
