@@ -170,10 +170,11 @@ def run_plan(cfg: DictConfig) -> None:
     model = TransformerConfig(**{**sizes, "vocab_size": vocab_size})
     layout = cfg.strategy.get("layout", "auto")
     chosen = {
-        "precision": cfg.plan.precision or hardware.precision,
         "layout": "zigzag" if layout == "auto" else layout,
         "sharding": cfg.strategy.get("sharding"),
     }
+    if cfg.plan.precision is not None:
+        chosen["precision"] = cfg.plan.precision
     options = usual_options(hardware, **{**chosen, **cfg.plan.options})
     console = Console(soft_wrap=True)
     if cfg.plan.weak_scaling is not None:

@@ -288,14 +288,15 @@ def test_every_kind_of_hardware_says_where_its_figures_come_from(path) -> None:
     assert lightning_lss.plan(MODEL, 4096, 8, hardware).recommended is not None
 
 
-def test_weak_scaling_as_in_the_paper() -> None:
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])  # whose peak is in the optimizer's step
+def test_weak_scaling_as_in_the_paper(precision) -> None:
     config = TransformerConfig(width=512, num_layers=6, num_heads=8, dropout=0.1)
-    scaling = weak_scaling(config, load_hardware(ROOT / "conf" / "hardware" / "v100.yaml"), Options())
+    scaling = weak_scaling(config, load_hardware(ROOT / "conf" / "hardware" / "v100.yaml"), Options(precision))
     assert [(p.devices, p.setup.seq_len) for p in scaling.lss][-1] == (3456, 50112)
     assert {p.setup.size for p in scaling.possible} <= {1, 2, 4, 8}
     slower, _, work = scaling.ratios(scaling.baseline)
     assert slower > 1
-    assert 1 < work < 1000
+    assert 1 < work < 10
     assert len(draw_weak_scaling(scaling).axes) == 4
 
 
