@@ -54,7 +54,8 @@ def compare_steps(world: World, names: Sequence[str], size: int, job: Job, round
 def compare_single_ranks(world: World, names: Sequence[str], job: Job, runs: int) -> list[Row]:
     """Rows as of :func:`compare_steps` for one rank, whose runs take turns step by step: a round is one step of each. What
     else the machine does in the meantime meets them even more alike, so that a hundredth can be seen. Who is the first to
-    train changes from run to run, since that alone makes some hundredths."""
+    train changes from run to run, since that alone makes some hundredths; rows tell the runs apart, since their spread
+    says what the median of all rounds is worth."""
     errors = _gradient_errors(world, names, 1, job)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for index in range(runs):
@@ -67,7 +68,17 @@ def compare_single_ranks(world: World, names: Sequence[str], job: Job, runs: int
         for name, own in zip(order, found):
             seconds[name] += own
     rounds, one_step = len(seconds[names[0]]), replace(job, steps=job.warm_up + 1)
-    return [_row(name, 1, one_step, rounds, seconds, errors, dict.fromkeys(names, 0)) for name in names]
+    rows = [_row(name, 1, one_step, rounds, seconds, errors, dict.fromkeys(names, 0)) for name in names]
+    for row in rows:
+        by_run = _ratios_by_run(seconds[row["contestant"]], seconds.get("ddp", []), runs)
+        row["seconds_against_ddp_by_run"] = " ".join(f"{ratio:.4f}" for ratio in by_run)
+    return rows
+
+
+def _ratios_by_run(own: list[float], other: list[float], runs: int) -> list[float]:
+    """Of each run, the median ratio of two contestants' steps; empty where the other one has none."""
+    steps = len(other) // runs
+    return [median_ratio(own[start:][:steps], other[start:][:steps]) for start in range(0, len(other), steps or 1)]
 
 
 def _gradient_errors(world: World, names: Sequence[str], size: int, job: Job) -> dict[str, float]:
