@@ -44,9 +44,7 @@ CHARTS = {
         ("contestant", "kv_heads"),
         ideal=1.0,
     ),
-    "overhead": Chart(
-        "ranks", "seconds_against_ddp", "strategy overhead: step time against DDP", ("contestant", "length"), ideal=1.0
-    ),
+    "overhead": Chart("length", "seconds_against_ddp", "overhead of the strategy on one rank: step time", ideal=1.0),
     "communication": Chart(
         "ranks", "bytes_per_layer", "bytes that a rank receives per layer", ("contestant", "kv_heads"), logarithmic=True
     ),

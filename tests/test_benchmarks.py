@@ -61,6 +61,13 @@ def test_a_timing_from_the_command_line(tmp_path) -> None:
     assert rows[0]["fraction_of_ideal"] == "" != rows[1]["fraction_of_ideal"]
 
 
+def test_overhead_tells_its_runs_apart(tmp_path) -> None:
+    ddp, lss = run_command(tmp_path, "overhead", "--rounds", "3", "--steps", "1", "--warm-up", "1")
+    assert ddp["seconds_against_ddp_by_run"].split() == ["1.0000"] * 3
+    assert sorted(map(float, lss["seconds_against_ddp_by_run"].split()))[1] == float(lss["seconds_against_ddp"])
+    assert lss["gradients"] == "right"
+
+
 @pytest.mark.parametrize("name", ["lss", "lss-contiguous", "ulysses"])
 def test_attention_is_checked_in_output_and_gradients(ranks, name) -> None:
     errors = ranks(2, check_attention, name, 2, Shape(length=64, heads=4, kv_heads=2, width=8))
