@@ -57,6 +57,8 @@ MEMORY: list[tuple[str, int, int, int, dict[str, Any], dict[str, Any]]] = [
     ("autocast", 4, 8_192, 1, {}, {"precision": "bf16-mixed"}),
     ("full checkpointing", 4, 8_192, 1, {"activation_checkpointing": "full"}, {}),
     ("selective checkpointing", 8, 16_384, 1, {"activation_checkpointing": "selective"}, {}),
+    ("selective, keep_gathered", 8, 16_384, 1, {"activation_checkpointing": "selective", "keep_gathered": True}, {}),
+    ("full, keep_gathered", 8, 16_384, 1, {"activation_checkpointing": "full", "keep_gathered": True}, {}),
     ("full, MLP in tiles", 4, 8_192, 1, {"activation_checkpointing": "full", "mlp_tiles": 4, "mlp_width": 4096}, {}),
     ("4 chunks of heads", 4, 16_384, 1, {}, {"head_chunks": 4}),
     ("mostly parameters", 4, 512, 1, {"width": 512, "num_heads": 8}, {"ddp": True}),

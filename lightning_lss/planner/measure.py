@@ -123,9 +123,9 @@ def make_step(model: Transformer, setup: Setup) -> Callable[[], None]:
     def step() -> None:
         with _autocast(setup):
             loss = module(inputs, targets)
+        optimizer.zero_grad()  # in Lightning's order: the last step's gradients are there throughout the forward pass
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
 
     return step
 

@@ -17,7 +17,7 @@ from lightning_lss.planner.sizes import Sizes
 
 _KEPT = {  # tensors of a block that activation checkpointing keeps
     "full": ("stream",),
-    "selective": ("stream", "attended", "lse"),
+    "selective": ("stream", "attended", "lse", "kept"),
     "offload": (),
 }
 _HIDDEN = {  # tensors of the hidden width that autograd saves
@@ -39,6 +39,7 @@ class Walk(Sizes):
         self._standing()
         self._forward()
         self._loss()
+        self.ledger.free("last_gradients")
         self._loss_backward()
         for layer in reversed(range(self.config.num_layers)):
             self.layer = layer
@@ -73,6 +74,8 @@ class Walk(Sizes):
         self.ledger.hold("moments", 2 * own, "optimizer")  # AdamW's two
         if self.setup.shards == 1 and self.options.ddp:
             self.ledger.hold("buckets", self.parameters.shared * self.setup.precision.parameter, "gradients")
+        # Lightning lets the last step's gradients go after the forward pass, not before it
+        self.ledger.hold("last_gradients", own - self._in_buckets, "gradients")
         if self.setup.shards > 1:  # FSDP keeps the root's whole for as long as the step lasts
             root = self.parameters.root - self.parameters.positions
             self.ledger.hold("root", root * self.setup.precision.parameter, "parameters")
@@ -80,6 +83,12 @@ class Walk(Sizes):
         if self.config.positions == "rotary":
             positions = self.rows / self.setup.batch_size
             self.ledger.hold("turns", positions * self.config.head_dim * max(4, self.setup.precision.parameter))
+
+    @property
+    def _in_buckets(self) -> float:
+        """Bytes of gradients that have no tensor of their own beside DDP's buckets."""
+        views = self.options.ddp and self.options.gradient_as_bucket_view and self.setup.shards == 1
+        return self.parameters.shared * self.setup.precision.parameter if views else 0.0
 
     def _forward(self) -> None:
         self.layer = 0
@@ -327,7 +336,7 @@ class Walk(Sizes):
         if self.cast:
             self._brief(f"{name}_cast_grad", numbers * self.setup.precision.compute, "gradients")
         self._hold(f"{name}_weight_grad", size, "gradients")
-        if self.options.ddp and self.options.gradient_as_bucket_view and self.setup.shards == 1:
+        if self._in_buckets:
             self._free(f"{name}_weight_grad")
 
     def _scatter_block(self) -> None:
