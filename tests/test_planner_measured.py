@@ -60,7 +60,7 @@ def test_memory_of_real_ranks(world, model, view) -> None:
 
 
 def test_the_optimizers_state_is_counted() -> None:
-    setup = setup_of(2, 128, width=256)  # so short that the optimizer's step is the peak
+    setup = setup_of(2, 16, width=256)  # so short that the optimizer's step is the peak
     with fake_world(0, 2) as group:
         measured = measure_memory(setup, group, fake_tensors=True)
     memory = rank_memory(setup)
