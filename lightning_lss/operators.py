@@ -85,6 +85,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     q, k, v, *options = inputs
     ctx.options = options
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else backward is handed zeros as large as the gathered keys and values
     keeps_gathered = options[-1]
     own = () if keeps_gathered else (k, v)
     ctx.save_for_backward(q, *output, *own)

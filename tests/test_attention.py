@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lss.attention import LSSAttention, lss_attention
 from lightning_lss.kernels import KERNELS
+from lightning_lss.planner.measure import fake_world
 from lightning_lss.shard import SequenceShard
 from tests.world import World
 
@@ -159,6 +160,28 @@ def check_operator(rank: int, keep_gathered: bool) -> None:
 @pytest.mark.parametrize("keep_gathered", [True, False])
 def test_the_operator_is_what_its_registration_says(world, keep_gathered) -> None:
     world.run(2, check_operator, keep_gathered)
+
+
+class Zeros(TorchDispatchMode):
+    """Counts the bytes of tensors that are made of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.zeros, torch.ops.aten.zeros_like, torch.ops.aten.new_zeros):
+            self.bytes += out.nbytes
+        return out
+
+
+def test_backward_of_the_operator_is_not_handed_gradients_of_what_it_keeps() -> None:
+    q, k, v, grad = make_inputs()
+    with fake_world(0, 2) as group, Zeros() as zeros:
+        shard = SequenceShard(0, 2, "zigzag", group)
+        lss_attention(q.requires_grad_(), k, v, shard, as_operator=True, keep_gathered=True).backward(grad)
+    assert zeros.bytes == 0
 
 
 # float32 rounds at 6e-8 and bfloat16, float16 at 4e-3 and 5e-4 per operation, a few of which add up in a softmax row

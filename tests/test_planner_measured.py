@@ -30,6 +30,7 @@ MEASURED = {
     "contiguous": setup_of(4, 4096, replace(BARE, layout="contiguous")),
     "chunks of heads": setup_of(4, 16384, replace(BARE, head_chunks=4)),
     "kept": setup_of(4, 4096, keep_gathered=True),
+    "selective, kept": setup_of(8, 8192, keep_gathered=True, activation_checkpointing="selective"),
     "encoder": setup_of(4, 4096, causal=False),
     "grouped heads, swiglu": setup_of(4, 4096, num_kv_heads=1, mlp="swiglu"),
     "logits": setup_of(4, 4096, vocab_size=8192),
