@@ -21,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.fabric.utilities.load import _METADATA_FILENAME
 from torch import Tensor, nn
+from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -275,23 +277,59 @@ def consolidate(folder: str | os.PathLike[str], file: str | os.PathLike[str]) ->
     """Write the checkpoint in ``folder`` as one standard Lightning file, which any strategy, and
     ``load_from_checkpoint``, can load.
 
+    Args:
+        folder: of LSSStrategy, or of Lightning's ModelParallelStrategy and so of MegatronStrategy.
+        file: where to write.
+
     Raises:
         ValueError: if no distributed checkpoint lies there.
     """
-    torch.save(load_folder(Path(folder), weights_only=False), file)
+    rest = _load_meta(Path(folder), weights_only=False)
+    checkpoint = (
+        load_folder(Path(folder), weights_only=False) if _PLACES in rest else _load_lightnings(Path(folder), rest)
+    )
+    torch.save(checkpoint, file)
 
 
-def _load_rest(folder: Path, weights_only: bool | None) -> tuple[dict[str, Any], dict[str, Path_]]:
+def _load_lightnings(folder: Path, rest: dict[str, Any]) -> dict[str, Any]:
+    """A folder of ModelParallelStrategy, of which ``rest`` is the metadata file.
+
+    It has optimizers by number, and in them parameters by name; Lightning's own script for this knows the names of
+    FSDPStrategy only.
+    """
+    tensors: dict[str, Any] = {}
+    _load_state_dict(
+        tensors, storage_reader=dcp.FileSystemReader(folder), planner=_EmptyStateDictLoadPlanner(), no_dist=True
+    )
+    numbers = range(sum(key.startswith("optimizer_") for key in tensors))
+    states = [_by_index(tensors[f"optimizer_{number}"]) for number in numbers]
+    return {**rest, "state_dict": tensors["state_dict"], "optimizer_states": states}
+
+
+def _by_index(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state dict with indices in place of parameters' names."""
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    index = {name: number for number, name in enumerate(names)}
+    groups = [{**group, "params": [index[name] for name in group["params"]]} for group in state["param_groups"]]
+    return {"state": {index[name]: x for name, x in state["state"].items()}, "param_groups": groups}
+
+
+def _load_meta(folder: Path, weights_only: bool | None) -> dict[str, Any]:
     if not is_folder(folder):
         raise ValueError(
             f"{folder} is no distributed checkpoint: {_METADATA_FILENAME} is missing. Give the path of a folder that was"
             " saved with LSSStrategy(save_distributed_checkpoint=True), or of a file."
         )
-    rest = _load(folder / _METADATA_FILENAME, map_location="cpu", weights_only=weights_only)
+    rest: dict[str, Any] = _load(folder / _METADATA_FILENAME, map_location="cpu", weights_only=weights_only)
+    return rest
+
+
+def _load_rest(folder: Path, weights_only: bool | None) -> tuple[dict[str, Any], dict[str, Path_]]:
+    rest = _load_meta(folder, weights_only)
     if _PLACES not in rest:
         raise ValueError(
-            f"{folder} was written by another strategy: make one file of it with `python -m"
-            " lightning.pytorch.utilities.consolidate_checkpoint`, and load that."
+            f"{folder} was written by another strategy: make one file of it with"
+            f" lightning_lss.distributed_checkpoint.consolidate({str(folder)!r}, file), and load that."
         )
     return rest, rest.pop(_PLACES)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_lss.distributed_checkpoint import consolidate, load_folder
 from lightning_lss.megatron import DATA, TENSOR, check_sizes, own_key_value_heads, parallelize, reduce_gradients
 from lightning_lss.model import Transformer, TransformerConfig, count_parameters
 from tests.training import (
@@ -122,6 +124,18 @@ def test_a_file_is_any_strategys(world, tmp_path) -> None:
     run = make_run(size=4, save=path, strategy={"megatron": True, "save_distributed_checkpoint": False})
     state = world.run(4, fit_whole, run)[0]
     assert_parity([dict(DoubleTransformer.load_from_checkpoint(path).state_dict())], state, 0.0)
+
+
+def test_a_folder_becomes_a_file_that_any_strategy_resumes(world, tmp_path) -> None:
+    folder, file = str(tmp_path / "half.ckpt"), str(tmp_path / "file.ckpt")
+    world.run(
+        2, fit_whole, epochs(1, size=2, save=folder, strategy={"megatron": True, "save_distributed_checkpoint": True})
+    )
+    with pytest.raises(ValueError, match=r"distributed_checkpoint\.consolidate\("):
+        load_folder(Path(folder))
+    consolidate(folder, file)
+    unbroken = world.run(1, fit, epochs(2))[0]
+    assert_parity(world.run(2, fit_whole, epochs(2, size=2, resume=file)), unbroken, 1e-8)
 
 
 class CollectiveCounter(TorchDispatchMode):
