@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks import commands, figures, gpu, planner, results
 from benchmarks.contestants import CONTESTANTS
+from lightning_lss.layout import check_length
 
 _LSS = ["lss", "lss-kept"]
 _OTHERS = ["megatron", "ring", "ulysses"]
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.quick:
         args.command.set_defaults(**args.smoke)  # what is given on the command line stays
         args = parser.parse_args(arguments)
+    _check_lengths(parser, args)
     results.environment()  # the commit and the load of the machine before anything runs
     rows = args.run(args)
     if not rows:
@@ -30,6 +32,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results.show(rows)
     path = results.append(args.figure, rows, args.output)
     print(f"{path}\n{figures.save(args.figure, args.output)}")
+
+
+def _check_lengths(parser: ArgumentParser, args: Namespace) -> None:
+    """End with a sentence if a sequence cannot be split, before anything is measured."""
+    if "contestants" not in args:
+        return
+    for size in args.ranks:
+        length = args.length * size if args.figure == "weak-scaling" else args.length
+        try:
+            check_length(length, size, "zigzag")
+        except ValueError as error:
+            parser.error(f"--length {args.length} --ranks {size}: {error}")
 
 
 def make_parser() -> ArgumentParser:
@@ -60,8 +74,8 @@ def make_parser() -> ArgumentParser:
     _add_training(overhead, [1], ["ddp", "lss"], **small, rounds=8, steps=150, warm_up=5)
     slow = figure("slow-network", commands.run_slow_network, {**tiny, "megabits": [1000], "kv_heads_list": [4]})
     _add_training(slow, [4], ["lss", "lss-kept", "megatron"], rounds=3, steps=2, width=256, layers=6, heads=8)
-    slow.add_argument("--megabits", type=int, nargs="+", default=[100, 1000, 10_000], help="rates of the links")
-    slow.add_argument("--kv-heads-list", type=int, nargs="+", default=[8, 2], help="numbers of key/value heads")
+    slow.add_argument("--megabits", type=_count, nargs="+", default=[100, 1000, 10_000], help="rates of the links")
+    slow.add_argument("--kv-heads-list", type=_count, nargs="+", default=[8, 2], help="numbers of key/value heads")
 
     communication = figure("communication", commands.run_communication, {**tiny, "length": 128})
     _add_training(communication, [2, 4, 8], [*_LSS, "lss-2chunks", *_OTHERS], length=512, width=128)
@@ -74,17 +88,17 @@ def make_parser() -> ArgumentParser:
 
     alone = figure("attention", commands.run_attention, {**tiny, "head_width": 16})
     _add_sizes(alone, [2], ["lss", "lss-kept", "lss-contiguous", "ring", "ring-zigzag", "ulysses"], 32_768)
-    alone.add_argument("--rounds", type=int, default=5, help="turns of every contestant")
-    alone.add_argument("--heads", type=int, default=8)
-    alone.add_argument("--kv-heads", type=int, help="as many as heads where not given")
-    alone.add_argument("--head-width", type=int, default=64)
+    alone.add_argument("--rounds", type=_count, default=5, help="turns of every contestant")
+    alone.add_argument("--heads", type=_count, default=8)
+    alone.add_argument("--kv-heads", type=_count, help="as many as heads where not given")
+    alone.add_argument("--head-width", type=_count, default=64)
     alone.add_argument("--bidirectional", action="store_true", help="without a causal mask")
 
     loss = figure("loss", commands.run_loss, dict(tokens=2048, tokens_checked=512, width=64, vocabulary=4096))
-    loss.add_argument("--tokens", type=int, default=65_536, help="tracked on shapes")
-    loss.add_argument("--tokens-checked", type=int, default=4096, help="tracked on shapes and computed")
-    loss.add_argument("--width", type=int, default=1024)
-    loss.add_argument("--vocabulary", type=int, default=131_072)
+    loss.add_argument("--tokens", type=_count, default=65_536, help="tracked on shapes")
+    loss.add_argument("--tokens-checked", type=_count, default=4096, help="tracked on shapes and computed")
+    loss.add_argument("--width", type=_count, default=1024)
+    loss.add_argument("--vocabulary", type=_count, default=131_072)
 
     on_gpu = commands_.add_parser("gpu", help=gpu.run.__doc__, description=gpu.run.__doc__)
     gpu.add_arguments(on_gpu)
@@ -92,14 +106,21 @@ def make_parser() -> ArgumentParser:
 
     predicted = commands_.add_parser("planner", help=planner.run.__doc__, description=planner.run.__doc__)
     planner.add_arguments(predicted)
-    predicted.set_defaults(run=planner.run, smoke={}, command=predicted, quick=False)
+    predicted.set_defaults(run=planner.run, smoke={}, command=predicted)
     return parser
 
 
+def _count(text: str) -> int:
+    """A positive integer."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no positive integer")
+    return int(text)
+
+
 def _add_sizes(command: ArgumentParser, ranks: list[int], contestants: list[str], length: int) -> None:
-    command.add_argument("--ranks", type=int, nargs="+", default=ranks, help="numbers of ranks S")
+    command.add_argument("--ranks", type=_count, nargs="+", default=ranks, help="numbers of ranks S")
     command.add_argument("--contestants", nargs="+", default=contestants, choices=list(CONTESTANTS), metavar="NAME")
-    command.add_argument("--length", type=int, default=length, help="sequence length L (weak scaling: of a rank)")
+    command.add_argument("--length", type=_count, default=length, help="sequence length L (weak scaling: of a rank)")
 
 
 def _add_training(
@@ -115,14 +136,14 @@ def _add_training(
     heads: int | None = None,
 ) -> None:
     _add_sizes(command, ranks, contestants, length)
-    command.add_argument("--rounds", type=int, default=rounds, help="turns of every contestant")
-    command.add_argument("--steps", type=int, default=steps, help="timed steps of a turn")
-    command.add_argument("--warm-up", type=int, default=warm_up, help="steps before them")
+    command.add_argument("--rounds", type=_count, default=rounds, help="turns of every contestant")
+    command.add_argument("--steps", type=_count, default=steps, help="timed steps of a turn")
+    command.add_argument("--warm-up", type=_count, default=warm_up, help="steps before them")
     command.add_argument("--model", default="enwik8-small", help="a file in conf/model, for what is not given here")
-    command.add_argument("--width", type=int, default=width)
-    command.add_argument("--layers", type=int, default=layers)
-    command.add_argument("--heads", type=int, default=heads)
-    command.add_argument("--kv-heads", type=int)
+    command.add_argument("--width", type=_count, default=width)
+    command.add_argument("--layers", type=_count, default=layers)
+    command.add_argument("--heads", type=_count, default=heads)
+    command.add_argument("--kv-heads", type=_count)
     command.add_argument(
         "--set", type=_option, nargs="+", default=[], metavar="NAME=VALUE", help="other arguments of the model"
     )

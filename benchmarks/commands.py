@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 from argparse import Namespace
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,11 +15,12 @@ from torch.nn import functional as F
 
 import lightning_lss.loss
 from benchmarks import attention, counting, memory
-from benchmarks.contestants import CONTESTANTS
+from benchmarks.contestants import CONTESTANTS, Contestant
 from benchmarks.harness import World, in_turn, median_ratio
 from benchmarks.network import Network, measured_megabits, obstacle
 from benchmarks.steps import Row, compare_single_ranks, compare_steps, ranks_and_threads, who_takes_part
 from benchmarks.training import Job, model_options
+from lightning_lss.model import TransformerConfig
 
 MIB = 2**20
 
@@ -27,6 +29,10 @@ def make_job(args: Namespace, length: int) -> Job:
     """The job that the arguments describe, for sequences of ``length``."""
     options = dict(width=args.width, num_layers=args.layers, num_heads=args.heads, num_kv_heads=args.kv_heads)
     model = model_options(args.model, seq_len=length, **options, **dict(args.set))
+    try:
+        TransformerConfig(**model)
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"{error} See --width, --layers, --heads, --kv-heads and --set.") from None
     return Job(model, steps=args.warm_up + args.steps, warm_up=args.warm_up)
 
 
@@ -38,7 +44,7 @@ def run_attention(args: Namespace) -> list[Row]:
     )
     with World(max(args.ranks)) as world:
         for size in args.ranks:
-            names = [name for name in args.contestants if CONTESTANTS[name].splits_sequence]
+            names = _only(args.contestants, lambda c: c.splits_sequence, "whose ranks have no segment to attend from")
             names = who_takes_part(names, size, shape.heads, shape.kv_heads)
             names = ["single", *names]
             small = shape._replace(length=64 * size)
@@ -96,7 +102,7 @@ def run_weak_scaling(args: Namespace) -> list[Row]:
     with World(max(args.ranks)) as world:
         jobs = {size: make_job(args, args.length * size) for size in args.ranks}
         rows = _flat(compare_steps(world, args.contestants, size, jobs[size], args.rounds) for size in args.ranks)
-    first = {row["contestant"]: row for row in reversed(rows)}
+    first = {row["contestant"]: row for row in sorted(rows, key=lambda row: -row["ranks"])}
     for row in rows:
         least = first[row["contestant"]]
         rates = [x["flops_per_second"] / x["ranks"] for x in (row, least)]
@@ -167,8 +173,8 @@ def run_memory(args: Namespace) -> list[Row]:
     rows: list[Row] = []
     job = replace(make_job(args, args.length), steps=3, warm_up=2)
     heads, kv_heads = job.model["num_heads"], job.model.get("num_kv_heads") or job.model["num_heads"]
-    if args.shapes:  # without the Trainer there is nobody to shard parameters
-        args.contestants = [name for name in args.contestants if not CONTESTANTS[name].options]
+    if args.shapes:
+        args.contestants = _on_shapes(args.contestants)
     with World(1 if args.shapes else max(args.ranks)) as world:
         alone = _peak(world, "single", 1, job, args.shapes)
         rows.append(_memory_row("single", 1, job, args.shapes, alone, alone, None))
@@ -180,6 +186,18 @@ def run_memory(args: Namespace) -> list[Row]:
                 _memory_row(n, size, job, args.shapes, peak, alone, peaks.get("megatron")) for n, peak in peaks.items()
             ]
     return rows
+
+
+def _only(names: Sequence[str], takes_part: Callable[[Contestant], bool], why: str) -> list[str]:
+    """Those of the names that can take part; says of the others why not."""
+    left_out = [name for name in names if not takes_part(CONTESTANTS[name])]
+    if left_out:
+        print(f"left out: {', '.join(left_out)}, {why}.")
+    return [name for name in names if name not in left_out]
+
+
+def _on_shapes(names: Sequence[str]) -> list[str]:
+    return _only(names, lambda c: not c.options, "since without the Trainer there is nobody to shard parameters")
 
 
 def _peak(world: World, name: str, size: int, job: Job, shapes: bool) -> memory.Peak:
@@ -203,6 +221,7 @@ def _memory_row(
         "heads": job.model["num_heads"],
         "kv_heads": job.model.get("num_kv_heads") or job.model["num_heads"],
         "checkpointing": job.model.get("activation_checkpointing", "none"),
+        "mlp_tiles": job.model.get("mlp_tiles", 1),
         "measured_on": "shapes" if shapes else "ranks",
         **{f"{part}_mib": round(value / MIB, 3) for part, value in peak._asdict().items()},
         "activations_against_single": round(peak.activations / alone.activations, 4),
@@ -215,6 +234,7 @@ def run_longest(args: Namespace) -> list[Row]:
     ranks at one length."""
     rows: list[Row] = []
     heads = make_job(args, 2 * max(args.ranks)).model["num_heads"]
+    args.contestants = _on_shapes(args.contestants)
     with World(max(args.ranks)) as world:
         whole: int | None = None
         for size in args.ranks:

@@ -107,11 +107,14 @@ def _draw_prediction(prediction: Prediction, rows: list[dict[str, str]]) -> Figu
 
 def _draw_chart(chart: Chart, rows: list[dict[str, str]]) -> Figure:
     """The newest point of every series at every ``x``."""
-    points: dict[tuple[str, ...], dict[float, float]] = {}
+    newest: dict[tuple[str, ...], dict[float, dict[str, str]]] = {}
     for row in rows:
         if row[chart.x] and row[chart.y]:
             key = tuple(row[column] for column in chart.series)
-            points.setdefault(key, {})[float(row[chart.x])] = float(row[chart.y])
+            newest.setdefault(key, {})[float(row[chart.x])] = row
+    points = {key: {x: float(row[chart.y]) for x, row in own.items()} for key, own in newest.items()}
+    shown = [row for own in newest.values() for row in own.values()]
+    wrong = {row["contestant"] for row in shown if row.get("gradients") == "wrong"}
     names, variants = sorted({key[0] for key in points}), sorted({key[1:] for key in points})
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
@@ -119,10 +122,10 @@ def _draw_chart(chart: Chart, rows: list[dict[str, str]]) -> Figure:
         xs, name, variant = sorted(own), names.index(key[0]), variants.index(key[1:])
         style = dict(
             color=_COLORS[name % len(_COLORS)],
-            marker=_MARKS[name % len(_MARKS)],
+            marker=_MARKS[(name + 3 * variant) % len(_MARKS)],
             linestyle=_LINES[variant % len(_LINES)],
         )
-        axes.plot(xs, [own[x] for x in xs], label=_label(key, chart.series), **style)
+        axes.plot(xs, [own[x] for x in xs], label=_label(key, chart.series, wrong), **style)
     if chart.ideal is not None:
         axes.axhline(chart.ideal, color="gray", linestyle=":", linewidth=1)
     ticks = sorted({x for own in points.values() for x in own})
@@ -131,14 +134,18 @@ def _draw_chart(chart: Chart, rows: list[dict[str, str]]) -> Figure:
     axes.minorticks_off()
     if chart.logarithmic:
         axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:,g}")
     axes.set(xlabel=chart.x.replace("_", " "), ylabel=chart.y.replace("_", " "), title=chart.title)
     if points:
         axes.legend(fontsize=8)
+        commits = ", ".join(sorted({row["commit"] for row in shown}))
+        figure.supxlabel(f"measured at {commits}", fontsize=6, color="gray", x=0.99, ha="right")
     return figure
 
 
-def _label(key: tuple[str, ...], series: tuple[str, ...]) -> str:
-    return ", ".join([key[0], *(f"{column.replace('_', ' ')} {value}" for column, value in zip(series[1:], key[1:]))])
+def _label(key: tuple[str, ...], series: tuple[str, ...], wrong: set[str]) -> str:
+    name = f"{key[0]} (wrong gradients)" if key[0] in wrong else key[0]
+    return ", ".join([name, *(f"{column.replace('_', ' ')} {value}" for column, value in zip(series[1:], key[1:]))])
 
 
 def save(name: str, folder: Path = results.FOLDER) -> Path:

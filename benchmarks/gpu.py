@@ -191,6 +191,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--figures", nargs="+", choices=list(FIGURES), default=list(FIGURES))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes for a smoke test; nothing is written")
+    parser.add_argument("--output", type=Path, default=results.FOLDER, help="folder of the CSV and the picture")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64], help="numbers of ranks S")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(17, 23)], help="L of attention")
     parser.add_argument("--layouts", nargs="+", choices=["zigzag", "contiguous"], default=["zigzag"])
@@ -241,10 +242,10 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             row = dict.fromkeys(_COLUMNS, "") | found | {"figure": figure} | _gpu(args.device)
             rows.append(row)
             if written:
-                results.append("gpu", [row])  # at once: a later one may not fit
+                results.append("gpu", [row], args.output)  # at once: a later one may not fit
         results.show([{key: row[key] for key in _SHOWN} for row in rows])
     if written:
-        print(figures.save("gpu"))
+        print(figures.save("gpu", args.output))
     print("Collectives were copies of the same size on this device; time on links is not in these figures.")
     return []
 

@@ -31,7 +31,7 @@ from lightning_lss import LSSTransformer, SequenceShard
 from lightning_lss.megatron import DATA, TENSOR, parallelize
 from lightning_lss.planner.seeing import is_own_operator, run_inside
 from lightning_lss.rng import SegmentDropout
-from lightning_lss.shard import WHOLE_SEQUENCE, sharded_modules
+from lightning_lss.shard import WHOLE_SEQUENCE, segment_local_names, sharded_modules
 
 _PARTS = {
     "parameters": (_MemRefType.PARAM, _MemRefType.BUFFER),
@@ -145,9 +145,17 @@ def track_shapes(_: int, name: str, size: int, job: Job) -> Peak:
         mode = FakeTensorMode()
         _make_fake(module, mode)
         with mode:
-            return _fake_step(module, job.length // size)
+            peak = _fake_step(module, job.length // size)
+            buckets = 0 if CONTESTANTS[name].strategy in ("single", "megatron") else _bucket_bytes(module)
+            return peak._replace(gradients=peak.gradients + buckets, total=peak.total + buckets)
     finally:
         dist.destroy_process_group()
+
+
+def _bucket_bytes(module: nn.Module) -> int:
+    """Bytes of DistributedDataParallel's buckets, which are there throughout."""
+    own = segment_local_names(module)
+    return sum(x.nbytes for name, x in module.named_parameters() if name not in own)
 
 
 def _split_module(contestant: Contestant, size: int, job: Job) -> LSSTransformer:

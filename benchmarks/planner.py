@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,10 +77,10 @@ MEMORY: list[tuple[str, int, int, int, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-def memory() -> list[dict[str, Any]]:
-    """Measure and predict every entry of ``MEMORY``."""
+def memory(entries: Sequence[tuple[str, int, int, int, dict[str, Any], dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Measure and predict ``entries`` of ``MEMORY``."""
     rows = []
-    for what, size, length, batch, sizes, options in MEMORY:
+    for what, size, length, batch, sizes, options in entries:
         setup = Setup(config(**sizes), "lss", 1, size, length, batch, Options(**{"ddp": False, **options}))
         fake = not setup.options.ddp and not setup.config.dropout and setup.config.positions == "rotary"
         with fake_world(0 if setup.options.layout == "zigzag" else size - 1, size) as group:
@@ -110,7 +110,7 @@ TIME: list[tuple[dict[str, Any], int, int]] = [
 def time_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure and predict every entry of ``TIME`` that this machine has the cores for."""
     hardware, rows = load_hardware(args.hardware) if args.hardware else measure_hardware(), []
-    for sizes, size, length in TIME:
+    for sizes, size, length in TIME[:1] if args.quick else TIME:
         if size > (os.cpu_count() or 1):
             continue
         setup = Setup(config(**sizes), "lss", 1, size, length)
@@ -269,6 +269,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=["memory", "time", "calibrate"])
     parser.add_argument("--hardware", type=Path, help="figures that `time` predicts with, if not measured at once")
     parser.add_argument("--rounds", type=int, default=5, help="steps that `time` takes the median of")
+    parser.add_argument("--quick", action="store_true", help="one configuration, for a smoke test; no figure")
     parser.add_argument("--output", type=Path, default=results.FOLDER, help="folder of the CSV")
 
 
@@ -278,7 +279,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.what == "calibrate":
         calibrate()
         return []
-    rows = memory() if args.what == "memory" else time_steps(args)
+    rows = memory(MEMORY[:1] if args.quick else MEMORY) if args.what == "memory" else time_steps(args)
     print(f"worst error {100 * max(abs(row['error']) for row in rows):.1f} % of {len(rows)}")
     name = f"planner_{args.what}"
     print(f"{results.append(name, rows, args.output)}\n{figures.save(name, args.output)}")

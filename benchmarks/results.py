@@ -93,7 +93,9 @@ def read(figure: str, folder: Path = FOLDER) -> list[dict[str, str]]:
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    """Print what differs between the rows as a table, and above it what they have in common."""
+    """Print what differs between the rows as a table, and above it what they have in common; of one row, all of it."""
+    if len(rows) == 1:
+        rows = [{"": key.replace("_", " "), "value": value} for key, value in rows[0].items() if value != ""]
     common = {key: value for key, value in rows[0].items() if len(rows) > 1 and all(r[key] == value for r in rows)}
     table = Table()
     columns = [column for column in rows[0] if column not in common]

@@ -58,6 +58,7 @@ def compare_single_ranks(world: World, names: Sequence[str], job: Job, runs: int
     says what the median of all rounds is worth."""
     errors = _gradient_errors(world, names, 1, job)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    against_ddp: dict[str, list[float]] = {name: [] for name in names}  # of each run
     for index in range(runs):
         first = index % len(names)
         order = [*names[first:], *names[:first]]
@@ -65,20 +66,16 @@ def compare_single_ranks(world: World, names: Sequence[str], job: Job, runs: int
             for place in range(len(order)):
                 os.mkfifo(Path(folder) / str(place))
             found = world.run(len(order), time_steps_in_turn, order, job, Path(folder), group=False)
-        for name, own in zip(order, found):
+        in_run = dict(zip(order, found))
+        for name, own in in_run.items():
             seconds[name] += own
+            if "ddp" in in_run and name != "ddp":
+                against_ddp[name].append(median_ratio(own, in_run["ddp"]))
     rounds, one_step = len(seconds[names[0]]), replace(job, steps=job.warm_up + 1)
     rows = [_row(name, 1, one_step, rounds, seconds, errors, dict.fromkeys(names, 0)) for name in names]
     for row in rows:
-        by_run = _ratios_by_run(seconds[row["contestant"]], seconds.get("ddp", []), runs)
-        row["seconds_against_ddp_by_run"] = " ".join(f"{ratio:.4f}" for ratio in by_run)
+        row["seconds_against_ddp_by_run"] = " ".join(f"{ratio:.4f}" for ratio in against_ddp[row["contestant"]])
     return rows
-
-
-def _ratios_by_run(own: list[float], other: list[float], runs: int) -> list[float]:
-    """Of each run, the median ratio of two contestants' steps; empty where the other one has none."""
-    steps = len(other) // runs
-    return [median_ratio(own[start:][:steps], other[start:][:steps]) for start in range(0, len(other), steps or 1)]
 
 
 def _gradient_errors(world: World, names: Sequence[str], size: int, job: Job) -> dict[str, float]:

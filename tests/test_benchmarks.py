@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import counting, figures, memory, network, results
+from benchmarks import commands, counting, figures, memory, network, results
 from benchmarks.attention import Shape, check_attention, verdict
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.harness import World, in_turn, median_ratio
@@ -86,6 +86,7 @@ def test_memory_on_shapes_is_that_of_real_ranks(ranks, name) -> None:
     shapes = ranks(1, memory.track_shapes, name, size, JOB, group=False)[0]
     assert shapes.parameters == real.parameters
     assert shapes.activations == pytest.approx(real.activations, rel=0.03)
+    assert shapes.gradients == pytest.approx(real.gradients, rel=0.03)
 
 
 def test_buckets_of_ddp_are_gradients_not_activations(ranks) -> None:
@@ -121,6 +122,38 @@ def test_contestants_take_turns() -> None:
     assert seconds == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
     assert len(in_turn(runs, rounds=5, most_seconds=0)["a"]) == 1  # at least one
     assert median_ratio([2.0, 4.0, 90.0], [1.0, 2.0, 9.0]) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["step", "--ranks", "0"], "0 is no positive integer"),
+        (["step", "--length", "1001", "--ranks", "2"], "cannot be split over 2 ranks"),
+        (["memory", "--set", "colour=red"], "unexpected keyword argument 'colour'"),
+        (["step", "--width", "30", "--heads", "4"], "width=30 must be a multiple of num_heads=4"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_a_sentence(arguments, message) -> None:
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_efficiency_is_against_the_fewest_ranks(tmp_path) -> None:
+    rows = run_command(tmp_path, "weak-scaling", "--contestants", "lss", "--ranks", "2", "1")
+    assert [(row["ranks"], row["efficiency"] == "1.0") for row in rows] == [("2", False), ("1", True)]
+
+
+def test_who_is_left_out_is_named(tmp_path, capsys) -> None:
+    assert commands._on_shapes(["lss", "lss-fsdp"]) == ["lss"]
+    assert "left out: lss-fsdp" in capsys.readouterr().out
+
+
+def test_one_row_is_shown_in_full(capsys) -> None:
+    results.show([{f"column {number}": number for number in range(40)}])
+    assert "column 39" in capsys.readouterr().out
 
 
 def test_rows_with_other_columns_are_refused(tmp_path) -> None:
@@ -161,7 +194,7 @@ def test_namespaces_are_removed_also_after_a_failure() -> None:
 @pytest.mark.parametrize("name", [*figures.CHARTS, *figures.PREDICTIONS])
 def test_every_figure_has_a_picture(tmp_path, name) -> None:
     of = figures.CHARTS.get(name) or figures.PREDICTIONS[name]
-    columns = [*of[:2], *getattr(of, "series", ())]
+    columns = [*of[:2], *getattr(of, "series", ()), "commit"]
     rows = [{column: str(2.0**n) for column in columns} for n in range(1, 4)]
     figures.draw(name, rows).savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 0
