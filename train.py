@@ -63,18 +63,45 @@ def check(cfg: DictConfig) -> None:
     if cfg.mode not in MODES:
         raise ValueError(f"mode={cfg.mode} is unknown: choose one of {', '.join(MODES)}.")
     if cfg.mode == "plan":
-        return  # the planner looks at its own
+        check_plan(cfg)
+        return
     if cfg.mode != "fit" and cfg.ckpt_path is None:
         raise ValueError(
             f"mode={cfg.mode} needs a trained model: add ckpt_path=<folder of the run>/checkpoints/last.ckpt."
         )
     if cfg.ckpt_path is not None and not (Path(cfg.ckpt_path).exists() or "://" in cfg.ckpt_path):
         raise ValueError(f"ckpt_path={cfg.ckpt_path} does not exist.")
+    check_folder(cfg)
     for key in ("data.path", "seq_len", "devices"):
         if OmegaConf.is_missing(*_parent(cfg, key)):
             raise ValueError(f"{key} is not set: add {key}=...")
     if isinstance(cfg.devices, int) and cfg.devices > 0:
         check_split(cfg, cfg.devices * cfg.trainer.num_nodes)
+
+
+def check_folder(cfg: DictConfig) -> None:
+    """Refuse a checkpoint that is a folder where the strategy reads files only; raises ``ValueError``."""
+    reads_folders = cfg.strategy.get("_target_", "").endswith(("LSSStrategy", "MegatronStrategy"))
+    if cfg.ckpt_path is not None and Path(cfg.ckpt_path).is_dir() and not reads_folders:
+        raise ValueError(
+            f"ckpt_path={cfg.ckpt_path} is a folder, which this strategy cannot read: make a file of it with"
+            " lightning_lss.distributed_checkpoint.consolidate(folder, file), or use strategy=lss."
+        )
+
+
+def check_plan(cfg: DictConfig) -> None:
+    """Refuse what cannot be planned, and files that could not be written; raises ``ValueError``."""
+    if not isinstance(cfg.devices, int):
+        raise ValueError(f"mode=plan needs a number of devices, not devices={cfg.devices}: add devices=8, for example.")
+    if cfg.trainer.accelerator not in ("cpu", "auto") and cfg.hardware.name == "CPU":
+        kinds = "v100, a100, h100 or h200"
+        raise ValueError(
+            f"mode=plan needs the kind of trainer.accelerator={cfg.trainer.accelerator}: add hardware={kinds}."
+        )
+    for name in ("csv", "png", "weak_scaling"):
+        path = cfg.plan[name]
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"plan.{name}={path} cannot be written: there is no folder {Path(path).parent}.")
 
 
 def _parent(cfg: DictConfig, key: str) -> tuple[Any, str]:
@@ -127,6 +154,7 @@ def _config_choice() -> list[str]:
 def run(cfg: DictConfig) -> None:
     """Instantiate everything that ``cfg`` names and do what its mode says."""
     import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import LearningRateMonitor
 
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = hydra.utils.instantiate(cfg.data)
@@ -136,6 +164,8 @@ def run(cfg: DictConfig) -> None:
     model = hydra.utils.instantiate(cfg.model, _convert_="all", **from_data)
     logger = hydra.utils.instantiate(cfg.logger) if cfg.get("logger") else False
     callbacks = [hydra.utils.instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
+    if not logger:  # which this one refuses to be without
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     trainer: pl.Trainer = hydra.utils.instantiate(
         cfg.trainer,
         strategy=hydra.utils.instantiate(cfg.strategy),
@@ -172,9 +202,10 @@ def run_plan(cfg: DictConfig) -> None:
     chosen = {
         "layout": "zigzag" if layout == "auto" else layout,
         "sharding": cfg.strategy.get("sharding"),
+        "communication_dtype": cfg.strategy.get("communication_dtype"),
+        "accumulate_grad_batches": cfg.trainer.accumulate_grad_batches,
+        "precision": planned_precision(cfg, hardware.precision),
     }
-    if cfg.plan.precision is not None:
-        chosen["precision"] = cfg.plan.precision
     options = usual_options(hardware, **{**chosen, **cfg.plan.options})
     console = Console(soft_wrap=True)
     if cfg.plan.weak_scaling is not None:
@@ -198,8 +229,18 @@ def run_plan(cfg: DictConfig) -> None:
         draw_plan(planned).savefig(cfg.plan.png, dpi=120)
 
 
+def planned_precision(cfg: DictConfig, usual: str) -> str:
+    """What ``plan.precision`` says; else the trainer's, unless that is the CPU trainer's own while other hardware is
+    planned for, of which ``usual`` is the usual one."""
+    if cfg.plan.precision is not None:
+        return cfg.plan.precision
+    left_alone = cfg.trainer.accelerator == "cpu" and cfg.trainer.precision == "32-true"
+    return usual if left_alone else str(cfg.trainer.precision)
+
+
 def report(trainer: pl.Trainer, folder: Path) -> None:
     """Print what the run came to and where things lie; write the metrics to ``result.json``."""
+    from lightning.pytorch.loggers import TensorBoardLogger
     from rich.console import Console
     from rich.table import Table
 
@@ -219,8 +260,11 @@ def report(trainer: pl.Trainer, folder: Path) -> None:
         table.add_row("checkpoint", shown(checkpoint))
     if (folder / "predictions").is_dir():
         table.add_row("predictions", shown(folder / "predictions"))
-    if trainer.loggers:
-        table.add_row("follow it with", f"tensorboard --logdir {shown(folder)}")
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            table.add_row("follow it with", f"tensorboard --logdir {shown(folder)}")
+        elif logger.log_dir is not None:
+            table.add_row("logged", shown(logger.log_dir))
     (folder / RESULT).write_text(json.dumps(result, indent=2))
     print()
     Console(soft_wrap=True).print(table)

@@ -12,10 +12,18 @@ With one rank both are the whole sequence in order.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from numbers import Integral
+from typing import Any, Literal, get_args
 
 Layout = Literal["contiguous", "zigzag"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
+
+
+def check_positive(**values: Any) -> None:
+    """Raise ``ValueError`` for the first of the named values that is no positive integer."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a positive integer.")
 
 
 def resolve_sequence_parallel_size(world_size: int, requested: int | Literal["auto"]) -> int:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from lightning_lss.attention import LSSAttention
+from lightning_lss.layout import check_positive
 from lightning_lss.positions import RotaryEmbedding, SegmentPositionalEmbedding
 from lightning_lss.recompute import ActivationCheckpointing, run_block, run_in_tiles
 from lightning_lss.rng import SegmentDropout
@@ -73,18 +74,8 @@ class TransformerConfig:
     mlp_tiles: int = 1
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "seq_len",
-            "width",
-            "num_layers",
-            "num_heads",
-            "kv_heads",
-            "hidden_width",
-            "mlp_tiles",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive.")
+        sizes = ("vocab_size", "seq_len", "width", "num_layers", "num_heads", "kv_heads", "hidden_width", "mlp_tiles")
+        check_positive(**{name: getattr(self, name) for name in sizes})
         if self.width % self.num_heads:
             raise ValueError(f"width={self.width} must be a multiple of num_heads={self.num_heads}.")
         if self.num_heads % self.kv_heads:

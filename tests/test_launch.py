@@ -103,12 +103,14 @@ def test_train_py_from_start_to_prediction(tmp_path) -> None:
     assert (tmp_path / "fit/.hydra/config.yaml").exists()
     check_tensorboard(tmp_path / "fit/tensorboard")
 
-    train(
-        tmp_path / "more", f"ckpt_path={checkpoint}", "trainer.max_steps=9", "sequence_parallel_size=1"
-    )  # another grid
+    another_grid = ("trainer.max_steps=9", "sequence_parallel_size=1")
+    output = train(tmp_path / "more", f"ckpt_path={checkpoint}", "~logger", *another_grid)
+    assert "tensorboard" not in output
     assert torch.load(tmp_path / "more/checkpoints/last.ckpt", weights_only=False)["global_step"] == 9
 
-    train(tmp_path / "validate", "mode=validate", f"ckpt_path={checkpoint}", "strategy=single")
+    output = train(tmp_path / "validate", "mode=validate", f"ckpt_path={checkpoint}", "strategy=single", "logger=csv")
+    assert "tensorboard" not in output
+    assert (tmp_path / "validate/csv/metrics.csv").exists()
     again = json.loads((tmp_path / "validate/result.json").read_text())
     assert again["val/bits_per_byte"] == pytest.approx(result["val/bits_per_byte"], rel=1e-5)
 
@@ -170,6 +172,10 @@ def test_multirun_gives_each_run_a_folder(tmp_path) -> None:
         (["mode=test"], "mode=test needs a trained model"),
         (["mode=train"], "mode=train is unknown"),
         (["ckpt_path=nowhere.ckpt"], "ckpt_path=nowhere.ckpt does not exist"),
+        (["strategy=single", "devices=1", "ckpt_path=."], "is a folder, which this strategy cannot read"),
+        (["mode=plan", "devices=auto"], "add devices=8"),
+        (["mode=plan", "trainer=gpu"], "add hardware="),
+        (["mode=plan", "plan.csv=nowhere/plan.csv"], "there is no folder nowhere"),
         (["data=text"], "data.path is not set"),
         (["data=text", "data.path=/nowhere"], "/nowhere"),
         (["model.num_heads=3"], "width=32 must be a multiple of num_heads=3"),

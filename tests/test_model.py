@@ -216,9 +216,9 @@ def test_operations_can_be_counted_on_meta_tensors() -> None:
     [
         ({"width": 30}, "width=30 must be a multiple of num_heads=4"),
         ({"num_kv_heads": 3}, "num_heads=4 must be a multiple of num_kv_heads=3"),
-        ({"num_kv_heads": 0}, "kv_heads=0 must be positive"),
-        ({"num_layers": 0}, "num_layers=0 must be positive"),
-        ({"vocab_size": -1}, "vocab_size=-1 must be positive"),
+        ({"num_kv_heads": 0}, "kv_heads=0 must be a positive integer"),
+        ({"num_layers": 0}, "num_layers=0 must be a positive integer"),
+        ({"vocab_size": -1}, "vocab_size=-1 must be a positive integer"),
         ({"positions": "sinusoidal"}, "positions='sinusoidal' is unknown: choose 'learned' or 'rotary'"),
         ({"mlp": "relu"}, "mlp='relu' is unknown: choose 'gelu' or 'swiglu'"),
     ],

@@ -6,11 +6,13 @@ import csv
 import subprocess
 import sys
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 import lightning_lss
 from lightning_lss.model import TransformerConfig
@@ -27,6 +29,7 @@ from lightning_lss.planner import (
 )
 from lightning_lss.planner.hardware import bytes_of, load_hardware
 from lightning_lss.planner.ledger import Ledger
+from lightning_lss.planner.report import print_plan
 from lightning_lss.planner.scaling import draw_weak_scaling, weak_scaling
 from lightning_lss.planner.timing import visible_pairs
 from lightning_lss.tiles import attention_tiles
@@ -209,6 +212,33 @@ def test_recomputation_costs_time() -> None:
     assert seconds[0].attention == seconds[1].attention < seconds[2].attention
 
 
+def test_numbers_that_travel_in_two_bytes() -> None:
+    for sharding in (None, "fsdp", "hybrid"):
+        whole, half = (
+            {x.name: x.received for x in step_traffic(grid_of(sharding=sharding, communication_dtype=dtype))}
+            for dtype in (None, "bfloat16")
+        )
+        for name, received in whole.items():  # parameters stay what they are
+            assert half[name] == (received if name == "gather parameters" else received / 2), name
+
+
+def grid_of(**options) -> Setup:
+    return Setup(MODEL, "lss", 2, 4, 4096, options=Options(**options))
+
+
+@pytest.mark.parametrize("sharding", [None, "fsdp", "hybrid"])
+def test_batches_of_a_step_are_computed_one_after_the_other_and_gradients_averaged_once(sharding) -> None:
+    one, three = (grid_of(sharding=sharding, accumulate_grad_batches=n) for n in (1, 3))
+    assert three.sequences == 3 * one.sequences
+    times = [step_time(setup, DEVICE) for setup in (one, three)]
+    assert times[1].matmul == pytest.approx(3 * times[0].matmul)
+    assert times[1].optimizer == times[0].optimizer
+    calls = [{x.name: x.calls for x in step_traffic(setup)} for setup in (one, three)]
+    for name in calls[0]:
+        once = name.startswith("average")
+        assert calls[1][name] == calls[0][name] * (1 if once else 3), name
+
+
 # -- plan --------------------------------------------------------------------------------------------------------------
 
 
@@ -240,8 +270,15 @@ def test_a_global_batch_is_shared_out() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"devices": 0}, "devices=0 must be positive"),
-        ({"seq_len": -1}, "seq_len=-1 must be positive"),
+        ({"devices": 0}, "devices=0 must be a positive integer"),
+        ({"devices": "auto"}, "devices='auto' must be a positive integer"),
+        ({"seq_len": -1}, "seq_len=-1 must be a positive integer"),
+        ({"seq_len": 4096.5}, "seq_len=4096.5 must be a positive integer"),
+        ({"global_batch": 0}, "global_batch=0 must be a positive integer"),
+        ({"config": "tiny"}, "config is a str, not a TransformerConfig"),
+        ({"hardware": "h100"}, "hardware is a str, not a Hardware"),
+        ({"schemes": []}, "leave nothing to plan"),
+        ({"schemes": ["megatron"], "devices": 1}, "leave nothing to plan"),
         ({"devices": 8, "global_batch": 3, "seq_len": 1001}, "No way to share 8 devices out"),
         ({"options": Options("16-mixed")}, "device has no peak for float16"),
     ],
@@ -256,7 +293,12 @@ def test_what_is_impossible_is_refused(kwargs, message) -> None:
     [
         (lambda: Options("fp8"), "precision='fp8' is unknown"),
         (lambda: Options(sharding="zero"), "sharding='zero' is unknown"),
-        (lambda: Options(mlp_tiles=0), "mlp_tiles=0 must be positive"),
+        (lambda: Options(layout="spiral"), "layout='spiral' is unknown"),
+        (lambda: Options(communication_dtype="int8"), "communication_dtype='int8' is unknown"),
+        (lambda: Options(mlp_tiles=0), "mlp_tiles=0 must be a positive integer"),
+        (lambda: Options(mlp_tiles=1.5), "mlp_tiles=1.5 must be a positive integer"),
+        (lambda: load_hardware("h100"), "'h100' is no file"),
+        (lambda: Setup(MODEL, "lss", 2, 1, 4096, options=Options(sharding="hybrid")), "which has one rank here"),
         (lambda: setup_of(3), "cannot be split over 3 ranks"),
         (lambda: setup_of(head_chunks=3), "must be a divisor of the 8 key/value heads"),
         (lambda: setup_of(16, scheme="megatron"), "Megatron cannot share num_heads=8 out over 16 ranks"),
@@ -300,6 +342,13 @@ def test_weak_scaling_as_in_the_paper(precision) -> None:
     assert len(draw_weak_scaling(scaling).axes) == 4
 
 
+def test_weak_scaling_of_sharded_parameters_is_against_the_same_baseline() -> None:
+    hardware = load_hardware(ROOT / "conf" / "hardware" / "v100.yaml")
+    plain, sharded = (weak_scaling(MODEL, hardware, Options("32-true", sharding=x)) for x in (None, "fsdp"))
+    assert sharded.baseline == plain.baseline
+    assert sharded.lss[-1].memory.total < plain.lss[-1].memory.total
+
+
 def test_the_command_line(tmp_path) -> None:
     words = [
         "mode=plan",
@@ -319,3 +368,25 @@ def test_the_command_line(tmp_path) -> None:
     assert {row["scheme"] for row in rows} == {"lss", "megatron"}
     assert {row["fits"] for row in rows} == {"True", "False"}
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_comparison_takes_the_longest_of_any_way_and_tells_it_where_one_does_not_fit() -> None:
+    def told(memory: float) -> str:
+        console = Console(file=StringIO(), soft_wrap=True)
+        print_plan(lightning_lss.plan(MODEL, 65536, 8, replace(DEVICE, memory=memory)), console)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    plan = lightning_lss.plan(MODEL, 65536, 8, DEVICE)
+    longest = {s: max(c.longest for c in plan.choices if c.scheme == s) for s in ("lss", "megatron")}
+    assert "x the speed" in told(DEVICE.memory)
+    assert f"{longest['lss']:,} tokens (lss), {longest['megatron']:,} tokens (megatron)" in told(DEVICE.memory)
+    needed = {s: min(c.memory.total for c in plan.choices if c.scheme == s and c.memory) for s in longest}
+    assert needed["lss"] < needed["megatron"]
+    assert "tokens (megatron)" in told(sum(needed.values()) / 2)
+
+
+def test_every_part_has_its_own_peak() -> None:
+    memory = rank_memory(setup_of(8, 65536))
+    assert all(memory.most[part] >= getattr(memory, part) for part in memory.most)
+    assert memory.most["kv_buffers"] > 0
+    assert memory.most["logits"] > 0

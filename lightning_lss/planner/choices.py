@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_lss.layout import chunks_per_rank
+from lightning_lss.layout import check_positive, chunks_per_rank
 from lightning_lss.model import TransformerConfig
 from lightning_lss.planner.hardware import Hardware
 from lightning_lss.planner.memory import Memory, rank_memory
-from lightning_lss.planner.setup import SCHEMES, Options, Setup
+from lightning_lss.planner.setup import SCHEMES, Options, Setup, unsharded
 from lightning_lss.planner.timing import StepTime, step_time, utilization
 from lightning_lss.planner.traffic import step_traffic
 
@@ -47,6 +47,7 @@ class Choice:
         memory = {f"{name}_bytes": round(value) for name, value in _numbers(self.memory).items()}
         time = {f"{name}_seconds": value for name, value in _numbers(self.time).items()}
         row |= memory | {"total_bytes": round(self.memory.total) if self.memory else ""}
+        row |= {f"most_{part}_bytes": round(value) for part, value in (self.memory.most if self.memory else {}).items()}
         row |= {"received_bytes": round(self.received)} | time
         row |= {"step_seconds": self.time.total if self.time else "", "tokens_per_second": self.tokens_per_second}
         return row | {"utilization": self.utilization, "obstacle": self.obstacle or ""}
@@ -97,16 +98,18 @@ def plan(
         devices: number of devices W.
         hardware: what they are, for example ``load_hardware("conf/hardware/h100.yaml")``.
         batch_size: sequences that a sequence group trains on at a time.
-        global_batch: sequences in a step in all, which D has to divide; it replaces ``batch_size``.
+        global_batch: sequences in a step in all, which D (times the batches that a step accumulates) has to divide; it
+            replaces ``batch_size``.
         options: precision, checkpointing, sharding and so on; by default what is usual on the hardware.
         schemes: which of ``"lss"`` and ``"megatron"`` to look at.
 
     Raises:
-        ValueError: if a size is not positive, or if no (D, S) is possible, in one sentence.
+        ValueError: if an argument is not what it must be, or if no (D, S) is possible, in one sentence.
     """
-    for name, value in {"seq_len": seq_len, "devices": devices, "batch_size": batch_size}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be positive.")
+    _check_kind("config", config, TransformerConfig, "give the `.model.config` of an LSSTransformer")
+    _check_kind("hardware", hardware, Hardware, 'give one, such as load_hardware("conf/hardware/h100.yaml")')
+    batches = {"batch_size": batch_size} if global_batch is None else {"global_batch": global_batch}
+    check_positive(seq_len=seq_len, devices=devices, **batches)
     if options is None:
         options = usual_options(hardware)
     hardware.peak_of(options.precision)  # refuse what it has no figure for
@@ -116,9 +119,16 @@ def plan(
         for size in range(1, devices + 1)
         if devices % size == 0 and (scheme == "lss" or size > 1)  # of one rank there is nothing to tell
     ]
+    if not choices:
+        raise ValueError(f"schemes={list(schemes)} leave nothing to plan on devices={devices}: add 'lss'.")
     if all(choice.obstacle for choice in choices):
         raise ValueError(f"No way to share {devices} devices out is possible; {_first_words(choices)}")
     return Plan(config, seq_len, devices, hardware, choices)
+
+
+def _check_kind(name: str, value: Any, kind: type, remedy: str) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is a {type(value).__name__}, not a {kind.__name__}: {remedy}.")
 
 
 def usual_options(hardware: Hardware, **chosen: Any) -> Options:
@@ -144,13 +154,14 @@ def _choice(
     options: Options,
 ) -> Choice:
     if global_batch is not None:
-        if global_batch % data_size:
-            why = f"global_batch={global_batch} cannot be shared out over D={data_size} sequence groups."
+        groups = data_size * options.accumulate_grad_batches
+        if global_batch % groups:
+            times = f" {options.accumulate_grad_batches} times" if groups > data_size else ""
+            why = f"global_batch={global_batch} cannot be shared out over D={data_size} sequence groups{times}."
             return Choice(scheme, data_size, size, 0, obstacle=why)
-        batch_size = global_batch // data_size
+        batch_size = global_batch // groups
     if scheme == "megatron":
-        # gradients are averaged where they are, and every parameter is shared out already
-        options = replace(options, ddp=False, sharding=None)
+        options = unsharded(options)
     try:
         setup = Setup(config, scheme, data_size, size, seq_len, batch_size, options)
     except ValueError as error:
@@ -165,7 +176,7 @@ def _choice(
         memory=memory,
         time=time,
         received=sum(entry.received for entry in step_traffic(setup)),
-        tokens_per_second=data_size * batch_size * seq_len / time.total,
+        tokens_per_second=setup.sequences * seq_len / time.total,
         utilization=utilization(setup, hardware, time.total),
         fits=memory.total <= hardware.usable_memory,
         longest=longest_sequence(setup, hardware.usable_memory),

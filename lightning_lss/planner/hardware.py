@@ -92,9 +92,15 @@ class Hardware:
 
 
 def load_hardware(path: str | Path) -> Hardware:
-    """Read a file such as those in ``conf/hardware``."""
+    """Read a file such as those in ``conf/hardware``.
+
+    Raises:
+        ValueError: if there is no such file.
+    """
     from omegaconf import OmegaConf
 
+    if not Path(path).is_file():
+        raise ValueError(f"{str(path)!r} is no file: give the path of one such as conf/hardware/h100.yaml.")
     figures = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     assert isinstance(figures, dict)
     return Hardware(**{str(key): value for key, value in figures.items() if key != "_target_"})

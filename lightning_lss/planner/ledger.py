@@ -12,7 +12,8 @@ class Ledger:
     def __init__(self) -> None:
         self.held: dict[str, tuple[str, float]] = {}
         self.now = dict.fromkeys(PARTS, 0.0)
-        self.peak = dict(self.now)
+        self.peak = dict(self.now)  # at the moment at which all parts together are most
+        self.most = dict(self.now)  # of each part, at a moment of its own
         self.moment = ""
         self.most_work = 0.0  # the most, at a moment of its own, beside parameters, gradients and optimizer state
         self.written = 0.0
@@ -23,6 +24,7 @@ class Ledger:
         self.held[name] = (part, size)
         self.now[part] += size
         self.written += size
+        self.most[part] = max(self.most[part], self.now[part])
         self.most_work = max(self.most_work, sum(self.now[part] for part in _WORK))
         if sum(self.now.values()) > sum(self.peak.values()):
             self.peak, self.moment = dict(self.now), name

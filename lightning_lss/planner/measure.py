@@ -18,7 +18,7 @@ from lightning_lss.loss import chunked_cross_entropy, linear_cross_entropy
 from lightning_lss.model import Transformer
 from lightning_lss.planner.seeing import is_own_operator, run_inside
 from lightning_lss.planner.setup import Setup
-from lightning_lss.precision import in_autocast_dtype
+from lightning_lss.precision import in_autocast_dtype, resolve_communication_dtype
 from lightning_lss.shard import SequenceShard, segment_local_names, sharded_modules
 
 
@@ -73,9 +73,8 @@ def measure_memory(setup: Setup, group: dist.ProcessGroup, fake_tensors: bool = 
         tracker = Tracker()
         tracker.track_external(model)
         with tracker:
-            step = make_step(model, setup)
+            step = make_step(model, setup, tracker.reset_mod_stats)  # it takes one call of each module at a time
             step()
-            tracker.reset_mod_stats()  # it takes one call of each module at a time; the peak stays
             step()
     (snapshot,) = tracker.get_tracker_snapshot("peak").values()
     return {str(getattr(kind, "value", kind)): size for kind, size in snapshot.items()}
@@ -90,7 +89,8 @@ def make_model(setup: Setup, group: dist.ProcessGroup) -> Transformer:
             "mlp_tiles": setup.mlp_tiles,
         }
         model = Transformer(replace(setup.config, seq_len=setup.seq_len, **chosen))
-    shard = SequenceShard(dist.get_rank(group), setup.size, setup.options.layout, group)
+    dtype = resolve_communication_dtype(setup.options.communication_dtype)
+    shard = SequenceShard(dist.get_rank(group), setup.size, setup.options.layout, group, dtype)
     for module in sharded_modules(model):
         module.set_shard(shard)
         if isinstance(module, LSSAttention) and setup.options.head_chunks is not None:
@@ -109,8 +109,9 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def make_step(model: Transformer, setup: Setup) -> Callable[[], None]:
-    """The step of :class:`~lightning_lss.LSSTransformer` under Lightning, without what does not touch memory."""
+def make_step(model: Transformer, setup: Setup, after_batch: Callable[[], None] = lambda: None) -> Callable[[], None]:
+    """The step of :class:`~lightning_lss.LSSTransformer` under Lightning, without what does not touch memory;
+    ``after_batch`` is called when the backward pass of a batch is over."""
     optimizer = torch.optim.AdamW(model.parameters())
     module: nn.Module = _WithLoss(model, setup.loss_rows if setup.chunked_loss else None)
     if setup.options.ddp:
@@ -121,10 +122,13 @@ def make_step(model: Transformer, setup: Setup) -> Callable[[], None]:
     inputs, targets = torch.zeros(2, setup.batch_size, setup.seq_len // setup.size, dtype=torch.int64).unbind()
 
     def step() -> None:
-        with _autocast(setup):
-            loss = module(inputs, targets)
-        optimizer.zero_grad()  # in Lightning's order: the last step's gradients are there throughout the forward pass
-        loss.backward()
+        for batch in range(setup.options.accumulate_grad_batches):
+            with _autocast(setup):
+                loss = module(inputs, targets)
+            if batch == 0:  # in Lightning's order: the last step's gradients are there throughout the forward pass
+                optimizer.zero_grad()
+            loss.backward()
+            after_batch()
         optimizer.step()
 
     return step

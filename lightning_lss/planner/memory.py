@@ -11,8 +11,9 @@ from lightning_lss.planner.walk import Walk
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank by part; ``moment`` names the tensor that came last before the peak. ``most_work`` is the most that
-    activations, buffers of keys and values, and logits come to at any moment, which need not be the peak's."""
+    """Bytes of a rank by part at the peak of their sum; ``moment`` names the tensor that came last before it. ``most`` has
+    each part at its own peak, and ``most_work`` is the most that activations, buffers of keys and values, and logits come to
+    together; these need not be the same moments."""
 
     parameters: float
     gradients: float
@@ -22,6 +23,7 @@ class Memory:
     logits: float
     moment: str
     most_work: float
+    most: dict[str, float]
 
     @property
     def total(self) -> float:
@@ -38,4 +40,4 @@ def rank_memory(setup: Setup) -> Memory:
     """
     walk = Walk(setup)
     walk.step()
-    return Memory(**walk.ledger.peak, moment=walk.ledger.moment, most_work=walk.ledger.most_work)
+    return Memory(**walk.ledger.peak, moment=walk.ledger.moment, most_work=walk.ledger.most_work, most=walk.ledger.most)

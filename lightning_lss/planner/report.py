@@ -43,7 +43,8 @@ def _memory_table(plan: Plan) -> Table:
     title = f"{plan.devices} x {plan.hardware.name}, L = {plan.seq_len:,}: {unit} of a rank at its peak ({cap})"
     table = _table(title, *(_NAMES.get(part, part) for part in PARTS), "total", "longest L")
     for choice in possible:
-        sizes = [getattr(choice.memory, name) / size for name in (*PARTS, "total")]
+        assert choice.memory is not None
+        sizes = [value / size for value in (*(choice.memory.most[part] for part in PARTS), choice.memory.total)]
         _add(
             table,
             plan,
@@ -89,7 +90,10 @@ def _add(table: Table, plan: Plan, choice: Choice, *cells: str) -> None:
 
 
 def _remarks(plan: Plan) -> list[str]:
-    lines = ['"not hidden": share of a step in which a rank waits for others. Predictions; see docs/planner.md.']
+    lines = [
+        "Memory: each part when it is most; total: the most that they come to at one moment.",
+        '"not hidden": share of a step in which a rank waits for others. Predictions; see docs/planner.md.',
+    ]
     obstacles = [choice for choice in plan.choices if choice.obstacle]
     if obstacles:
         first = obstacles[0]
@@ -122,14 +126,18 @@ def _strategy(choice: Choice) -> str:
 
 def _comparison(plan: Plan) -> list[str]:
     lss, other = plan.best("lss"), plan.best("megatron")
+    longest = {c.scheme: max(x.longest for x in plan.choices if x.scheme == c.scheme) for c in plan.choices}
+    lengths = (
+        "The longest sequence of any D and S: " + ", ".join(f"{n:,} tokens ({s})" for s, n in longest.items()) + "."
+    )
     if lss is None or other is None:
-        return []
+        return [lengths]
     assert lss.memory is not None
     assert other.memory is not None
     return [
         f"Best lss against best megatron: {lss.tokens_per_second / other.tokens_per_second:.2f}x the speed,"
-        f" {lss.memory.total / other.memory.total:.2f}x the memory of a rank, {lss.longest / max(1, other.longest):.2f}x the"
-        " longest sequence."
+        f" {lss.memory.total / other.memory.total:.2f}x the memory of a rank.",
+        lengths,
     ]
 
 

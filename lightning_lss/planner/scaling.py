@@ -19,7 +19,7 @@ from rich.table import Table
 from lightning_lss.model import TransformerConfig
 from lightning_lss.planner.hardware import Hardware
 from lightning_lss.planner.memory import Memory, rank_memory
-from lightning_lss.planner.setup import Options, Setup
+from lightning_lss.planner.setup import Options, Setup, unsharded
 from lightning_lss.planner.timing import step_time
 
 TOKENS_A_RANK = 58
@@ -76,7 +76,7 @@ def weak_scaling(
     devices: Sequence[int] = DEVICES,
 ) -> WeakScaling:
     """Predict it; every group trains on ``batch_size`` sequences of 58 tokens for each of its ranks."""
-    baseline = replace(options, ddp=False)
+    baseline = unsharded(options)
     free = replace(baseline, fractional_heads=True)
 
     def point(scheme: str, count: int, group: int, chosen: Options, links: bool = True) -> Point:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from lightning_lss.kernels import KERNELS
-from lightning_lss.layout import check_length
+from lightning_lss.layout import LAYOUTS, check_length, check_positive
 from lightning_lss.loss import logit_rows
 from lightning_lss.model import TransformerConfig
 from lightning_lss.split_attention import choose_head_chunks
@@ -51,6 +51,9 @@ class Options:
     Args:
         precision: a name in :data:`PRECISIONS`, as Lightning's Trainer takes it.
         layout: how LSS splits a sequence, ``"zigzag"`` or ``"contiguous"``.
+        communication_dtype: ``"bfloat16"`` or ``"float16"``, in which keys, values and gradients travel under LSS; None
+            for the dtype that they have.
+        accumulate_grad_batches: batches of one step, one after the other.
         head_chunks: in how many parts LSS gathers the key/value heads; None for what attention chooses by itself.
         activation_checkpointing: ``"none"``; ``"full"`` keeps the input of each block; ``"selective"`` keeps what
             attention returns as well; ``"offload"`` is full with the inputs in host memory. None for the model's.
@@ -72,6 +75,8 @@ class Options:
 
     precision: str = "32-true"
     layout: str = "zigzag"
+    communication_dtype: str | None = None
+    accumulate_grad_batches: int = 1
     head_chunks: int | None = None
     activation_checkpointing: str | None = None
     mlp_tiles: int | None = None
@@ -87,6 +92,8 @@ class Options:
     def __post_init__(self) -> None:
         known = {
             "precision": PRECISIONS,
+            "layout": LAYOUTS,
+            "communication_dtype": (None, "bfloat16", "float16"),
             "activation_checkpointing": (None, "none", "full", "selective", "offload"),
             "sharding": (None, "fsdp", "hybrid"),
             "kernel": KERNELS,
@@ -97,10 +104,13 @@ class Options:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(map(str, values))}."
                 )
-        for name in ("mlp_tiles", "loss_rows", "head_chunks"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be positive.")
+        counts = ("accumulate_grad_batches", "mlp_tiles", "loss_rows", "head_chunks")
+        check_positive(**{name: getattr(self, name) for name in counts if getattr(self, name) is not None})
+
+
+def unsharded(options: Options) -> Options:
+    """The same for Megatron, which averages gradients where they are and has shared out every parameter already."""
+    return replace(options, ddp=False, sharding=None)
 
 
 @dataclass(frozen=True)
@@ -131,12 +141,11 @@ class Setup:
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
             raise ValueError(f"scheme={self.scheme!r} is unknown: choose one of {', '.join(SCHEMES)}.")
-        for name in ("data_size", "size", "seq_len", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive.")
+        check_positive(data_size=self.data_size, size=self.size, seq_len=self.seq_len, batch_size=self.batch_size)
         if self.scheme == "lss":
             check_length(self.seq_len, self.size, self.options.layout)
             self._check_head_chunks()
+            self._check_sharding()
         else:
             self._check_tensor_parallel()
             if self.options.sharding is not None:
@@ -148,6 +157,10 @@ class Setup:
         chunks = self.options.head_chunks
         if chunks is not None and self.config.kv_heads % chunks:
             raise ValueError(f"head_chunks={chunks} must be a divisor of the {self.config.kv_heads} key/value heads.")
+
+    def _check_sharding(self) -> None:
+        if self.options.sharding == "hybrid" and self.size == 1 < self.data_size:
+            raise ValueError("sharding='hybrid' shards over the sequence group, which has one rank here: use 'fsdp'.")
 
     def _check_tensor_parallel(self) -> None:
         shared = {"seq_len": self.seq_len}
@@ -178,6 +191,16 @@ class Setup:
     def precision(self) -> Precision:
         """Bytes of the numbers involved."""
         return PRECISIONS[self.options.precision]
+
+    @property
+    def travelling(self) -> int:
+        """Bytes of a number of the keys, values and gradients that travel between ranks; 0 where each has its own dtype's."""
+        return 0 if self.scheme == "megatron" or self.options.communication_dtype is None else 2
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of a step in all."""
+        return self.data_size * self.batch_size * self.options.accumulate_grad_batches
 
     @property
     def kv_width(self) -> int:

@@ -43,19 +43,20 @@ class StepTime:
 
 def step_time(setup: Setup, hardware: Hardware) -> StepTime:
     """Predict the seconds of a training step of the busiest rank."""
-    peak = hardware.peak_of(setup.options.precision)
+    peak, batches = hardware.peak_of(setup.options.precision), setup.options.accumulate_grad_batches
     forward, backward = _matmul_flops(setup)
-    matmul = (forward + backward) / (peak * hardware.matmul)
-    pairs = 12.0 * setup.batch_size * setup.config.num_layers * setup.config.width * visible_pairs(setup)
+    matmul = batches * (forward + backward) / (peak * hardware.matmul)
+    pairs = 12.0 * batches * setup.batch_size * setup.config.num_layers * setup.config.width * visible_pairs(setup)
     again = {"full": 4 / 12, "offload": 4 / 12}.get(setup.activation_checkpointing, 0.0)
     attention = pairs * (1 + again) / (peak * hardware.attention)
-    memory = _TOUCHES * _written(setup) / hardware.bandwidth
+    memory = batches * _TOUCHES * _written(setup) / hardware.bandwidth
     shard = count(setup).held(setup.shards) * setup.precision.parameter
-    launch = hardware.launch * setup.config.num_layers * (_KERNELS + _attention_calls(setup))
+    launch = batches * hardware.launch * setup.config.num_layers * (_KERNELS + _attention_calls(setup))
     optimizer = _OPTIMIZER_TOUCHES * shard / hardware.bandwidth
+    in_turn = 1 if setup.options.sharding else batches  # DDP's averages wait for the last batch
     room = {
         "attention": attention,
-        "backward": (matmul + attention + memory) * 2 / 3,
+        "backward": (matmul + attention + memory) * 2 / 3 / in_turn,
         "compute": matmul + attention + memory,
     }
     traffic = step_traffic(setup)
@@ -70,7 +71,7 @@ def step_time(setup: Setup, hardware: Hardware) -> StepTime:
 
 def utilization(setup: Setup, hardware: Hardware, seconds: float) -> float:
     """Model FLOP/s utilization: the operations that the model needs over those that the devices could do."""
-    flops = setup.data_size * setup.config.training_flops(setup.batch_size, setup.seq_len)
+    flops = setup.config.training_flops(setup.sequences, setup.seq_len)
     return flops / (seconds * setup.world_size * hardware.peak_of(setup.options.precision))
 
 

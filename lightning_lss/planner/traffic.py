@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_lss.planner.parameters import count
@@ -36,9 +36,13 @@ class Traffic:
 
 def step_traffic(setup: Setup) -> list[Traffic]:
     """All collectives of a step but those of a few bytes (the number of tokens, metrics)."""
-    entries = _lss(setup) if setup.scheme == "lss" else _megatron(setup)
-    entries += _gradients(setup) if setup.options.sharding is None else _sharded(setup)
-    return [entry for entry in entries if entry.ranks > 1 and entry.calls]
+    every_batch = _lss(setup) if setup.scheme == "lss" else _megatron(setup)
+    once = _gradients(setup)
+    if setup.options.sharding is not None:
+        every_batch, once = every_batch + _sharded(setup), _after_sharded(setup)
+    batches = setup.options.accumulate_grad_batches
+    entries = [replace(entry, calls=entry.calls * batches, received=entry.received * batches) for entry in every_batch]
+    return [entry for entry in entries + once if entry.ranks > 1 and entry.calls]
 
 
 def _ring(
@@ -53,7 +57,9 @@ def _lss(setup: Setup) -> list[Traffic]:
     """K and V are gathered, their gradients scattered; K and V are gathered once more for the backward pass unless they were
     kept, and once more where the forward pass is computed again."""
     layers, chunks = setup.config.num_layers, head_chunks(setup)
-    whole = 2 * setup.batch_size * setup.seq_len * setup.kv_width * setup.precision.compute * layers
+    whole = (
+        2 * setup.batch_size * setup.seq_len * setup.kv_width * layers * (setup.travelling or setup.precision.compute)
+    )
     again = setup.activation_checkpointing in ("full", "offload")
 
     def collective(name: str, times: int) -> Traffic:
@@ -91,7 +97,7 @@ def _gradients(setup: Setup) -> list[Traffic]:
     own = parameters.positions
     if setup.scheme == "megatron":
         own += parameters.num_layers * (parameters.attention + parameters.mlp)
-    size = setup.precision.parameter
+    size = _gradient_size(setup)
 
     # MegatronStrategy averages when the backward pass is over
     behind = None if setup.scheme == "megatron" else "backward"
@@ -107,19 +113,28 @@ def _gradients(setup: Setup) -> list[Traffic]:
 
 
 def _sharded(setup: Setup) -> list[Traffic]:
-    """Parameters are gathered for the forward and again for the backward pass, gradients scattered; hybrid sharding averages
-    the shards over the data group."""
+    """Parameters are gathered for the forward and again for the backward pass, gradients scattered."""
     parameters = count(setup)
-    whole = parameters.shared * setup.precision.parameter
     calls = parameters.num_layers + 1
     group: Group = "sequence" if setup.options.sharding == "hybrid" else "world"
-    entries = [
+    whole, grads = (parameters.shared * size for size in (setup.precision.parameter, _gradient_size(setup)))
+    return [
         _ring("gather parameters", group, setup.shards, 2 * calls, 2 * whole, "compute"),
-        _ring("scatter gradients", group, setup.shards, calls, whole, "backward"),
+        _ring("scatter gradients", group, setup.shards, calls, grads, "backward"),
     ]
-    if group == "sequence":
-        shard = whole / setup.shards
+
+
+def _after_sharded(setup: Setup) -> list[Traffic]:
+    """Hybrid sharding averages the shards over the data group, and so are the gradients of positions."""
+    parameters, entries = count(setup), []
+    if setup.options.sharding == "hybrid":
+        shard, calls = parameters.shared * _gradient_size(setup) / setup.shards, parameters.num_layers + 1
         entries.append(_ring("average shards", "data", setup.data_size, calls, shard, "backward", passes=2))
-    positions = parameters.positions * setup.precision.parameter
+    positions = parameters.positions * _gradient_size(setup)
     own = _ring("average own gradients", "data", setup.data_size, int(positions > 0), positions, "backward", passes=2)
     return [*entries, own]
+
+
+def _gradient_size(setup: Setup) -> int:
+    """Bytes of a number of the gradients that travel."""
+    return setup.travelling or setup.precision.parameter

@@ -39,7 +39,8 @@ class Walk(Sizes):
         self._standing()
         self._forward()
         self._loss()
-        self.ledger.free("last_gradients")
+        if not self._adds_up:
+            self.ledger.free("last_gradients")
         self._loss_backward()
         for layer in reversed(range(self.config.num_layers)):
             self.layer = layer
@@ -89,6 +90,11 @@ class Walk(Sizes):
         """Bytes of gradients that have no tensor of their own beside DDP's buckets."""
         views = self.options.ddp and self.options.gradient_as_bucket_view and self.setup.shards == 1
         return self.parameters.shared * self.setup.precision.parameter if views else 0.0
+
+    @property
+    def _adds_up(self) -> bool:
+        """Whether gradients are added to those of the batches before, as they are in every batch of a step but the first."""
+        return self.options.accumulate_grad_batches > 1
 
     def _forward(self) -> None:
         self.layer = 0
@@ -336,7 +342,7 @@ class Walk(Sizes):
         if self.cast:
             self._brief(f"{name}_cast_grad", numbers * self.setup.precision.compute, "gradients")
         self._hold(f"{name}_weight_grad", size, "gradients")
-        if self._in_buckets:
+        if self._in_buckets or (self._adds_up and self.setup.shards == 1):
             self._free(f"{name}_weight_grad")
 
     def _scatter_block(self) -> None:
@@ -351,6 +357,8 @@ class Walk(Sizes):
                 )
             )
             self._hold("shard_grad", size / self.setup.shards, "gradients")
+            if self._adds_up:
+                self._free("shard_grad")
         self._free("block", "next_block", "weights")
 
     def _optimizer_step(self) -> None:
