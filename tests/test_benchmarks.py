@@ -63,7 +63,8 @@ def test_a_timing_from_the_command_line(tmp_path) -> None:
 
 def test_overhead_tells_its_runs_apart(tmp_path) -> None:
     ddp, lss = run_command(tmp_path, "overhead", "--rounds", "3", "--steps", "1", "--warm-up", "1")
-    assert ddp["seconds_against_ddp_by_run"].split() == ["1.0000"] * 3
+    assert ddp["seconds_against_ddp_by_run"] == ""
+    assert len(lss["seconds_against_ddp_by_run"].split()) == 3
     assert sorted(map(float, lss["seconds_against_ddp_by_run"].split()))[1] == float(lss["seconds_against_ddp"])
     assert lss["gradients"] == "right"
 
