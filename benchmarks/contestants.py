@@ -30,9 +30,8 @@ class Contestant:
             ``"single"``, one process that holds the whole sequence.
         layout: of the segments, for ``"lss"``.
         attention: what computes attention in the place of :class:`~lightning_lss.LSSAttention`; None for that one.
-        model: arguments of the model that differ, for example ``keep_gathered``.
+        model: arguments of :class:`~lightning_lss.LSSTransformer` that differ.
         options: further arguments of the strategy.
-        head_chunks: of :func:`~lightning_lss.lss_attention`.
         package: what has to be installed.
     """
 
@@ -41,7 +40,6 @@ class Contestant:
     attention: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
-    head_chunks: int | None = None
     package: str | None = None
 
     @property
@@ -59,8 +57,8 @@ class Contestant:
             return f"{kv_heads} of {heads} heads cannot be shared out over {size} ranks"
         if self.strategy == "megatron" and heads % size:
             return f"{heads} heads cannot be shared out over {size} ranks"
-        if self.head_chunks is not None and kv_heads % self.head_chunks:
-            return f"{kv_heads} key/value heads do not make {self.head_chunks} chunks"
+        if kv_heads % self.model.get("head_chunks", 1):
+            return f"{kv_heads} key/value heads do not make {self.model['head_chunks']} chunks"
         unknown = set(self.options) - set(signature(LSSStrategy).parameters)
         if unknown:
             return f"LSSStrategy does not take {', '.join(sorted(unknown))}"
@@ -74,9 +72,9 @@ CONTESTANTS: dict[str, Contestant] = {
     "ddp": Contestant("ddp"),
     "lss": Contestant(),
     "lss-kept": Contestant(model={"keep_gathered": True}),
-    "lss-1chunk": Contestant(head_chunks=1),
-    "lss-2chunks": Contestant(head_chunks=2),
-    "lss-8chunks": Contestant(head_chunks=8),
+    "lss-1chunk": Contestant(model={"head_chunks": 1}),
+    "lss-2chunks": Contestant(model={"head_chunks": 2}),
+    "lss-8chunks": Contestant(model={"head_chunks": 8}),
     "lss-contiguous": Contestant(layout="contiguous"),
     "lss-fsdp": Contestant(options={"sharding": "fsdp"}),
     "megatron": Contestant("megatron"),
@@ -91,8 +89,7 @@ def attention_module(contestant: Contestant, causal: bool) -> nn.Module:
     """The attention of a contestant that splits the sequence: ``forward(q, k, v)`` on [B, H, l, D] and [B, G, l, D]."""
     if contestant.attention is not None:
         return ATTENTION[contestant.attention](causal)
-    chunks = "auto" if contestant.head_chunks is None else contestant.head_chunks
-    return LSSAttention(causal, head_chunks=chunks, keep_gathered=contestant.model.get("keep_gathered", False))  # type: ignore[arg-type]
+    return LSSAttention(causal, **contestant.model)
 
 
 def _forget_ranks() -> None:

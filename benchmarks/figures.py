@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,8 +71,10 @@ CHARTS = {
 
 
 class Prediction(NamedTuple):
-    """Points of ``predicted`` over ``measured``, with the line of equality and the bar on either side of it."""
+    """Points of ``predicted`` over ``measured``, the newest of each ``configuration``, with the line of equality and the
+    bar on either side of it."""
 
+    configuration: tuple[str, ...]
     measured: str
     predicted: str
     title: str
@@ -79,8 +82,12 @@ class Prediction(NamedTuple):
 
 
 PREDICTIONS = {
-    "planner_memory": Prediction("measured_bytes", "predicted_bytes", "the planner's memory of a rank, bytes", 0.10),
-    "planner_time": Prediction("measured_seconds", "predicted_seconds", "the planner's seconds of a step", 0.25),
+    "planner_memory": Prediction(
+        ("what",), "measured_bytes", "predicted_bytes", "the planner's memory of a rank, bytes", 0.10
+    ),
+    "planner_time": Prediction(
+        ("model", "size", "length"), "measured_seconds", "predicted_seconds", "the planner's seconds of a step", 0.25
+    ),
 }
 
 
@@ -92,16 +99,20 @@ def draw(name: str, rows: list[dict[str, str]]) -> Figure:
 
 
 def _draw_prediction(prediction: Prediction, rows: list[dict[str, str]]) -> Figure:
-    measured, predicted = ([float(row[column]) for row in rows] for column in prediction[:2])
+    newest = {tuple(row[column] for column in prediction.configuration): row for row in rows}.values()
+    measured, predicted = (
+        [float(row[column]) for row in newest] for column in (prediction.measured, prediction.predicted)
+    )
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     span = [min(measured) / 1.5, max(measured) * 1.5]
     axes.plot(span, span, color="gray", linestyle=":", linewidth=1)
     low, high = ([factor * x for x in span] for factor in (1 - prediction.bar, 1 + prediction.bar))
     axes.fill_between(span, low, high, color="gray", alpha=0.2, linewidth=0, label=f"within {prediction.bar:.0%}")
-    axes.plot(measured, predicted, "o", color=_COLORS[0], markersize=4, label=f"{len(rows)} configurations")
+    axes.plot(measured, predicted, "o", color=_COLORS[0], markersize=4, label=f"{len(newest)} configurations")
     axes.set(xscale="log", yscale="log", xlabel="measured", ylabel="predicted", title=prediction.title)
     axes.legend(fontsize=8)
+    _sign(figure, newest)
     return figure
 
 
@@ -138,9 +149,13 @@ def _draw_chart(chart: Chart, rows: list[dict[str, str]]) -> Figure:
     axes.set(xlabel=chart.x.replace("_", " "), ylabel=chart.y.replace("_", " "), title=chart.title)
     if points:
         axes.legend(fontsize=8)
-        commits = ", ".join(sorted({row["commit"] for row in shown}))
-        figure.supxlabel(f"measured at {commits}", fontsize=6, color="gray", x=0.99, ha="right")
+        _sign(figure, shown)
     return figure
+
+
+def _sign(figure: Figure, rows: Iterable[dict[str, str]]) -> None:
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    figure.supxlabel(f"measured at {commits}", fontsize=6, color="gray", x=0.99, ha="right")
 
 
 def _label(key: tuple[str, ...], series: tuple[str, ...], wrong: set[str]) -> str:

@@ -77,15 +77,15 @@ def make_module(contestant: Contestant, job: Job) -> LSSTransformer:
 
 
 def place_attention(root: nn.Module, contestant: Contestant) -> None:
-    """Put the contestant's attention in the place of every :class:`~lightning_lss.LSSAttention` below ``root``."""
+    """Put the contestant's attention, where it has its own, in the place of every
+    :class:`~lightning_lss.LSSAttention` below ``root``."""
+    if contestant.attention is None:
+        return
     parents: list[Any] = [
         parent for parent in root.modules() if isinstance(getattr(parent, "attention", None), LSSAttention)
     ]
     for parent in parents:
-        if contestant.attention is not None:
-            parent.attention = attention_module(contestant, parent.attention.causal)
-        elif contestant.head_chunks is not None:
-            parent.attention.head_chunks = contestant.head_chunks
+        parent.attention = attention_module(contestant, parent.attention.causal)
 
 
 def make_trainer(contestant: Contestant, size: int, job: Job, callbacks: list[pl.Callback]) -> pl.Trainer:

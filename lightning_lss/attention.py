@@ -7,8 +7,6 @@ partial attention is ever summed between ranks). The algorithm is in :mod:`light
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +15,7 @@ from lightning_lss.kernels import select_kernel
 from lightning_lss.operators import attention_operator
 from lightning_lss.precision import in_autocast_dtype
 from lightning_lss.shard import WHOLE_SEQUENCE, SequenceShard, ShardedModule
-from lightning_lss.split_attention import SplitAttention, make_plan
+from lightning_lss.split_attention import HeadChunks, SplitAttention, make_plan
 
 
 def lss_attention(
@@ -29,7 +27,7 @@ def lss_attention(
     *,
     scale: float | None = None,
     kernel: str = "auto",
-    head_chunks: int | Literal["auto"] = "auto",
+    head_chunks: HeadChunks = "auto",
     keep_gathered: bool = False,
     as_operator: bool = False,
 ) -> Tensor:
@@ -85,7 +83,7 @@ class LSSAttention(ShardedModule):
         *,
         scale: float | None = None,
         kernel: str = "auto",
-        head_chunks: int | Literal["auto"] = "auto",
+        head_chunks: HeadChunks = "auto",
         keep_gathered: bool = False,
         as_operator: bool = False,
     ) -> None:

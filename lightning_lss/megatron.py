@@ -26,6 +26,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional as F
 
+from lightning_lss.attention import LSSAttention
 from lightning_lss.layout import check_heads, check_length
 from lightning_lss.model import Transformer, TransformerConfig
 from lightning_lss.positions import SegmentPositionalEmbedding
@@ -60,6 +61,10 @@ def parallelize(model: Transformer, mesh: DeviceMesh) -> None:
     for module in model.modules():
         if isinstance(module, SegmentDropout):  # the masks of the segments differ
             module.set_shard(SequenceShard(tensor.get_local_rank(), tensor.size(), "contiguous"))
+        elif isinstance(
+            module, LSSAttention
+        ):  # nothing is gathered, and the heads are fewer than chunks were meant for
+            module.head_chunks = "auto"
     parallelize_module(model, tensor, _outer_plan(model))
     if model.config.tie_embeddings:
         model.head.weight = model.embedding.weight

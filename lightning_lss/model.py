@@ -22,6 +22,7 @@ from lightning_lss.layout import check_positive
 from lightning_lss.positions import RotaryEmbedding, SegmentPositionalEmbedding
 from lightning_lss.recompute import ActivationCheckpointing, run_block, run_in_tiles
 from lightning_lss.rng import SegmentDropout
+from lightning_lss.split_attention import HeadChunks, check_head_chunks
 
 Positions = Literal["learned", "rotary"]
 MLP = Literal["gelu", "swiglu"]
@@ -46,7 +47,9 @@ class TransformerConfig:
         causal: decoder if true, encoder (every token sees all) if false.
         tie_embeddings: whether the output head is the embedding's transpose.
         dropout: probability of dropping an element of the embedding and of each residual branch.
-        keep_gathered: see :func:`~lightning_lss.attention.lss_attention`.
+        head_chunks: in how many parts the key/value heads are gathered, a divisor of their number: more parts need less
+            memory and send smaller messages; or ``"auto"``. See :func:`~lightning_lss.attention.lss_attention`.
+        keep_gathered: see there.
         activation_checkpointing: what is kept of a block between forward and backward, ``"none"`` (all of it),
             ``"full"``, ``"selective"`` or ``"offload"``; see :func:`~lightning_lss.recompute.run_block`.
         mlp_tiles: in how many parts along the sequence the MLP is computed, each again in the backward pass. Lowers
@@ -69,6 +72,7 @@ class TransformerConfig:
     causal: bool = True
     tie_embeddings: bool = True
     dropout: float = 0.0
+    head_chunks: HeadChunks = "auto"
     keep_gathered: bool = False
     activation_checkpointing: ActivationCheckpointing = "none"
     mlp_tiles: int = 1
@@ -84,6 +88,8 @@ class TransformerConfig:
             if getattr(self, name) not in get_args(kind):
                 choices = " or ".join(map(repr, get_args(kind)))
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose {choices}.")
+        if self.head_chunks != "auto":
+            check_head_chunks(self.head_chunks, self.kv_heads, self.keep_gathered)
 
     @property
     def kv_heads(self) -> int:
@@ -127,7 +133,12 @@ class SelfAttention(nn.Module):
         self.key_value = nn.Linear(config.width, 2 * config.kv_heads * config.head_dim, bias=False)
         self.rotary = rotary
         selective = config.activation_checkpointing == "selective"  # names attention as an operator
-        self.attention = LSSAttention(config.causal, keep_gathered=config.keep_gathered, as_operator=selective)
+        self.attention = LSSAttention(
+            config.causal,
+            head_chunks=config.head_chunks,
+            keep_gathered=config.keep_gathered,
+            as_operator=selective,
+        )
         self.out = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

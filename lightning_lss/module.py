@@ -20,6 +20,7 @@ from lightning_lss.metrics import BitsPerByte
 from lightning_lss.model import MLP, Positions, Transformer, TransformerConfig
 from lightning_lss.recompute import ActivationCheckpointing
 from lightning_lss.shard import sequence_shard
+from lightning_lss.split_attention import HeadChunks
 
 Batch = dict[str, Tensor]
 
@@ -36,7 +37,7 @@ class LSSTransformer(pl.LightningModule):
 
     Args:
         vocab_size, seq_len, width, num_layers, num_heads, num_kv_heads, positions, mlp, mlp_width, causal,
-        tie_embeddings, dropout, keep_gathered, activation_checkpointing, mlp_tiles:
+        tie_embeddings, dropout, head_chunks, keep_gathered, activation_checkpointing, mlp_tiles:
             see :class:`~lightning_lss.model.TransformerConfig`.
         compile_blocks: compile each block with ``torch.compile``, without graph breaks unless there is dropout.
         lr: highest learning rate of AdamW.
@@ -64,6 +65,7 @@ class LSSTransformer(pl.LightningModule):
         causal: bool = True,
         tie_embeddings: bool = True,
         dropout: float = 0.0,
+        head_chunks: HeadChunks = "auto",
         keep_gathered: bool = False,
         activation_checkpointing: ActivationCheckpointing = "none",
         mlp_tiles: int = 1,
@@ -91,6 +93,7 @@ class LSSTransformer(pl.LightningModule):
                 causal=causal,
                 tie_embeddings=tie_embeddings,
                 dropout=dropout,
+                head_chunks=head_chunks,
                 keep_gathered=keep_gathered,
                 activation_checkpointing=activation_checkpointing,
                 mlp_tiles=mlp_tiles,

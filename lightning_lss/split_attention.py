@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from lightning_lss.collectives import Pending, all_gather, reduce_scatter
 from lightning_lss.kernels import KERNELS, select_kernel
 from lightning_lss.shard import SequenceShard
 from lightning_lss.tiles import Tile, attention_tiles
+
+HeadChunks = int | Literal["auto"]
 
 # Where the number of chunks is left open: small chunks hide the first gather and stay in the cache, but small messages
 # waste the network.
@@ -77,14 +79,19 @@ def make_plan(
         ValueError: if the kernel cannot take ``q``, or the chunks do not fit the heads of ``k``.
     """
     chunks = choose_head_chunks(k.size(1), 2 * k.nbytes, keep_gathered) if head_chunks is None else head_chunks
-    if isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1 or k.size(1) % chunks:
-        raise ValueError(f"head_chunks={chunks!r} must be 'auto' or a divisor of the {k.size(1)} key/value heads.")
+    check_head_chunks(chunks, k.size(1), keep_gathered)
+    return Plan(shard, select_kernel(q, kernel).name, causal, scale, chunks, keep_gathered)
+
+
+def check_head_chunks(chunks: object, heads: int, keep_gathered: bool) -> None:
+    """Raise ``ValueError`` unless ``heads`` key/value heads can be gathered in ``chunks`` parts."""
+    if isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1 or heads % chunks:
+        raise ValueError(f"head_chunks={chunks!r} must be 'auto' or a divisor of the {heads} key/value heads.")
     if keep_gathered and chunks != 1:
         raise ValueError(
             f"keep_gathered=True gathers all heads at once, so head_chunks={chunks} has no use: leave it at 'auto', or set"
             " keep_gathered=False to gather in chunks."
         )
-    return Plan(shard, select_kernel(q, kernel).name, causal, scale, chunks, keep_gathered)
 
 
 def choose_head_chunks(heads: int, sent: int, keep_gathered: bool) -> int:

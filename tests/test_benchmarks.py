@@ -192,10 +192,25 @@ def test_namespaces_are_removed_also_after_a_failure() -> None:
     assert not list(Path("/run/netns").glob("lsstest*"))
 
 
+COLUMNS = {
+    **{name: (chart.x, chart.y, *chart.series) for name, chart in figures.CHARTS.items()},
+    **{name: (own.measured, own.predicted, *own.configuration) for name, own in figures.PREDICTIONS.items()},
+}
+
+
+def test_a_prediction_is_drawn_as_last_measured() -> None:
+    own = figures.PREDICTIONS["planner_time"]
+    common = {"model": "{}", "size": "1", "length": "64", own.predicted: "2.0"}
+    rows = [{**common, own.measured: "9.0", "commit": "old"}, {**common, own.measured: "2.0", "commit": "new"}]
+    picture = figures.draw("planner_time", rows)
+    (axes,) = picture.axes
+    assert [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "o"] == [[2.0]]
+    assert picture.get_supxlabel() == "measured at new"
+
+
 @pytest.mark.parametrize("name", [*figures.CHARTS, *figures.PREDICTIONS])
 def test_every_figure_has_a_picture(tmp_path, name) -> None:
-    of = figures.CHARTS.get(name) or figures.PREDICTIONS[name]
-    columns = [*of[:2], *getattr(of, "series", ()), "commit"]
+    columns = [*COLUMNS[name], "commit"]
     rows = [{column: str(2.0**n) for column in columns} for n in range(1, 4)]
     figures.draw(name, rows).savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 0

@@ -51,7 +51,7 @@ class AdamTransformer(DoubleTransformer):
 MODELS: dict[str, dict[str, Any]] = {
     "learned-tied": {"num_kv_heads": None},
     "rotary-untied-swiglu": {"positions": "rotary", "tie_embeddings": False, "mlp": "swiglu", "num_kv_heads": 4},
-    "two-kv-heads": {"positions": "rotary", "num_kv_heads": 2},
+    "two-kv-heads": {"positions": "rotary", "num_kv_heads": 2, "head_chunks": 2},
     "one-kv-head-bidirectional": {"num_kv_heads": 1, "causal": False, "tie_embeddings": False},
     "recomputed-in-tiles": {"activation_checkpointing": "full", "mlp_tiles": 2, "vocab_size": 40},
     "attention-kept": {"activation_checkpointing": "selective", "tie_embeddings": False, "vocab_size": 40},

@@ -220,6 +220,8 @@ def test_operations_can_be_counted_on_meta_tensors() -> None:
         ({"num_layers": 0}, "num_layers=0 must be a positive integer"),
         ({"vocab_size": -1}, "vocab_size=-1 must be a positive integer"),
         ({"positions": "sinusoidal"}, "positions='sinusoidal' is unknown: choose 'learned' or 'rotary'"),
+        ({"head_chunks": 3}, "head_chunks=3 must be 'auto' or a divisor of the 4 key/value heads"),
+        ({"head_chunks": 2, "keep_gathered": True}, "keep_gathered=True gathers all heads at once"),
         ({"mlp": "relu"}, "mlp='relu' is unknown: choose 'gelu' or 'swiglu'"),
     ],
 )

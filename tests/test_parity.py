@@ -37,6 +37,11 @@ FACTORS: list[list[Any]] = [
 ]
 
 
+GATHERING: dict[str, dict[str, Any]] = {
+    "all_at_once": {},
+    "in_chunks": {"head_chunks": 2},
+    "kept": {"keep_gathered": True},
+}
 # What changes how a step is computed, but not what; a vocabulary larger than the width has its loss in chunks.
 OPTION_FACTORS: list[list[Any]] = [
     GRIDS[1:],
@@ -44,7 +49,7 @@ OPTION_FACTORS: list[list[Any]] = [
     [None, "fsdp", "hybrid"],
     ["none", "full", "selective", "offload"],
     [1, 2],
-    [True, False],
+    list(GATHERING),
     [11, 40],
 ]
 
@@ -114,12 +119,12 @@ def options_run(vocabulary: int, **options: Any) -> dict[str, Any]:
 
 
 def test_options_in_float64(world, one_process_by_vocabulary, options) -> None:
-    (world_size, size), layout, sharding, checkpointing, tiles, keep_gathered, vocabulary = options
+    (world_size, size), layout, sharding, checkpointing, tiles, gathering, vocabulary = options
     run = Run(
         size=size,
         layout=layout,
         strategy={"check_batches": 1, "sharding": sharding},
-        **options_run(vocabulary, activation_checkpointing=checkpointing, mlp_tiles=tiles, keep_gathered=keep_gathered),
+        **options_run(vocabulary, activation_checkpointing=checkpointing, mlp_tiles=tiles, **GATHERING[gathering]),
     )
     assert_parity(world.run(world_size, fit, run), one_process_by_vocabulary(vocabulary), 1e-10)
 

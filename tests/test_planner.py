@@ -300,7 +300,7 @@ def test_what_is_impossible_is_refused(kwargs, message) -> None:
         (lambda: load_hardware("h100"), "'h100' is no file"),
         (lambda: Setup(MODEL, "lss", 2, 1, 4096, options=Options(sharding="hybrid")), "which has one rank here"),
         (lambda: setup_of(3), "cannot be split over 3 ranks"),
-        (lambda: setup_of(head_chunks=3), "must be a divisor of the 8 key/value heads"),
+        (lambda: setup_of(head_chunks=3), "a divisor of the 8 key/value heads"),
         (lambda: setup_of(16, scheme="megatron"), "Megatron cannot share num_heads=8 out over 16 ranks"),
         (lambda: replace(DEVICE, matmul=0), "matmul=0 must be positive"),
         (lambda: bytes_of("ten"), "is no size"),

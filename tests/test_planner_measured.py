@@ -119,8 +119,6 @@ def test_bytes_of_attention_are_those_that_travel(sizes, chunks) -> None:
     setup = setup_of(4, 1024, replace(BARE, head_chunks=chunks), **sizes)
     with fake_world(1, 4) as group:
         model = make_model(setup, group)
-        for block in model.blocks:
-            block.attention.attention.head_chunks = "auto" if chunks in (None, 1) else chunks
         with Received(4) as received:
             make_step(model, setup)()
     predicted = {name: [t for t in step_traffic(setup) if t.name.startswith(name)] for name in ("gather", "scatter")}

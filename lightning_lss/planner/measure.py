@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_lss.attention import LSSAttention
 from lightning_lss.gradients import ignore_in_ddp
 from lightning_lss.loss import chunked_cross_entropy, linear_cross_entropy
 from lightning_lss.model import Transformer
@@ -87,14 +86,13 @@ def make_model(setup: Setup, group: dist.ProcessGroup) -> Transformer:
         chosen: dict[str, Any] = {
             "activation_checkpointing": setup.activation_checkpointing,
             "mlp_tiles": setup.mlp_tiles,
+            "head_chunks": setup.head_chunks,
         }
         model = Transformer(replace(setup.config, seq_len=setup.seq_len, **chosen))
     dtype = resolve_communication_dtype(setup.options.communication_dtype)
     shard = SequenceShard(dist.get_rank(group), setup.size, setup.options.layout, group, dtype)
     for module in sharded_modules(model):
         module.set_shard(shard)
-        if isinstance(module, LSSAttention) and setup.options.head_chunks is not None:
-            module.head_chunks = setup.options.head_chunks
     return model
 
 

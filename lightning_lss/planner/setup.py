@@ -9,7 +9,7 @@ from lightning_lss.kernels import KERNELS
 from lightning_lss.layout import LAYOUTS, check_length, check_positive
 from lightning_lss.loss import logit_rows
 from lightning_lss.model import TransformerConfig
-from lightning_lss.split_attention import choose_head_chunks
+from lightning_lss.split_attention import check_head_chunks, choose_head_chunks
 
 Scheme = Literal["lss", "megatron"]
 SCHEMES: tuple[str, ...] = get_args(Scheme)
@@ -54,7 +54,7 @@ class Options:
         communication_dtype: ``"bfloat16"`` or ``"float16"``, in which keys, values and gradients travel under LSS; None
             for the dtype that they have.
         accumulate_grad_batches: batches of one step, one after the other.
-        head_chunks: in how many parts LSS gathers the key/value heads; None for what attention chooses by itself.
+        head_chunks: in how many parts LSS gathers the key/value heads; None for the model's.
         activation_checkpointing: ``"none"``; ``"full"`` keeps the input of each block; ``"selective"`` keeps what
             attention returns as well; ``"offload"`` is full with the inputs in host memory. None for the model's.
         mlp_tiles: in how many tiles along the sequence an MLP is computed, and computed again in the backward pass; None for
@@ -154,9 +154,8 @@ class Setup:
                 )
 
     def _check_head_chunks(self) -> None:
-        chunks = self.options.head_chunks
-        if chunks is not None and self.config.kv_heads % chunks:
-            raise ValueError(f"head_chunks={chunks} must be a divisor of the {self.config.kv_heads} key/value heads.")
+        if self.options.head_chunks is not None:
+            check_head_chunks(self.options.head_chunks, self.config.kv_heads, self.config.keep_gathered)
 
     def _check_sharding(self) -> None:
         if self.options.sharding == "hybrid" and self.size == 1 < self.data_size:
@@ -218,6 +217,15 @@ class Setup:
         return self.config.activation_checkpointing if chosen is None else chosen
 
     @property
+    def head_chunks(self) -> int:
+        """In how many parts LSS gathers the key/value heads of a layer."""
+        chosen = self.config.head_chunks if self.options.head_chunks is None else self.options.head_chunks
+        if chosen != "auto":
+            return chosen
+        sent = 2 * self.local_tokens * self.kv_width * self.precision.compute
+        return choose_head_chunks(self.config.kv_heads, sent, self.config.keep_gathered)
+
+    @property
     def mlp_tiles(self) -> int:
         """The choice in force."""
         chosen = self.options.mlp_tiles
@@ -233,11 +241,3 @@ class Setup:
     def chunked_loss(self) -> bool:
         """Whether the loss computes its gradients together with its value, chunk by chunk of rows."""
         return self.options.loss_rows is not None or self.config.vocab_size > self.config.width
-
-
-def head_chunks(setup: Setup) -> int:
-    """In how many parts LSS gathers the key/value heads of a layer."""
-    if setup.options.head_chunks is not None:
-        return setup.options.head_chunks
-    sent = 2 * setup.local_tokens * setup.kv_width * setup.precision.compute
-    return choose_head_chunks(setup.config.kv_heads, sent, setup.config.keep_gathered)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_lss.planner.parameters import count
-from lightning_lss.planner.setup import Setup, head_chunks
+from lightning_lss.planner.setup import Setup
 
 
 class Sizes:
@@ -21,7 +21,7 @@ class Sizes:
         self.tokens = setup.local_tokens
         self.rows = setup.batch_size * setup.seq_len if self.tensor_parallel else self.tokens
         self.shares = setup.size if self.tensor_parallel else 1
-        self.chunks = head_chunks(setup)
+        self.chunks = setup.head_chunks
         self.cast = setup.precision.compute < setup.precision.residual  # autocast
 
     @property

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lightning_lss.planner.hardware import Hardware, Link
 from lightning_lss.planner.parameters import count
-from lightning_lss.planner.setup import Setup, head_chunks
+from lightning_lss.planner.setup import Setup
 from lightning_lss.planner.traffic import Traffic, step_traffic
 from lightning_lss.planner.walk import Walk
 from lightning_lss.tiles import pairs_of_rank
@@ -111,7 +111,7 @@ def _written(setup: Setup) -> float:
 
 def _attention_calls(setup: Setup) -> int:
     """Kernels of a layer's attention, forward and backward: a few for each chunk of heads and tile."""
-    return 10 * head_chunks(setup) if setup.scheme == "lss" and setup.size > 1 else 4
+    return 10 * setup.head_chunks if setup.scheme == "lss" and setup.size > 1 else 4
 
 
 def collective_time(traffic: Traffic, setup: Setup, hardware: Hardware) -> float:
@@ -142,5 +142,5 @@ def _hidden(traffic: Traffic, seconds: float, room: dict[str, float], setup: Set
         return 0.0
     share = hardware.overlap
     if traffic.hidden_behind == "attention":  # the first chunk has nothing before it, the last no kernel behind it
-        share *= 1 - 1 / head_chunks(setup)
+        share *= 1 - 1 / setup.head_chunks
     return max(0.0, min(seconds * share, room[traffic.hidden_behind]))

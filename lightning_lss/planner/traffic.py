@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_lss.planner.parameters import count
-from lightning_lss.planner.setup import Setup, head_chunks
+from lightning_lss.planner.setup import Setup
 
 Group = Literal["sequence", "data", "world"]
 
@@ -56,7 +56,7 @@ def _ring(
 def _lss(setup: Setup) -> list[Traffic]:
     """K and V are gathered, their gradients scattered; K and V are gathered once more for the backward pass unless they were
     kept, and once more where the forward pass is computed again."""
-    layers, chunks = setup.config.num_layers, head_chunks(setup)
+    layers, chunks = setup.config.num_layers, setup.head_chunks
     whole = (
         2 * setup.batch_size * setup.seq_len * setup.kv_width * layers * (setup.travelling or setup.precision.compute)
     )
