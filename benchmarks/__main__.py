@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = args.run(args)
     if not rows:
         return
+    if "set" in args:  # sizes have columns of their own
+        model = " ".join([args.model, *(f"{name}={value}" for name, value in args.set)])
+        rows = [{**row, "model": model} for row in rows]
     results.show(rows)
     path = results.append(args.figure, rows, args.output)
     print(f"{path}\n{figures.save(args.figure, args.output)}")

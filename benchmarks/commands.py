@@ -220,8 +220,6 @@ def _memory_row(
         "layers": job.model["num_layers"],
         "heads": job.model["num_heads"],
         "kv_heads": job.model.get("num_kv_heads") or job.model["num_heads"],
-        "checkpointing": job.model.get("activation_checkpointing", "none"),
-        "mlp_tiles": job.model.get("mlp_tiles", 1),
         "measured_on": "shapes" if shapes else "ranks",
         **{f"{part}_mib": round(value / MIB, 3) for part, value in peak._asdict().items()},
         "activations_against_single": round(peak.activations / alone.activations, 4),

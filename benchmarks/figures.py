@@ -53,7 +53,7 @@ CHARTS = {
         "ranks",
         "activations_mib",
         "peak activation memory of a rank, MiB",
-        ("contestant", "checkpointing"),
+        ("contestant", "length", "model"),
         logarithmic=True,
     ),
     "longest": Chart("ranks", "longest", "longest sequence under a cap of activation memory", logarithmic=True),
@@ -126,6 +126,7 @@ def _draw_chart(chart: Chart, rows: list[dict[str, str]]) -> Figure:
     points = {key: {x: float(row[chart.y]) for x, row in own.items()} for key, own in newest.items()}
     shown = [row for own in newest.values() for row in own.values()]
     wrong = {row["contestant"] for row in shown if row.get("gradients") == "wrong"}
+    same = {column for column, values in zip(chart.series, zip(*points)) if len(set(values)) == 1}
     names, variants = sorted({key[0] for key in points}), sorted({key[1:] for key in points})
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
@@ -136,7 +137,7 @@ def _draw_chart(chart: Chart, rows: list[dict[str, str]]) -> Figure:
             marker=_MARKS[(name + 3 * variant) % len(_MARKS)],
             linestyle=_LINES[variant % len(_LINES)],
         )
-        axes.plot(xs, [own[x] for x in xs], label=_label(key, chart.series, wrong), **style)
+        axes.plot(xs, [own[x] for x in xs], label=_label(key, chart.series, same, wrong), **style)
     if chart.ideal is not None:
         axes.axhline(chart.ideal, color="gray", linestyle=":", linewidth=1)
     ticks = sorted({x for own in points.values() for x in own})
@@ -158,9 +159,11 @@ def _sign(figure: Figure, rows: Iterable[dict[str, str]]) -> None:
     figure.supxlabel(f"measured at {commits}", fontsize=6, color="gray", x=0.99, ha="right")
 
 
-def _label(key: tuple[str, ...], series: tuple[str, ...], wrong: set[str]) -> str:
+def _label(key: tuple[str, ...], series: tuple[str, ...], same: set[str], wrong: set[str]) -> str:
+    """The contestant, and of the other columns what not all points have in common."""
     name = f"{key[0]} (wrong gradients)" if key[0] in wrong else key[0]
-    return ", ".join([name, *(f"{column.replace('_', ' ')} {value}" for column, value in zip(series[1:], key[1:]))])
+    own = [(column, value) for column, value in zip(series[1:], key[1:]) if column not in same]
+    return ", ".join([name, *(f"{column.replace('_', ' ')} {value}" for column, value in own)])
 
 
 def save(name: str, folder: Path = results.FOLDER) -> Path:
