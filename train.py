@@ -79,10 +79,14 @@ def check(cfg: DictConfig) -> None:
         check_split(cfg, cfg.devices * cfg.trainer.num_nodes)
 
 
+def splits_sequence(cfg: DictConfig) -> bool:
+    """Whether the strategy is one of this package's."""
+    return cfg.strategy.get("_target_", "").endswith(("LSSStrategy", "MegatronStrategy"))
+
+
 def check_folder(cfg: DictConfig) -> None:
     """Refuse a checkpoint that is a folder where the strategy reads files only; raises ``ValueError``."""
-    reads_folders = cfg.strategy.get("_target_", "").endswith(("LSSStrategy", "MegatronStrategy"))
-    if cfg.ckpt_path is not None and Path(cfg.ckpt_path).is_dir() and not reads_folders:
+    if cfg.ckpt_path is not None and Path(cfg.ckpt_path).is_dir() and not splits_sequence(cfg):
         raise ValueError(
             f"ckpt_path={cfg.ckpt_path} is a folder, which this strategy cannot read: make a file of it with"
             " lightning_lss.distributed_checkpoint.consolidate(folder, file), or use strategy=lss."
@@ -93,10 +97,10 @@ def check_plan(cfg: DictConfig) -> None:
     """Refuse what cannot be planned, and files that could not be written; raises ``ValueError``."""
     if not isinstance(cfg.devices, int):
         raise ValueError(f"mode=plan needs a number of devices, not devices={cfg.devices}: add devices=8, for example.")
-    if cfg.trainer.accelerator not in ("cpu", "auto") and cfg.hardware.name == "CPU":
+    if cfg.trainer.accelerator not in ("cpu", "auto") and cfg.hardware.kernel == "cpu_flash":
         kinds = "v100, a100, h100 or h200"
         raise ValueError(
-            f"mode=plan needs the kind of trainer.accelerator={cfg.trainer.accelerator}: add hardware={kinds}."
+            f"hardware={cfg.hardware.name} is not what trainer.accelerator={cfg.trainer.accelerator} runs on: add hardware={kinds}."
         )
     for name in ("csv", "png", "weak_scaling"):
         path = cfg.plan[name]
@@ -116,7 +120,7 @@ def check_split(cfg: DictConfig, world_size: int) -> None:
         raise ValueError(
             f"strategy=single has one process, not devices={world_size}: use strategy=lss or strategy=ddp."
         )
-    if not target.endswith(("LSSStrategy", "MegatronStrategy")):
+    if not splits_sequence(cfg):
         if cfg.sequence_parallel_size not in ("auto", 1):
             raise ValueError(
                 f"sequence_parallel_size={cfg.sequence_parallel_size} has no meaning for this strategy: use strategy=lss."

@@ -372,9 +372,10 @@ def test_the_command_line(tmp_path) -> None:
 
 def test_the_comparison_takes_the_longest_of_any_way_and_tells_it_where_one_does_not_fit() -> None:
     def told(memory: float) -> str:
-        console = Console(file=StringIO(), soft_wrap=True)
-        print_plan(lightning_lss.plan(MODEL, 65536, 8, replace(DEVICE, memory=memory)), console)
-        return console.file.getvalue()  # type: ignore[attr-defined]
+        text = StringIO()
+        plan = lightning_lss.plan(MODEL, 65536, 8, replace(DEVICE, memory=memory))
+        print_plan(plan, Console(file=text, soft_wrap=True))
+        return text.getvalue()
 
     plan = lightning_lss.plan(MODEL, 65536, 8, DEVICE)
     longest = {s: max(c.longest for c in plan.choices if c.scheme == s) for s in ("lss", "megatron")}

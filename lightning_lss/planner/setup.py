@@ -191,10 +191,9 @@ class Setup:
         """Bytes of the numbers involved."""
         return PRECISIONS[self.options.precision]
 
-    @property
-    def travelling(self) -> int:
-        """Bytes of a number of the keys, values and gradients that travel between ranks; 0 where each has its own dtype's."""
-        return 0 if self.scheme == "megatron" or self.options.communication_dtype is None else 2
+    def travelling(self, size: int) -> int:
+        """Bytes in which a number of ``size`` bytes, of keys, values or gradients, travels between ranks."""
+        return size if self.scheme == "megatron" or self.options.communication_dtype is None else 2
 
     @property
     def sequences(self) -> int:

@@ -37,8 +37,9 @@ class Traffic:
 def step_traffic(setup: Setup) -> list[Traffic]:
     """All collectives of a step but those of a few bytes (the number of tokens, metrics)."""
     every_batch = _lss(setup) if setup.scheme == "lss" else _megatron(setup)
-    once = _gradients(setup)
-    if setup.options.sharding is not None:
+    if setup.options.sharding is None:
+        once = _gradients(setup)
+    else:
         every_batch, once = every_batch + _sharded(setup), _after_sharded(setup)
     batches = setup.options.accumulate_grad_batches
     entries = [replace(entry, calls=entry.calls * batches, received=entry.received * batches) for entry in every_batch]
@@ -57,9 +58,8 @@ def _lss(setup: Setup) -> list[Traffic]:
     """K and V are gathered, their gradients scattered; K and V are gathered once more for the backward pass unless they were
     kept, and once more where the forward pass is computed again."""
     layers, chunks = setup.config.num_layers, setup.head_chunks
-    whole = (
-        2 * setup.batch_size * setup.seq_len * setup.kv_width * layers * (setup.travelling or setup.precision.compute)
-    )
+    size = setup.travelling(setup.precision.compute)
+    whole = 2 * setup.batch_size * setup.seq_len * setup.kv_width * layers * size
     again = setup.activation_checkpointing in ("full", "offload")
 
     def collective(name: str, times: int) -> Traffic:
@@ -97,7 +97,7 @@ def _gradients(setup: Setup) -> list[Traffic]:
     own = parameters.positions
     if setup.scheme == "megatron":
         own += parameters.num_layers * (parameters.attention + parameters.mlp)
-    size = _gradient_size(setup)
+    size = setup.travelling(setup.precision.parameter)
 
     # MegatronStrategy averages when the backward pass is over
     behind = None if setup.scheme == "megatron" else "backward"
@@ -117,7 +117,8 @@ def _sharded(setup: Setup) -> list[Traffic]:
     parameters = count(setup)
     calls = parameters.num_layers + 1
     group: Group = "sequence" if setup.options.sharding == "hybrid" else "world"
-    whole, grads = (parameters.shared * size for size in (setup.precision.parameter, _gradient_size(setup)))
+    size = setup.precision.parameter
+    whole, grads = parameters.shared * size, parameters.shared * setup.travelling(size)
     return [
         _ring("gather parameters", group, setup.shards, 2 * calls, 2 * whole, "compute"),
         _ring("scatter gradients", group, setup.shards, calls, grads, "backward"),
@@ -127,14 +128,10 @@ def _sharded(setup: Setup) -> list[Traffic]:
 def _after_sharded(setup: Setup) -> list[Traffic]:
     """Hybrid sharding averages the shards over the data group, and so are the gradients of positions."""
     parameters, entries = count(setup), []
+    size = setup.travelling(setup.precision.parameter)
     if setup.options.sharding == "hybrid":
-        shard, calls = parameters.shared * _gradient_size(setup) / setup.shards, parameters.num_layers + 1
+        shard, calls = parameters.shared * size / setup.shards, parameters.num_layers + 1
         entries.append(_ring("average shards", "data", setup.data_size, calls, shard, "backward", passes=2))
-    positions = parameters.positions * _gradient_size(setup)
+    positions = parameters.positions * size
     own = _ring("average own gradients", "data", setup.data_size, int(positions > 0), positions, "backward", passes=2)
     return [*entries, own]
-
-
-def _gradient_size(setup: Setup) -> int:
-    """Bytes of a number of the gradients that travel."""
-    return setup.travelling or setup.precision.parameter
