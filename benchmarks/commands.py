@@ -171,7 +171,7 @@ def _count(world: World, name: str, size: int, job: Job) -> counting.Tally:
 def run_memory(args: Namespace) -> list[Row]:
     """Peak memory of a rank by part, on real ranks or (``--shapes``) without computing."""
     rows: list[Row] = []
-    job = replace(make_job(args, args.length), steps=3, warm_up=2)
+    job = replace(make_job(args, args.length), steps=4, warm_up=3)
     heads, kv_heads = job.model["num_heads"], job.model.get("num_kv_heads") or job.model["num_heads"]
     if args.shapes:
         args.contestants = _on_shapes(args.contestants)
@@ -241,7 +241,7 @@ def run_longest(args: Namespace) -> list[Row]:
 
                 def peak(length: int, shapes: bool = True, name: str = name, size: int = size) -> int:
                     return _peak(
-                        world, name, size, replace(make_job(args, length), steps=3, warm_up=2), shapes
+                        world, name, size, replace(make_job(args, length), steps=4, warm_up=3), shapes
                     ).activations
 
                 longest = memory.longest_length(peak, int(args.cap_mib * MIB), 2 * size, args.length)

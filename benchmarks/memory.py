@@ -100,7 +100,8 @@ class StepTracker(MemTracker):
 
 
 class _TrackedStep(pl.Callback):
-    """Tracks one step, after those of the warm-up: optimizer state and DDP's buckets exist by then."""
+    """Tracks one step, after those of the warm-up: optimizer state exists by then, and the tracker has met DDP's buckets
+    in the step before it."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -109,10 +110,13 @@ class _TrackedStep(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if batch_idx == self.step:
+        if batch_idx == self.step - 1:
             optimizers = [optimizer.optimizer for optimizer in trainer.strategy._lightning_optimizers]
             self.tracker.track_external(pl_module, *optimizers, *tree_leaves(batch))
             self.tracker.__enter__()
+        elif batch_idx == self.step:
+            self.tracker.reset_mod_stats()  # it takes one call of each module at a time
+            self.tracker.peaks = dict.fromkeys(self.tracker.peaks, 0)
 
     def on_before_optimizer_step(self, *args: Any) -> None:
         self.tracker.in_optimizer = True

@@ -241,7 +241,7 @@ class Transformer(nn.Module):
             self.rotary.prepare(x)
         x = self.dropout(x)
         for block in self.blocks:
-            x = run_block(block, x, self.config.activation_checkpointing)
+            x = run_block(block, x, self.config.activation_checkpointing, self.config.mlp_tiles)
         return self.norm(x)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
 
 from lightning_lss.operators import ATTENTION
 
@@ -27,7 +32,7 @@ _ATTENTION = {
 }
 
 
-def run_block(block: Block, x: Tensor, how: ActivationCheckpointing) -> Tensor:
+def run_block(block: Block, x: Tensor, how: ActivationCheckpointing, tiles: int = 1) -> Tensor:
     """``block(x)``, of which autograd keeps
 
     - ``none``: everything that it asks for;
@@ -36,15 +41,25 @@ def run_block(block: Block, x: Tensor, how: ActivationCheckpointing) -> Tensor:
       in the sequence length is computed again (attention must be called as an operator, see
       :func:`~lightning_lss.attention.lss_attention`);
     - ``offload``: ``x``, in (pinned) host memory.
+
+    ``tiles`` are those of :func:`run_in_tiles` within the block.
     """
     if how == "none" or not torch.is_grad_enabled():
         return block(x)
-    if how == "selective":
-        return checkpoint(block, x, use_reentrant=False, context_fn=_keep_attention)
-    if how == "offload":
-        with save_on_cpu(pin_memory=x.is_cuda):
-            return checkpoint(block, x, use_reentrant=False)
-    return checkpoint(block, x, use_reentrant=False)
+    with nullcontext() if tiles == 1 or torch.compiler.is_compiling() else _to_the_end():
+        if how == "selective":
+            return checkpoint(block, x, use_reentrant=False, context_fn=_keep_attention)
+        if how == "offload":
+            with save_on_cpu(pin_memory=x.is_cuda):
+                return checkpoint(block, x, use_reentrant=False)
+        return checkpoint(block, x, use_reentrant=False)
+
+
+def _to_the_end() -> AbstractContextManager[Any]:
+    """Compute a block again to its end. Else torch stops at the last tensor that is wanted, within the last tile, before
+    the results of the tiles are put together. Under tensor parallelism these are of collectives that nobody would then
+    wait for, and torch keeps such results for ever, with all that they were computed from."""
+    return set_checkpoint_early_stop(False)
 
 
 def run_in_tiles(function: Block, x: Tensor, tiles: int) -> Tensor:

@@ -135,28 +135,37 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of ``q`` [B, H, l, D], and that of ``k`` and ``v`` as one tensor [2, B, G, l, D], from that of the
     output; every rank of the sequence group must call it."""
-    tiles = plan.tiles(q.size(2))
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
     gathered = iter([attended.gathered]) if plan.keep_gathered else _gathered_chunks(k, v, plan)
     grad_q = _rows_like(q)
-    rooms: list[Tensor] = []  # for gradients of K and V: one is filled while the other is on its way
-    grads: list[Tensor] = []
-    on_its_way: Pending | None = None
     with _no_autocast(q.device.type):
-        for index, heads in enumerate(plan.chunks(q.size(1))):
-            keys_values = next(gathered)
-            if index < 2:
-                rooms.append(_room_by_rank(keys_values, plan.shard))
-            by_rank = rooms[index % 2]
-            rows = [x[:, heads] for x in (grad, q, attended.out, attended.lse, grad_q)]
-            _backward_tiles(rows, keys_values, by_rank, tiles, plan)
-            if on_its_way is not None:
-                grads.append(on_its_way.wait())
-            on_its_way = _scatter(by_rank, plan.shard)
-    assert on_its_way is not None
-    grads.append(on_its_way.wait())
+        # afterwards all that the chunks needed is gone, before the whole is made
+        grads = list(_scattered_chunks([grad, q, attended.out, attended.lse, grad_q], gathered, plan))
     return grad_q, _cat(grads, 2).to(q.dtype)
+
+
+def _scattered_chunks(rows: Sequence[Tensor], gathered: Iterator[Tensor], plan: Plan) -> Iterator[Tensor]:
+    """Gradients of this rank's K and V [2, B, g, l, D] a chunk; while one is on its way the next is computed.
+
+    ``rows`` [B, H, l, ...] are as for :func:`_backward_tiles`, of all heads; the last of them, for the gradients of
+    the queries, is filled in.
+    """
+    tiles = plan.tiles(rows[0].size(2))
+    rooms: list[Tensor] = []  # one is filled while the other is on its way
+    on_its_way: Pending | None = None
+    for index, heads in enumerate(plan.chunks(rows[0].size(1))):
+        keys_values = next(gathered)
+        if index < 2:
+            rooms.append(_room_by_rank(keys_values, plan.shard))
+        by_rank = rooms[index % 2]
+        _backward_tiles([x[:, heads] for x in rows], keys_values, by_rank, tiles, plan)
+        if on_its_way is not None:
+            yield on_its_way.wait()
+            on_its_way = None  # with it goes gloo's copy of what was sent, before the next is made
+        on_its_way = _scatter(by_rank, plan.shard)
+    assert on_its_way is not None
+    yield on_its_way.wait()
 
 
 class SplitAttention(torch.autograd.Function):

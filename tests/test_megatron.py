@@ -15,8 +15,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_lss.attention import LSSAttention
 from lightning_lss.distributed_checkpoint import consolidate, load_folder
 from lightning_lss.megatron import DATA, TENSOR, check_sizes, own_key_value_heads, parallelize, reduce_gradients
 from lightning_lss.model import Transformer, TransformerConfig, count_parameters
@@ -101,6 +103,36 @@ def test_float32_without_clipping_and_with_a_table_that_is_built_in_parts(world)
     reference = world.run(1, fit, make_run(**common))[0]
     states = world.run(4, fit_whole, make_run(size=4, strategy={"megatron": True}, **common))
     assert_parity(states, reference, 1e-5)
+
+
+def count_left_over(rank: int, checkpointing: str, tiles: int) -> int:
+    """How many queries of attention are still there when a training step is over."""
+    config = TransformerConfig(
+        vocab_size=40,
+        width=16,
+        num_heads=4,
+        positions="rotary",
+        activation_checkpointing=checkpointing,
+        mlp_tiles=tiles,
+    )
+    model = Transformer(config)
+    parallelize(model, init_device_mesh("cpu", (1, 2), mesh_dim_names=(DATA, TENSOR)))
+    queries: list[StorageWeakRef] = []
+    for module in model.modules():
+        if isinstance(module, LSSAttention):
+            module.register_forward_pre_hook(
+                lambda _, inputs: queries.append(StorageWeakRef(inputs[0].untyped_storage()))
+            )
+    model(torch.zeros(1, 8, dtype=torch.int64)).sum().backward()
+    assert len(queries) == 2 * config.num_layers
+    return sum(not query.expired() for query in queries)
+
+
+@pytest.mark.parametrize("checkpointing", ["full", "selective", "offload"])
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_nothing_that_was_computed_again_is_left_over(world, checkpointing, tiles) -> None:
+    # what a collective returns and nobody waits for stays, with all that it was computed from
+    assert world.run(2, count_left_over, checkpointing, tiles) == [0, 0]
 
 
 def epochs(count: int, **more: Any) -> Run:

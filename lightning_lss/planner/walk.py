@@ -301,12 +301,15 @@ class Walk(Sizes):
             # the first of two chunks is in use none is on its way, while the last is in use none arrives
             chunks = min(self.chunks + 1, 4) - (1 if self.config.keep_gathered else 0)
             self._hold("in_use", self.chunk * chunks, "kv_buffers")
+            arrived = 0 if self.chunks == 1 else max(1, self.chunks - 2) / self.chunks
+            self._hold("arrived", self.keys_values * arrived)
             self._brief("tile", self._kernel_gradients(), "kv_buffers")
+            self._free("in_use", "arrived")
             if self.chunks > 1:
-                self._brief("chunk_grads", self.keys_values)  # before they are one tensor
+                self._hold("chunk_grads", self.keys_values)  # before they are one tensor
         self._hold("k_grad", self.keys_values / 2)
         self._hold("v_grad", self.keys_values / 2)
-        self._free("in_use")
+        self._free("chunk_grads")
 
     def _kernel_gradients(self) -> float:
         """What a call of attention's backward kernel returns, beside the sum of the queries' gradients so far."""
@@ -324,6 +327,7 @@ class Walk(Sizes):
         self._weight_grad("positions", self.parameters.positions)
         table = self.config.vocab_size * self.config.width
         self._weight_grad("embedding", table)
+        self.ledger.free("outgoing")
         if self.config.tie_embeddings:  # the head's gradient was there already
             self._free("embedding_grad")
         self._free("grad")
@@ -349,7 +353,8 @@ class Walk(Sizes):
         """FSDP sums the gradients of a block over the ranks and keeps its shard."""
         if self.setup.shards > 1:
             size = self.parameters.block * self.setup.precision.parameter
-            self._brief("outgoing", size, "gradients")
+            self.ledger.free("outgoing")  # those of a block are let go when the next block's are about to leave
+            self.ledger.hold("outgoing", size, "gradients")
             self._free(
                 *(
                     f"{name}_weight_grad"
