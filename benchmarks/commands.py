@@ -18,7 +18,7 @@ from benchmarks import attention, counting, memory
 from benchmarks.contestants import CONTESTANTS, Contestant
 from benchmarks.harness import World, in_turn, median_ratio
 from benchmarks.network import Network, measured_megabits, obstacle
-from benchmarks.steps import Row, compare_single_ranks, compare_steps, ranks_and_threads, who_takes_part
+from benchmarks.steps import Row, compare_single_ranks, compare_steps, who_takes_part
 from benchmarks.training import Job, model_options
 from lightning_lss.model import TransformerConfig
 
@@ -176,12 +176,12 @@ def run_memory(args: Namespace) -> list[Row]:
     if args.shapes:
         args.contestants = _on_shapes(args.contestants)
     with World(1 if args.shapes else max(args.ranks)) as world:
-        alone = _peak(world, "single", 1, job, args.shapes)
+        alone = memory.measure(world, "single", 1, job, args.shapes)
         rows.append(_memory_row("single", 1, job, args.shapes, alone, alone, None))
         for size in args.ranks:
             names = [name for name in args.contestants if CONTESTANTS[name].strategy != "single"]
             names = who_takes_part(names, size, heads, kv_heads)
-            peaks = {name: _peak(world, name, size, job, args.shapes) for name in names}
+            peaks = {name: memory.measure(world, name, size, job, args.shapes) for name in names}
             rows += [
                 _memory_row(n, size, job, args.shapes, peak, alone, peaks.get("megatron")) for n, peak in peaks.items()
             ]
@@ -198,15 +198,6 @@ def _only(names: Sequence[str], takes_part: Callable[[Contestant], bool], why: s
 
 def _on_shapes(names: Sequence[str]) -> list[str]:
     return _only(names, lambda c: not c.options, "since without the Trainer there is nobody to shard parameters")
-
-
-def _peak(world: World, name: str, size: int, job: Job, shapes: bool) -> memory.Peak:
-    """The rank that needs most."""
-    if shapes:
-        return world.run(1, memory.track_shapes, name, size, job, group=False)[0]
-    ranks, threads = ranks_and_threads(name, size)
-    group = CONTESTANTS[name].strategy != "single"
-    return max(world.run(ranks, memory.track_ranks, name, ranks, job, threads=threads, group=group))
 
 
 def _memory_row(
@@ -240,7 +231,7 @@ def run_longest(args: Namespace) -> list[Row]:
             for name in who_takes_part(names, size, heads, args.kv_heads or heads):
 
                 def peak(length: int, shapes: bool = True, name: str = name, size: int = size) -> int:
-                    return _peak(
+                    return memory.measure(
                         world, name, size, replace(make_job(args, length), steps=4, warm_up=3), shapes
                     ).activations
 

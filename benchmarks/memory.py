@@ -26,6 +26,8 @@ from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
 from benchmarks.contestants import CONTESTANTS, Contestant
+from benchmarks.harness import World
+from benchmarks.steps import ranks_and_threads
 from benchmarks.training import Job, fit, make_module
 from lightning_lss import LSSTransformer, SequenceShard
 from lightning_lss.megatron import DATA, TENSOR, parallelize
@@ -127,6 +129,16 @@ class _TrackedStep(pl.Callback):
         if batch_idx == self.step:
             self.tracker.__exit__(None, None, None)
         self.tracker.in_optimizer = False
+
+
+def measure(world: World, name: str, size: int, job: Job, shapes: bool) -> Peak:
+    """The peak of the rank that needs most, in the job's last step; the warm-up must be three steps or more, in the first
+    two of which DDP arranges its buckets."""
+    if shapes:
+        return world.run(1, track_shapes, name, size, job, group=False)[0]
+    ranks, threads = ranks_and_threads(name, size)
+    group = CONTESTANTS[name].strategy != "single"
+    return max(world.run(ranks, track_ranks, name, ranks, job, threads=threads, group=group))
 
 
 def track_ranks(rank: int, name: str, size: int, job: Job) -> Peak:

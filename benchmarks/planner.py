@@ -1,6 +1,6 @@
 """The planner's predictions against measurements: memory of a rank, and seconds of a step.
 
-python -m benchmarks planner memory               # a rank of 2 to 3,456 under torch's memory tracker (2 minutes)
+python -m benchmarks planner memory               # a rank of 1 to 3,456 under torch's memory tracker (10 minutes)
 python -m benchmarks planner calibrate            # figures of this machine, as conf/hardware/cpu.yaml has them
 python -m benchmarks planner time                 # steps of CPU ranks over gloo, against figures calibrated in the same run
 """
@@ -25,6 +25,10 @@ import torch.multiprocessing as mp
 from torch.nn import functional as F
 
 from benchmarks import figures, results
+from benchmarks.contestants import CONTESTANTS
+from benchmarks.harness import World
+from benchmarks.memory import measure
+from benchmarks.training import Job
 from lightning_lss.collectives import all_gather
 from lightning_lss.model import TransformerConfig
 from lightning_lss.planner import Hardware, Link, Options, Setup, load_hardware, rank_memory, step_time
@@ -77,6 +81,12 @@ MEMORY: list[tuple[str, int, int, int, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+def compare_memory(quick: bool) -> list[dict[str, Any]]:
+    """One step without the Trainer, also on ranks that do not exist; and training itself."""
+    number = 1 if quick else None
+    return memory(MEMORY[:number]) + trained_memory(RANKS[:number])
+
+
 def memory(entries: Sequence[tuple[str, int, int, int, dict[str, Any], dict[str, Any]]]) -> list[dict[str, Any]]:
     """Measure and predict ``entries`` of ``MEMORY``."""
     rows = []
@@ -85,15 +95,78 @@ def memory(entries: Sequence[tuple[str, int, int, int, dict[str, Any], dict[str,
         fake = not setup.options.ddp and not setup.config.dropout and setup.config.positions == "rotary"
         with fake_world(0 if setup.options.layout == "zigzag" else size - 1, size) as group:
             measured = measure_memory(setup, group, fake_tensors=fake)["Total"]
-        predicted = rank_memory(setup).total
-        error = predicted / measured - 1
-        print(
-            f"{what:28} S {size:5} L {length:9,} {measured / 2**20:10,.1f} {predicted / 2**20:10,.1f} MiB {100 * error:+6.1f} %"
-        )
-        row = {"what": what, "size": size, "length": length, "batch_size": batch, "fake_tensors": fake}
-        row |= {"model": sizes, "options": options}
-        rows.append(row | {"measured_bytes": measured, "predicted_bytes": round(predicted), "error": round(error, 4)})
+        rows.append(_memory_row(what, setup, fake, measured, sizes, options))
     return rows
+
+
+def _memory_row(
+    what: str, setup: Setup, fake: bool, measured: int, sizes: dict[str, Any], options: dict[str, Any]
+) -> dict[str, Any]:
+    predicted = rank_memory(setup).total
+    error = predicted / measured - 1
+    print(
+        f"{what:36} S {setup.size:5} L {setup.seq_len:9,} {measured / 2**20:10,.1f} {predicted / 2**20:10,.1f} MiB"
+        f" {100 * error:+6.1f} %",
+        flush=True,
+    )
+    return {
+        "what": what,
+        "size": setup.size,
+        "length": setup.seq_len,
+        "batch_size": setup.batch_size,
+        "fake_tensors": fake,
+        "model": sizes,
+        "options": options,
+        "measured_bytes": measured,
+        "predicted_bytes": round(predicted),
+        "error": round(error, 4),
+    }
+
+
+# what, contestant, S, L, model; under the real Trainer, on real ranks
+RANKS: list[tuple[str, str, int, int, dict[str, Any]]] = [
+    ("trained: single", "single", 1, 4_096, {}),
+    ("trained: lss", "lss", 4, 4_096, {}),
+    ("trained: lss, mostly parameters", "lss", 4, 512, {}),
+    ("trained: lss, full", "lss", 4, 4_096, {"activation_checkpointing": "full"}),
+    ("trained: lss, selective, tiles", "lss", 4, 4_096, {"activation_checkpointing": "selective", "mlp_tiles": 4}),
+    ("trained: lss-kept", "lss-kept", 4, 4_096, {}),
+    ("trained: lss-kept, full", "lss-kept", 4, 4_096, {"activation_checkpointing": "full"}),
+    ("trained: lss-fsdp", "lss-fsdp", 4, 4_096, {}),
+    ("trained: lss-fsdp, mostly parameters", "lss-fsdp", 4, 512, {}),
+    ("trained: lss-fsdp, full", "lss-fsdp", 4, 4_096, {"activation_checkpointing": "full"}),
+    ("trained: megatron", "megatron", 4, 4_096, {}),
+    ("trained: megatron, mostly parameters", "megatron", 4, 512, {}),
+    ("trained: megatron, full", "megatron", 4, 4_096, {"activation_checkpointing": "full"}),
+    ("trained: megatron, selective", "megatron", 4, 4_096, {"activation_checkpointing": "selective"}),
+    ("trained: megatron, full, tiles", "megatron", 4, 4_096, {"activation_checkpointing": "full", "mlp_tiles": 4}),
+    *(
+        (
+            f"trained: {name}, other options",
+            name,
+            4,
+            4_096,
+            {"positions": "learned", "mlp": "swiglu", "num_kv_heads": 2, "dropout": 0.1},
+        )
+        for name in ("single", "lss", "lss-fsdp", "megatron")
+    ),
+]
+
+
+def trained_memory(entries: Sequence[tuple[str, str, int, int, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Measure and predict ``entries`` of ``RANKS``."""
+    with World(max(size for _, _, size, *_ in entries)) as world:
+        return [_trained(world, *entry) for entry in entries]
+
+
+def _trained(world: World, what: str, name: str, size: int, length: int, sizes: dict[str, Any]) -> dict[str, Any]:
+    contestant, model = CONTESTANTS[name], config(seq_len=length, **sizes)
+    size = 1 if contestant.strategy == "single" else size
+    measured = measure(world, name, size, Job(vars(model), steps=4, warm_up=3), shapes=False).total
+    options = Options(sharding=contestant.options.get("sharding"), ddp=contestant.strategy == "lss")
+    scheme = "megatron" if contestant.strategy == "megatron" else "lss"
+    setup = Setup(replace(model, **contestant.model), scheme, 1, size, length, 1, options)  # type: ignore[arg-type]
+    return _memory_row(what, setup, False, measured, sizes, {"contestant": name})
 
 
 # -- time --------------------------------------------------------------------------------------------------------------
@@ -279,7 +352,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.what == "calibrate":
         calibrate()
         return []
-    rows = memory(MEMORY[:1] if args.quick else MEMORY) if args.what == "memory" else time_steps(args)
+    rows = compare_memory(args.quick) if args.what == "memory" else time_steps(args)
     print(f"worst error {100 * max(abs(row['error']) for row in rows):.1f} % of {len(rows)}")
     name = f"planner_{args.what}"
     print(f"{results.append(name, rows, args.output)}\n{figures.save(name, args.output)}")
