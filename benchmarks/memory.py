@@ -87,6 +87,11 @@ class StepTracker(MemTracker):
             return run_inside(self, func, args, kwargs)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
+    def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> tuple[int, int]:
+        """Of every parameter; the base class would miss gradients of those that are used without their module's forward,
+        such as the head's weight in the loss."""
+        return super()._track_module_params_and_buffers(module, install_grad_hooks=True)
+
     def _register_global_optimizer_hook(self) -> None:
         """The base class would take everything within ``optimizer.step`` for optimizer state."""
 

@@ -46,7 +46,7 @@ def run_block(block: Block, x: Tensor, how: ActivationCheckpointing, tiles: int 
     """
     if how == "none" or not torch.is_grad_enabled():
         return block(x)
-    with nullcontext() if tiles == 1 or torch.compiler.is_compiling() else _to_the_end():
+    with _early_stop(tiles == 1):
         if how == "selective":
             return checkpoint(block, x, use_reentrant=False, context_fn=_keep_attention)
         if how == "offload":
@@ -55,11 +55,14 @@ def run_block(block: Block, x: Tensor, how: ActivationCheckpointing, tiles: int 
         return checkpoint(block, x, use_reentrant=False)
 
 
-def _to_the_end() -> AbstractContextManager[Any]:
-    """Compute a block again to its end. Else torch stops at the last tensor that is wanted, within the last tile, before
-    the results of the tiles are put together. Under tensor parallelism these are of collectives that nobody would then
-    wait for, and torch keeps such results for ever, with all that they were computed from."""
-    return set_checkpoint_early_stop(False)
+def _early_stop(wanted: bool) -> AbstractContextManager[Any]:
+    """Whether computing again stops at the last tensor that is wanted, as it does by default.
+
+    A block of tiles would stop within the last of them, before their results are put together. Under tensor parallelism
+    these are of collectives that nobody would then wait for, and torch keeps such results for ever, with all that they
+    were computed from. A tile by itself stops before its collective.
+    """
+    return nullcontext() if torch.compiler.is_compiling() else set_checkpoint_early_stop(wanted)
 
 
 def run_in_tiles(function: Block, x: Tensor, tiles: int) -> Tensor:
@@ -73,7 +76,8 @@ def run_in_tiles(function: Block, x: Tensor, tiles: int) -> Tensor:
     parts = x.chunk(tiles, dim=1)
     if not torch.is_grad_enabled():
         return torch.cat([function(part) for part in parts], dim=1)
-    return torch.cat([checkpoint(function, part, use_reentrant=False) for part in parts], dim=1)
+    with _early_stop(True):
+        return torch.cat([checkpoint(function, part, use_reentrant=False) for part in parts], dim=1)
 
 
 def _keep_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

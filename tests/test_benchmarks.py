@@ -17,7 +17,7 @@ from benchmarks.contestants import CONTESTANTS
 from benchmarks.harness import World, in_turn, median_ratio
 from benchmarks.training import Job, model_options
 
-JOB = Job(model_options("tiny", seq_len=64, width=32, num_heads=4, dropout=0.1), steps=3, warm_up=2)
+JOB = Job(model_options("tiny", seq_len=64, width=32, num_heads=4, dropout=0.1), steps=4, warm_up=3)
 ENVIRONMENT = ["date", "commit", "torch", "lightning", "python", "processor", "cores", "load"]
 
 

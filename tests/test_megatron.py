@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_lss.attention import LSSAttention
 from lightning_lss.distributed_checkpoint import consolidate, load_folder
 from lightning_lss.megatron import DATA, TENSOR, check_sizes, own_key_value_heads, parallelize, reduce_gradients
-from lightning_lss.model import Transformer, TransformerConfig, count_parameters
+from lightning_lss.model import MLPBlock, Transformer, TransformerConfig, count_parameters
 from tests.training import (
     LENGTH,
     VOCAB,
@@ -106,7 +106,7 @@ def test_float32_without_clipping_and_with_a_table_that_is_built_in_parts(world)
 
 
 def count_left_over(rank: int, checkpointing: str, tiles: int) -> int:
-    """How many queries of attention are still there when a training step is over."""
+    """How many queries of attention, and results of the MLP, are still there when a training step is over."""
     config = TransformerConfig(
         vocab_size=40,
         width=16,
@@ -117,15 +117,20 @@ def count_left_over(rank: int, checkpointing: str, tiles: int) -> int:
     )
     model = Transformer(config)
     parallelize(model, init_device_mesh("cpu", (1, 2), mesh_dim_names=(DATA, TENSOR)))
-    queries: list[StorageWeakRef] = []
+    seen: dict[type[nn.Module], list[StorageWeakRef]] = {LSSAttention: [], MLPBlock: []}
     for module in model.modules():
         if isinstance(module, LSSAttention):
-            module.register_forward_pre_hook(
-                lambda _, inputs: queries.append(StorageWeakRef(inputs[0].untyped_storage()))
-            )
+            module.register_forward_pre_hook(lambda _, inputs: seen[LSSAttention].append(storage_of(inputs[0])))
+        elif isinstance(module, MLPBlock):
+            module.register_forward_hook(lambda _, inputs, output: seen[MLPBlock].append(storage_of(output)))
     model(torch.zeros(1, 8, dtype=torch.int64)).sum().backward()
-    assert len(queries) == 2 * config.num_layers
-    return sum(not query.expired() for query in queries)
+    assert len(seen[LSSAttention]) == 2 * config.num_layers
+    assert len(seen[MLPBlock]) >= config.num_layers
+    return sum(not storage.expired() for storages in seen.values() for storage in storages)
+
+
+def storage_of(x: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(getattr(x, "elem", x).untyped_storage())  # what a collective returns wraps its tensor
 
 
 @pytest.mark.parametrize("checkpointing", ["full", "selective", "offload"])
