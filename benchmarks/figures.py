@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import inf
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import results
@@ -17,7 +19,7 @@ _LINES = ["-", "--", "-.", ":"]
 
 class Chart(NamedTuple):
     """Lines of ``y`` over ``x``, one for each combination of the ``series`` columns, of which the first has a colour for
-    each of its values."""
+    each of its values. Each combination of the ``panels`` columns has axes of its own."""
 
     x: str
     y: str
@@ -25,6 +27,7 @@ class Chart(NamedTuple):
     series: tuple[str, ...] = ("contestant",)
     ideal: float | None = None  # a line to compare with
     logarithmic: bool = False
+    panels: tuple[str, ...] = ()
 
 
 CHARTS = {
@@ -53,8 +56,8 @@ CHARTS = {
         "ranks",
         "activations_mib",
         "peak activation memory of a rank, MiB",
-        ("contestant", "length", "model"),
         logarithmic=True,
+        panels=("model", "length"),
     ),
     "longest": Chart("ranks", "longest", "longest sequence under a cap of activation memory", logarithmic=True),
     "loss": Chart(
@@ -118,40 +121,83 @@ def _draw_prediction(prediction: Prediction, rows: list[dict[str, str]]) -> Figu
 
 def _draw_chart(chart: Chart, rows: list[dict[str, str]]) -> Figure:
     """The newest point of every series at every ``x``."""
-    newest: dict[tuple[str, ...], dict[float, dict[str, str]]] = {}
+    newest: dict[tuple[str, ...], dict[tuple[str, ...], dict[float, dict[str, str]]]] = {}
     for row in rows:
         if row[chart.x] and row[chart.y]:
-            key = tuple(row[column] for column in chart.series)
-            newest.setdefault(key, {})[float(row[chart.x])] = row
-    points = {key: {x: float(row[chart.y]) for x, row in own.items()} for key, own in newest.items()}
-    shown = [row for own in newest.values() for row in own.values()]
-    wrong = {row["contestant"] for row in shown if row.get("gradients") == "wrong"}
-    same = {column for column, values in zip(chart.series, zip(*points)) if len(set(values)) == 1}
-    names, variants = sorted({key[0] for key in points}), sorted({key[1:] for key in points})
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.subplots()
-    for key, own in sorted(points.items()):
-        xs, name, variant = sorted(own), names.index(key[0]), variants.index(key[1:])
-        style = dict(
-            color=_COLORS[name % len(_COLORS)],
-            marker=_MARKS[(name + 3 * variant) % len(_MARKS)],
-            linestyle=_LINES[variant % len(_LINES)],
-        )
-        axes.plot(xs, [own[x] for x in xs], label=_label(key, chart.series, same, wrong), **style)
+            panel, key = (tuple(row[column] for column in columns) for columns in (chart.panels, chart.series))
+            newest.setdefault(panel, {}).setdefault(key, {})[float(row[chart.x])] = row
+    shown = [row for lines in newest.values() for own in lines.values() for row in own.values()]
+    styles, labels = _styles(chart, shown), _labels(chart, shown)
+    ticks = sorted({float(row[chart.x]) for row in shown})
+    down, across = -(-len(newest) // 2) or 1, min(len(newest), 2) or 1
+    size = (4.4 * across, 2.2 * down + 1) if chart.panels else (6.4, 4.4)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
+    for axes, panel in zip(grid, sorted(newest, key=_by_number)):
+        for key, own in sorted(newest[panel].items()):
+            xs = sorted(own)
+            axes.plot(xs, [float(own[x][chart.y]) for x in xs], label=labels[key], **styles[key])
+        named = (f"{column} {value}" if value.isdecimal() else value for column, value in zip(chart.panels, panel))
+        axes.set_title(", ".join(named), fontsize=8)
+    for axes in grid[: len(newest) or 1]:
+        _lay_out(axes, chart, ticks)
+    for axes in grid[len(newest) or 1 :]:
+        axes.set_axis_off()
+    figure.suptitle(chart.title)
+    if shown:
+        _add_legend(figure, apart=bool(chart.panels))
+        _sign(figure, shown)
+    return figure
+
+
+def _by_number(values: tuple[str, ...]) -> list[tuple[float, str]]:
+    """To sort 8,192 before 65,536 and words after numbers."""
+    return [(float(value), "") if value.isdecimal() else (inf, value) for value in values]
+
+
+def _add_legend(figure: Figure, apart: bool) -> None:
+    """Every name once: below the panels, or within the only axes."""
+    handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
+    if apart:
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8)
+    else:
+        figure.axes[0].legend(handles.values(), handles, fontsize=8)
+
+
+def _lay_out(axes: Axes, chart: Chart, ticks: list[float]) -> None:
     if chart.ideal is not None:
         axes.axhline(chart.ideal, color="gray", linestyle=":", linewidth=1)
-    ticks = sorted({x for own in points.values() for x in own})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axes.minorticks_off()
     if chart.logarithmic:
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter("{x:,g}")
-    axes.set(xlabel=chart.x.replace("_", " "), ylabel=chart.y.replace("_", " "), title=chart.title)
-    if points:
-        axes.legend(fontsize=8)
-        _sign(figure, shown)
-    return figure
+    axes.set(xlabel=chart.x.replace("_", " "), ylabel=chart.y.replace("_", " "))
+    axes.label_outer()
+
+
+def _styles(chart: Chart, rows: list[dict[str, str]]) -> dict[tuple[str, ...], dict[str, Any]]:
+    """Of each series: a colour for its contestant, a line and a mark for the rest."""
+    series = {tuple(row[column] for column in chart.series) for row in rows}
+    names, variants = sorted({key[0] for key in series}), sorted({key[1:] for key in series})
+    styles = {}
+    for key in series:
+        name, variant = names.index(key[0]), variants.index(key[1:])
+        styles[key] = dict(
+            color=_COLORS[name % len(_COLORS)],
+            marker=_MARKS[(name + 3 * variant) % len(_MARKS)],
+            linestyle=_LINES[variant % len(_LINES)],
+        )
+    return styles
+
+
+def _labels(chart: Chart, rows: list[dict[str, str]]) -> dict[tuple[str, ...], str]:
+    """Of each series: the contestant, and of the other columns what not all series have in common."""
+    series = {tuple(row[column] for column in chart.series) for row in rows}
+    wrong = {row["contestant"] for row in rows if row.get("gradients") == "wrong"}
+    same = {column for column, values in zip(chart.series, zip(*series)) if len(set(values)) == 1}
+    return {key: _label(key, chart.series, same, wrong) for key in series}
 
 
 def _sign(figure: Figure, rows: Iterable[dict[str, str]]) -> None:
@@ -160,7 +206,6 @@ def _sign(figure: Figure, rows: Iterable[dict[str, str]]) -> None:
 
 
 def _label(key: tuple[str, ...], series: tuple[str, ...], same: set[str], wrong: set[str]) -> str:
-    """The contestant, and of the other columns what not all points have in common."""
     name = f"{key[0]} (wrong gradients)" if key[0] in wrong else key[0]
     own = [(column, value) for column, value in zip(series[1:], key[1:]) if column not in same]
     return ", ".join([name, *(f"{column.replace('_', ' ')} {value}" for column, value in own)])

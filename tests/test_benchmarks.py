@@ -193,7 +193,7 @@ def test_namespaces_are_removed_also_after_a_failure() -> None:
 
 
 COLUMNS = {
-    **{name: (chart.x, chart.y, *chart.series) for name, chart in figures.CHARTS.items()},
+    **{name: (chart.x, chart.y, *chart.series, *chart.panels) for name, chart in figures.CHARTS.items()},
     **{name: (own.measured, own.predicted, *own.configuration) for name, own in figures.PREDICTIONS.items()},
 }
 
