@@ -62,8 +62,6 @@ class Contestant:
         unknown = set(self.options) - set(signature(LSSStrategy).parameters)
         if unknown:
             return f"LSSStrategy does not take {', '.join(sorted(unknown))}"
-        if self.attention == "context_parallel":
-            return "torch's context_parallel has no kernel for CPU, and ranks here train on CPUs"
         return None
 
 
@@ -81,7 +79,6 @@ CONTESTANTS: dict[str, Contestant] = {
     "ring": Contestant(layout="contiguous", attention="ring", package="ring_attention_pytorch"),
     "ring-zigzag": Contestant(attention="ring-zigzag", package="ring_attention_pytorch"),
     "ulysses": Contestant(layout="contiguous", attention="ulysses"),
-    "context-parallel": Contestant(layout="contiguous", attention="context_parallel"),
 }
 
 
@@ -199,28 +196,8 @@ class _Exchange(torch.autograd.Function):
         return (_heads_to_segments if ctx.to_heads else _segments_to_heads)(grad, ctx.shard), None, None
 
 
-class ContextParallelAttention(ShardedModule):
-    """torch's own ``context_parallel`` (all-gather or ring over its CUDA kernels); it has no CPU kernel."""
-
-    def __init__(self, causal: bool) -> None:
-        super().__init__()
-        self.causal = causal
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[B, H, l, D], [B, G, l, D], [B, G, l, D] -> [B, H, l, D]; contiguous layout."""
-        from torch.distributed.device_mesh import DeviceMesh
-        from torch.distributed.tensor.experimental import context_parallel
-
-        if self.shard.size == 1:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=q.size(1) != k.size(1))
-        mesh = DeviceMesh.from_group(self.shard.require_group(), q.device.type)
-        with context_parallel(mesh):  # without buffers: the strategy has split the batch already
-            return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=q.size(1) != k.size(1))
-
-
 ATTENTION: dict[str, Callable[[bool], nn.Module]] = {
     "ring": RingAttention,
     "ring-zigzag": RingZigzagAttention,
     "ulysses": UlyssesAttention,
-    "context_parallel": ContextParallelAttention,
 }

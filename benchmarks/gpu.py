@@ -8,7 +8,8 @@ Rank 0 of S runs by itself with its real kernels, sizes and memory; collectives 
 :mod:`benchmarks.one_rank`.
 
 - ``attention``: forward and backward of one rank's attention, against plain attention on a shorter sequence of as many
-  query-key pairs, taken in turn; ``fraction_of_plain`` is the ratio of their speeds by pair.
+  query-key pairs, taken in turn; ``fraction_of_plain`` is the ratio of their speeds by pair. The same of torch's own
+  ``context_parallel``.
 - ``kernels``: the same at one length for every kernel that runs here and several numbers of head chunks.
 - ``step``: a training step of :class:`~lightning_lss.LSSTransformer` with the Trainer and
   :class:`~lightning_lss.LSSStrategy`, for every mode of activation checkpointing: time, model FLOP/s utilization, memory.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -33,7 +35,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import figures, results
-from benchmarks.gpu_attention import BACKENDS, Call, compare
+from benchmarks.gpu_attention import BACKENDS, CONTEXT_PARALLEL, Call, compare
 from benchmarks.gpu_step import time_steps
 from benchmarks.one_rank import one_rank_of
 from benchmarks.training import model_options
@@ -78,13 +80,17 @@ _SHOWN = (
 
 
 def run_attention(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Figure ``attention``."""
-    for size in args.ranks:
-        for length in args.lengths:
-            call = _call(args, length)
-            kernel = _kernel(args, call)
-            contestants = {layout: {"layout": layout, "head_chunks": "auto"} for layout in args.layouts}
-            where = dict(ranks=size, length=length, kernel=kernel)
+    """Figure ``attention``. torch's context parallel runs by itself, so that lack of memory there takes no row of LSS."""
+    lss = {layout: {"layout": layout, "head_chunks": "auto"} for layout in args.layouts}
+    groups = {"lss": lss, CONTEXT_PARALLEL: {CONTEXT_PARALLEL: {"layout": "zigzag"}}}
+    if args.device.type != "cuda":
+        del groups[CONTEXT_PARALLEL]
+        print(f"{CONTEXT_PARALLEL} takes no part: it has no kernel for CPU")
+    for size, length in itertools.product(args.ranks, args.lengths):
+        call = _call(args, length)
+        kernel = _kernel(args, call)
+        for name, contestants in groups.items():
+            where = dict(contestant=name, ranks=size, length=length, kernel=kernel)
             yield from _guarded(
                 args, partial(compare, call, size, kernel, contestants, args.rounds, args.seconds), **where
             )
@@ -157,7 +163,7 @@ def _guarded(
             raise
         memory = isinstance(error, torch.cuda.OutOfMemoryError)
         note = "out of memory" if memory else f"failed: {str(error).splitlines()[0]}"
-        return [{**where, "contestant": "lss", "note": note}]
+        return [{"contestant": "lss", **where, "note": note}]
     finally:
         gc.collect()
         if args.device.type == "cuda":

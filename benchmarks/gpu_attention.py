@@ -10,7 +10,9 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -26,6 +28,8 @@ BACKENDS = {
     "cpu_flash": SDPBackend.FLASH_ATTENTION,
 }
 """Under which name torch's own attention has a kernel."""
+CONTEXT_PARALLEL = "context-parallel"
+"""The contestant that is torch's own ``context_parallel``. It has no kernel for CPU."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,26 @@ def time_rank(call: Call, size: int, kernel: str, layout: str, head_chunks: Any)
 
 def time_plain(call: Call, kernel: str) -> Timed:
     """torch's own attention on a sequence that is whole."""
+    return time_call(partial(_attend, call, kernel), *call.tensors(call.length))
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        gqa = call.heads != call.kv_heads
-        with sdpa_kernel(BACKENDS.get(kernel, SDPBackend.MATH)):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
 
-    return time_call(attend, *call.tensors(call.length))
+def time_context_parallel(call: Call, size: int, kernel: str) -> Timed:
+    """One rank's attention of S with torch's own ``context_parallel``, as it is by default: balanced (the zigzag layout),
+    keys and values gathered. torch's fake process group copies in the place of its collectives, on the stream of the
+    computation. Its backward pass has to run within the context too.
+    """
+    from torch.distributed.tensor.experimental import context_parallel  # a prototype: nothing else may depend on it
+
+    mesh = DeviceMesh.from_group(dist.group.WORLD, call.device.type)
+    whole = torch.empty(call.length, device=call.device)  # the context balances only if it is given something to split
+    with context_parallel(mesh, buffers=[whole], buffer_seq_dims=[0]):
+        return time_call(partial(_attend, call, kernel), *call.tensors(call.length // size))
+
+
+def _attend(call: Call, kernel: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    gqa = call.heads != call.kv_heads
+    with sdpa_kernel(BACKENDS.get(kernel, SDPBackend.MATH)):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
 
 
 def compare(
@@ -76,7 +93,7 @@ def compare(
         call: sizes.
         size: S; the caller is within :func:`benchmarks.one_rank.one_rank_of`.
         kernel: of all of them.
-        contestants: by name, their ``layout`` and ``head_chunks``.
+        contestants: by name, their ``layout`` and, if they are LSS, ``head_chunks``.
         rounds: turns of every contestant after a warm-up.
         seconds: after which no further round begins.
     """
@@ -86,7 +103,8 @@ def compare(
     pairs["plain"] = pairs_of_rank(whole.length, 0, 1, "contiguous", True)
     runs: dict[str, Callable[[], Timed]] = {"plain": partial(time_plain, whole, kernel)}
     for name, own in contestants.items():
-        runs[name] = partial(time_rank, call, size, kernel, **own)
+        torchs = name == CONTEXT_PARALLEL
+        runs[name] = partial(time_context_parallel if torchs else partial(time_rank, **own), call, size, kernel)
     times = in_turn(runs, rounds, most_seconds=seconds)
     for name, own_times in times.items():
         own = contestants.get(name, {})

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_attention
 from benchmarks.one_rank import one_rank_of, shard_of
 from lightning_lss import SequenceShard, collectives, lss_attention
 from lightning_lss.kernels import KERNELS, select_kernel
@@ -109,6 +109,17 @@ def test_the_rank_that_is_timed_is_the_busiest(layout) -> None:
     with one_rank_of(4, torch.device("cpu")):
         timed = pairs_of_rank(64, shard_of(4, layout).rank, 4, layout, causal=True)
     assert timed == max(pairs_of_rank(64, rank, 4, layout, causal=True) for rank in range(4))
+
+
+@pytest.mark.parametrize("kernel", [pytest.param(x, marks=GPU) for x in ("cuda_flash", "efficient", "cudnn")])
+def test_torchs_context_parallel_takes_part_on_cuda(kernel) -> None:
+    call = gpu_attention.Call(1024, 2, 2, 64, torch.bfloat16, torch.device("cuda"))
+    with one_rank_of(4, call.device):
+        contestants = {gpu_attention.CONTEXT_PARALLEL: {"layout": "zigzag"}}
+        rows = {row["contestant"]: row for row in gpu_attention.compare(call, 4, kernel, contestants, 1, 5.0)}
+    row = rows[gpu_attention.CONTEXT_PARALLEL]
+    assert (row["ranks"], row["collectives"]) == (4, "copies")
+    assert row["seconds"] > 0
 
 
 @pytest.mark.parametrize("figure", list(gpu.FIGURES))
