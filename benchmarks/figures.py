@@ -138,7 +138,7 @@ def _draw_chart(chart: Chart, rows: list[dict[str, str]]) -> Figure:
             xs = sorted(own)
             axes.plot(xs, [float(own[x][chart.y]) for x in xs], label=labels[key], **styles[key])
         named = (f"{column} {value}" if value.isdecimal() else value for column, value in zip(chart.panels, panel))
-        axes.set_title(", ".join(named), fontsize=8)
+        axes.set_title(", ".join(named), fontsize=7)
     for axes in grid[: len(newest) or 1]:
         _lay_out(axes, chart, ticks)
     for axes in grid[len(newest) or 1 :]:
