@@ -45,12 +45,12 @@ CHARTS = {
         "megabits",
         "speed_against_megatron",
         "step over limited links: speed against megatron",
-        ("contestant", "kv_heads"),
         ideal=1.0,
+        panels=("kv_heads",),
     ),
     "overhead": Chart("length", "seconds_against_ddp", "overhead of the strategy on one rank: step time", ideal=1.0),
     "communication": Chart(
-        "ranks", "bytes_per_layer", "bytes that a rank receives per layer", ("contestant", "kv_heads"), logarithmic=True
+        "ranks", "bytes_per_layer", "bytes that a rank receives per layer", logarithmic=True, panels=("kv_heads",)
     ),
     "memory": Chart(
         "ranks",
@@ -130,14 +130,17 @@ def _draw_chart(chart: Chart, rows: list[dict[str, str]]) -> Figure:
     styles, labels = _styles(chart, shown), _labels(chart, shown)
     ticks = sorted({float(row[chart.x]) for row in shown})
     down, across = -(-len(newest) // 2) or 1, min(len(newest), 2) or 1
-    size = (4.4 * across, 2.2 * down + 1) if chart.panels else (6.4, 4.4)
+    size = (4.4 * across, 2.2 * down + (2 if down == 1 else 1)) if chart.panels else (6.4, 4.4)
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
     for axes, panel in zip(grid, sorted(newest, key=_by_number)):
         for key, own in sorted(newest[panel].items()):
             xs = sorted(own)
             axes.plot(xs, [float(own[x][chart.y]) for x in xs], label=labels[key], **styles[key])
-        named = (f"{column} {value}" if value.isdecimal() else value for column, value in zip(chart.panels, panel))
+        named = (
+            f"{column.replace('_', ' ')} {value}" if value.isdecimal() else value
+            for column, value in zip(chart.panels, panel)
+        )
         axes.set_title(", ".join(named), fontsize=7)
     for axes in grid[: len(newest) or 1]:
         _lay_out(axes, chart, ticks)
@@ -172,7 +175,7 @@ def _lay_out(axes: Axes, chart: Chart, ticks: list[float]) -> None:
     axes.minorticks_off()
     if chart.logarithmic:
         axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter("{x:,g}")
+        axes.yaxis.set_major_formatter("{x:,.7g}")
     axes.set(xlabel=chart.x.replace("_", " "), ylabel=chart.y.replace("_", " "))
     axes.label_outer()
 
