@@ -20,12 +20,14 @@ class Pending(NamedTuple):
 
     tensor: Tensor
     work: dist.Work | None
+    addends: bool = False
+    """Whether the tensor is the addends of a sum, stacked along dimension 0."""
 
     def wait(self) -> Tensor:
-        """Block (on CUDA: the current stream) until the tensor is complete, and return it."""
+        """Block (on CUDA: the current stream) until the tensor is complete, and return it, or its sum."""
         if self.work is not None:
             self.work.wait()
-        return self.tensor
+        return self.tensor.sum(0) if self.addends else self.tensor
 
 
 def all_gather(local: Tensor, group: dist.ProcessGroup, out: Tensor | None = None) -> Pending:
@@ -48,6 +50,19 @@ def reduce_scatter(stacked: Tensor, group: dist.ProcessGroup) -> Pending:
     if _is_gloo(own, group):
         return Pending(local, group.reduce_scatter_tensor_coalesced([own], [whole]))
     return Pending(local, _reduce_scatter(own, whole, group=group, async_op=True))
+
+
+def exchange_and_sum(stacked: Tensor, group: dist.ProcessGroup) -> Pending:
+    """:func:`reduce_scatter` in the quickest way that the backend of ``group`` has, for up to the memory of ``stacked``.
+
+    Gloo's reduce-scatter is an all-reduce inside: every rank receives every sum. There an all-to-all brings a rank the
+    addends of its own sum and no more, half the bytes, and they are added when they are waited for.
+    """
+    if not _is_gloo(stacked, group):
+        return reduce_scatter(stacked, group)
+    received = stacked.new_empty(stacked.shape)
+    work = dist.all_to_all_single(received.view(-1), stacked.contiguous().view(-1), group=group, async_op=True)
+    return Pending(received, work, addends=True)
 
 
 def _is_gloo(x: Tensor, group: dist.ProcessGroup) -> bool:

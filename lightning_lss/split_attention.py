@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_lss.collectives import Pending, all_gather, reduce_scatter
+from lightning_lss.collectives import Pending, all_gather, exchange_and_sum, reduce_scatter
 from lightning_lss.kernels import KERNELS, select_kernel
 from lightning_lss.shard import SequenceShard
 from lightning_lss.tiles import Tile, attention_tiles
@@ -162,8 +162,8 @@ def _scattered_chunks(rows: Sequence[Tensor], gathered: Iterator[Tensor], plan: 
         _backward_tiles([x[:, heads] for x in rows], keys_values, by_rank, tiles, plan)
         if on_its_way is not None:
             yield on_its_way.wait()
-            on_its_way = None  # with it goes gloo's copy of what was sent, before the next is made
-        on_its_way = _scatter(by_rank, plan.shard)
+            on_its_way = None  # with it goes what gloo received, before there is room for the next
+        on_its_way = _scatter(by_rank, plan)
     assert on_its_way is not None
     yield on_its_way.wait()
 
@@ -247,11 +247,14 @@ def _room_by_rank(keys_values: Tensor, shard: SequenceShard) -> Tensor:
     return keys_values.new_empty(shard.size, *outer, length // shard.size, width)
 
 
-def _scatter(by_rank: Tensor, shard: SequenceShard) -> Pending:
+def _scatter(by_rank: Tensor, plan: Plan) -> Pending:
     """Sum gradients [S, 2, B, g, l, D] over the ranks; each receives its own segment's [2, B, g, l, D]."""
+    shard = plan.shard
     if shard.size == 1:
         return Pending(by_rank[0].clone(), None)  # the room is used again
-    return reduce_scatter(by_rank.to(shard.communication_dtype or by_rank.dtype), shard.require_group())
+    # with all heads at once what is received would need as much room as all keys and values
+    scatter = reduce_scatter if plan.head_chunks == 1 else exchange_and_sum
+    return scatter(by_rank.to(shard.communication_dtype or by_rank.dtype), shard.require_group())
 
 
 # -- computation -------------------------------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ class RecordedRanks:
         self._sent: list[list[Tensor]] = [[] for _ in range(size)]
         self._before: list[list[Tensor]] = [[] for _ in range(size)]
         monkeypatch.setattr(split_attention, "all_gather", self._all_gather)
-        monkeypatch.setattr(split_attention, "reduce_scatter", self._reduce_scatter)
+        for name in ("reduce_scatter", "exchange_and_sum"):
+            monkeypatch.setattr(split_attention, name, self._reduce_scatter)
 
     def run(self, work: Callable[[SequenceShard], Any]) -> list[Any]:
         """What ``work(shard)`` returns on each rank."""

@@ -1,4 +1,5 @@
-"""All-gather and reduce-scatter by rank: every shape, dtype and stride, as adjoints, and without a warning."""
+"""All-gather and reduce-scatter by rank, the latter in two ways: every shape, dtype and stride, as adjoints, and without
+a warning."""
 
 from __future__ import annotations
 
@@ -10,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_lss.collectives import Pending, all_gather, reduce_scatter
+from lightning_lss.collectives import Pending, all_gather, exchange_and_sum, reduce_scatter
 
 SHAPES = [(), (0,), (1,), (5,), (2, 0, 3), (2, 3, 4)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SCATTERS = [reduce_scatter, exchange_and_sum]
 
 
 def local(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -27,12 +29,14 @@ def check_values(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         warnings.simplefilter("error")  # torch 2.13 renamed both collectives and deprecated the old names
         gathered = all_gather(local(rank, shape, dtype), group).wait()
         stacked = local(rank, (size, *shape), dtype)
-        received = reduce_scatter(stacked, group).wait()
+        sums = [scatter(stacked, group).wait() for scatter in SCATTERS]
     assert gathered.shape == (size, *shape)
     assert torch.equal(gathered, torch.stack([local(other, shape, dtype) for other in range(size)]))
-    assert received.shape == shape
-    assert received.dtype == dtype
-    assert torch.equal(received, sum(local(other, (size, *shape), dtype) for other in range(size))[rank])
+    expected = sum(local(other, (size, *shape), dtype) for other in range(size))[rank]
+    for received in sums:
+        assert received.shape == shape
+        assert received.dtype == dtype
+        assert torch.equal(received, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -52,9 +56,10 @@ def check_strides(rank: int) -> None:
     assert torch.equal(all_gather(x.T, group).wait(), expected)
     stacked = local(rank, (3, 2), torch.float64)
     total = sum(local(other, (3, 2), torch.float64) for other in range(2))
-    assert torch.equal(reduce_scatter(stacked.T, group).wait(), total.T[rank])
     one = torch.tensor(rank + 1.0).expand(2, 3)  # the gradient of a sum
-    assert reduce_scatter(one, group).wait().tolist() == [3.0, 3.0, 3.0]
+    for scatter in SCATTERS:
+        assert torch.equal(scatter(stacked.T, group).wait(), total.T[rank])
+        assert scatter(one, group).wait().tolist() == [3.0, 3.0, 3.0]
     assert torch.equal(stacked, local(rank, (3, 2), torch.float64)), "the input is not written to"
 
 
@@ -78,14 +83,15 @@ def test_each_is_the_adjoint_of_the_other(world) -> None:
 
 def check_handles(rank: int) -> None:
     first = all_gather(torch.full((2,), float(rank)), dist.group.WORLD)
-    second = reduce_scatter(torch.full((2, 2), float(rank)), dist.group.WORLD)
+    others = [scatter(torch.full((2, 2), float(rank)), dist.group.WORLD) for scatter in SCATTERS]
     assert first.work is not None
-    assert second.work is not None
-    assert second.wait().tolist() == [1.0, 1.0]
+    for other in reversed(others):
+        assert other.work is not None
+        assert other.wait().tolist() == [1.0, 1.0]
     assert first.wait().tolist() == [[0.0, 0.0], [1.0, 1.0]]
 
 
-def test_two_can_be_under_way_and_are_waited_for_in_any_order(world) -> None:
+def test_several_can_be_under_way_and_are_waited_for_in_any_order(world) -> None:
     world.run(2, check_handles)
 
 
