@@ -54,8 +54,18 @@ class Copies:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def all_gather(self, out: Tensor, local: Tensor, group: dist.ProcessGroup, async_op: bool) -> Copy:
-        """``local`` [n] into every slot of ``out`` [S n]."""
-        return self._start(GATHER, lambda: out.view(-1, local.numel()).copy_(local), out, local)
+        """``local`` [n] into every slot of ``out`` [S n]; it may lie in one of them."""
+        slots = out.view(-1, local.numel())
+        own = (local.data_ptr() - out.data_ptr()) // local.nbytes  # of no slot where it lies elsewhere
+
+        def copy() -> None:
+            if 0 <= own < len(slots):
+                slots[:own].copy_(local)
+                slots[own + 1 :].copy_(local)
+            else:
+                slots.copy_(local)
+
+        return self._start(GATHER, copy, out, local)
 
     def reduce_scatter(self, out: Tensor, stacked: Tensor, group: dist.ProcessGroup, async_op: bool) -> Copy:
         """The sum of the S parts of ``stacked`` [S n] into ``out`` [n]."""

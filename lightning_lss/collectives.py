@@ -1,11 +1,14 @@
 """The two collectives of the LSS Transformer, each with its group given explicitly and a handle to wait on.
 
+Each is there as torch has it, and as a quick one, which over gloo is made of what gloo does better.
+
 ``torch`` 2.13 renamed ``all_gather_into_tensor`` and ``reduce_scatter_tensor`` and deprecated the old names, which are
 the only ones in 2.11: the module takes whichever is there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -16,28 +19,28 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 class Pending(NamedTuple):
-    """A tensor that a collective is still filling."""
+    """A tensor that is still being filled by others."""
 
     tensor: Tensor
-    work: dist.Work | None
+    works: Sequence[dist.Work] = ()
     addends: bool = False
     """Whether the tensor is the addends of a sum, stacked along dimension 0."""
 
     def wait(self) -> Tensor:
         """Block (on CUDA: the current stream) until the tensor is complete, and return it, or its sum."""
-        if self.work is not None:
-            self.work.wait()
+        for work in self.works:
+            work.wait()
         return self.tensor.sum(0) if self.addends else self.tensor
 
 
 def all_gather(local: Tensor, group: dist.ProcessGroup, out: Tensor | None = None) -> Pending:
     """Start to gather ``local``, of one shape on every rank of ``group``, into ``[size, *local.shape]`` by rank, which
-    is ``out`` where that is given."""
-    gathered = local.new_empty((dist.get_world_size(group), *local.shape)) if out is None else out
+    is ``out`` where that is given; ``local`` may be its place there."""
+    gathered = _room_for_all(local, group) if out is None else out
     whole, own = gathered.view(-1), local.contiguous().view(-1)
     if _is_gloo(own, group):
-        return Pending(gathered, group.allgather_into_tensor_coalesced([whole], [own]))
-    return Pending(gathered, _all_gather(whole, own, group=group, async_op=True))
+        return Pending(gathered, [group.allgather_into_tensor_coalesced([whole], [own])])
+    return Pending(gathered, [_all_gather(whole, own, group=group, async_op=True)])
 
 
 def reduce_scatter(stacked: Tensor, group: dist.ProcessGroup) -> Pending:
@@ -48,11 +51,31 @@ def reduce_scatter(stacked: Tensor, group: dist.ProcessGroup) -> Pending:
     local = stacked.new_empty(stacked.shape[1:])
     own, whole = local.view(-1), stacked.contiguous().view(-1)
     if _is_gloo(own, group):
-        return Pending(local, group.reduce_scatter_tensor_coalesced([own], [whole]))
-    return Pending(local, _reduce_scatter(own, whole, group=group, async_op=True))
+        return Pending(local, [group.reduce_scatter_tensor_coalesced([own], [whole])])
+    return Pending(local, [_reduce_scatter(own, whole, group=group, async_op=True)])
 
 
-def exchange_and_sum(stacked: Tensor, group: dist.ProcessGroup) -> Pending:
+def quick_all_gather(local: Tensor, group: dist.ProcessGroup, out: Tensor | None = None) -> Pending:
+    """:func:`all_gather` in the quickest way that the backend of ``group`` has; ``local`` must not be written to before
+    the result has been waited for.
+
+    Gloo gathers into a tensor of its own and copies from there. Messages from each rank to each, as many bytes, arrive
+    where they belong and take a third to a half of the time.
+    """
+    if not _is_gloo(local, group) or not local.numel():
+        return all_gather(local, group, out)
+    gathered, own = _room_for_all(local, group) if out is None else out, local.contiguous()
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    works = []
+    for step in range(1, size):  # every rank begins with another, so that no one is asked by all at once
+        source, destination = (rank - step) % size, (rank + step) % size
+        works += [group.recv([gathered[source]], source, 0), group.send([own], destination, 0)]
+    if own.data_ptr() != gathered[rank].data_ptr():
+        gathered[rank].copy_(own)
+    return Pending(gathered, works)
+
+
+def quick_reduce_scatter(stacked: Tensor, group: dist.ProcessGroup) -> Pending:
     """:func:`reduce_scatter` in the quickest way that the backend of ``group`` has, for up to the memory of ``stacked``.
 
     Gloo's reduce-scatter is an all-reduce inside: every rank receives every sum. There an all-to-all brings a rank the
@@ -62,7 +85,11 @@ def exchange_and_sum(stacked: Tensor, group: dist.ProcessGroup) -> Pending:
         return reduce_scatter(stacked, group)
     received = stacked.new_empty(stacked.shape)
     work = dist.all_to_all_single(received.view(-1), stacked.contiguous().view(-1), group=group, async_op=True)
-    return Pending(received, work, addends=True)
+    return Pending(received, [work], addends=True)
+
+
+def _room_for_all(local: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return local.new_empty((dist.get_world_size(group), *local.shape))
 
 
 def _is_gloo(x: Tensor, group: dist.ProcessGroup) -> bool:

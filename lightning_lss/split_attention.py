@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_lss.collectives import Pending, all_gather, exchange_and_sum, reduce_scatter
+from lightning_lss.collectives import Pending, all_gather, quick_all_gather, quick_reduce_scatter, reduce_scatter
 from lightning_lss.kernels import KERNELS, select_kernel
 from lightning_lss.shard import SequenceShard
 from lightning_lss.tiles import Tile, attention_tiles
@@ -222,18 +222,20 @@ def _gathered_chunks(k: Tensor, v: Tensor, plan: Plan) -> Iterator[Tensor]:
         yield from (torch.stack((k[:, heads], v[:, heads])) for heads in chunks)
         return
     group, dtype = shard.require_group(), shard.communication_dtype or k.dtype
+    gather = all_gather if plan.head_chunks == 1 else quick_all_gather
 
     batch, heads_in_all, local_length, width = k.shape
     heads_of_chunk = heads_in_all // len(chunks)
 
-    def start(heads: slice, out: Tensor | None = None) -> Pending:
-        sent = k.new_empty(2, batch, heads_of_chunk, local_length, width, dtype=dtype)
-        sent[0].copy_(k[:, heads])
-        sent[1].copy_(v[:, heads])
-        return all_gather(sent, group, out)
+    def start(heads: slice, by_rank: Tensor) -> Pending:
+        own = by_rank[shard.rank]
+        own[0].copy_(k[:, heads])
+        own[1].copy_(v[:, heads])
+        return gather(own, group, by_rank)
 
     in_use = k.new_empty(2, batch, heads_of_chunk, local_length * shard.size, width)
-    ahead: Pending | None = start(chunks[0])
+    segments = (shard.size, 2, batch, heads_of_chunk, local_length, width)
+    ahead: Pending | None = start(chunks[0], k.new_empty(segments, dtype=dtype))
     for following in [*chunks[1:], None]:
         assert ahead is not None
         shard.in_position_order(ahead.wait(), dim=3, out=in_use)
@@ -251,9 +253,9 @@ def _scatter(by_rank: Tensor, plan: Plan) -> Pending:
     """Sum gradients [S, 2, B, g, l, D] over the ranks; each receives its own segment's [2, B, g, l, D]."""
     shard = plan.shard
     if shard.size == 1:
-        return Pending(by_rank[0].clone(), None)  # the room is used again
-    # with all heads at once what is received would need as much room as all keys and values
-    scatter = reduce_scatter if plan.head_chunks == 1 else exchange_and_sum
+        return Pending(by_rank[0].clone())  # the room is used again
+    # with all heads at once, what the quick one receives would need as much room as all keys and values
+    scatter = reduce_scatter if plan.head_chunks == 1 else quick_reduce_scatter
     return scatter(by_rank.to(shard.communication_dtype or by_rank.dtype), shard.require_group())
 
 

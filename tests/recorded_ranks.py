@@ -29,9 +29,9 @@ class RecordedRanks:
         self._rank = 0
         self._sent: list[list[Tensor]] = [[] for _ in range(size)]
         self._before: list[list[Tensor]] = [[] for _ in range(size)]
-        monkeypatch.setattr(split_attention, "all_gather", self._all_gather)
-        for name in ("reduce_scatter", "exchange_and_sum"):
-            monkeypatch.setattr(split_attention, name, self._reduce_scatter)
+        for kind in ("", "quick_"):
+            monkeypatch.setattr(split_attention, f"{kind}all_gather", self._all_gather)
+            monkeypatch.setattr(split_attention, f"{kind}reduce_scatter", self._reduce_scatter)
 
     def run(self, work: Callable[[SequenceShard], Any]) -> list[Any]:
         """What ``work(shard)`` returns on each rank."""
@@ -53,7 +53,7 @@ class RecordedRanks:
 
     def _all_gather(self, local: Tensor, group: object, out: Tensor | None = None) -> Pending:
         gathered = local.new_empty(self.size, *local.shape) if out is None else out
-        return Pending(torch.stack(self._exchange(local), out=gathered), None)
+        return Pending(torch.stack(self._exchange(local), out=gathered))
 
     def _reduce_scatter(self, stacked: Tensor, group: object) -> Pending:
-        return Pending(torch.stack([sent[self._rank] for sent in self._exchange(stacked)]).sum(0), None)
+        return Pending(torch.stack([sent[self._rank] for sent in self._exchange(stacked)]).sum(0))

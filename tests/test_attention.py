@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.counting import CollectiveCounter, Tally
 from lightning_lss.attention import LSSAttention, lss_attention
 from lightning_lss.kernels import KERNELS
 from lightning_lss.planner.measure import fake_world
@@ -208,10 +209,22 @@ def test_keep_gathered_has_exactly_two_collectives(world) -> None:
         assert backward == {"reduce_scatter_tensor_coalesced_": 1}
 
 
+def count_by_phase(rank: int) -> Tally:
+    shard = SequenceShard(rank, dist.get_world_size(), "zigzag", dist.group.WORLD)
+    q, k, v, grad = (shard.split(x, dim=2).clone().requires_grad_() for x in make_inputs())
+    with CollectiveCounter() as counter:
+        out = lss_attention(q, k, v, shard, head_chunks=2)
+        counter.phase = "backward"
+        out.backward(grad)
+    return counter.tally
+
+
 def test_regathering_has_one_more_gather_a_chunk(world) -> None:
-    for forward, backward in world.run(2, count_collectives, {"head_chunks": 2}):
-        assert forward == {"allgather_into_tensor_coalesced_": 2}
-        assert backward == {"allgather_into_tensor_coalesced_": 2, "alltoall_base_": 2}  # of gloo, which then adds up
+    # over gloo in messages, and an all-to-all whose addends are summed on arrival
+    chunk = 2 * make_inputs()[1].nbytes // 2 // 2  # of K and V, half of the heads, half of the sequence
+    expected = {("forward", "receive"): 2, ("backward", "receive"): 2, ("backward", "all_to_all"): 2}
+    for tally in world.run(2, count_by_phase):
+        assert tally == {(*what, chunk): number for what, number in expected.items()}
 
 
 class CopiedElements(TorchDispatchMode):

@@ -116,7 +116,7 @@ def test_collectives_over_nccl(tmp_path) -> None:
         x = torch.randn(3, 5, device=CUDA, dtype=torch.bfloat16)
         out = torch.empty(1, 3, 5, device=CUDA, dtype=torch.bfloat16)
         pending = collectives.all_gather(x, dist.group.WORLD, out)
-        assert pending.work is not None
+        assert pending.works
         assert pending.wait()[0].equal(x)
         assert pending.tensor is out
         assert collectives.reduce_scatter(out, dist.group.WORLD).wait().equal(x)
