@@ -277,7 +277,8 @@ def _forward_tiles(rows: Sequence[Tensor], keys_values: Tensor, tiles: Sequence[
     for span, row_tiles in _by_rows(tiles):
         q, out, lse = (x[:, :, span] for x in rows)
         joint: tuple[Tensor, Tensor] | None = None
-        for tile in row_tiles:
+        keys = kernel.forward_keys(span.stop - span.start)
+        for tile in (part for whole in row_tiles for part in whole.cut(keys)):
             k, v = keys_values[..., tile.k_start : tile.k_stop, :]
             part = kernel.forward(q, k, v, tile.causal, plan.scale)
             joint = part if joint is None else _join(*joint, *part)
