@@ -36,9 +36,9 @@ class Pending(NamedTuple):
 def all_gather(local: Tensor, group: dist.ProcessGroup, out: Tensor | None = None) -> Pending:
     """Start to gather ``local``, of one shape on every rank of ``group``, into ``[size, *local.shape]`` by rank, which
     is ``out`` where that is given; ``local`` may be its place there."""
-    gathered = _room_for_all(local, group) if out is None else out
+    gathered = local.new_empty((dist.get_world_size(group), *local.shape)) if out is None else out
     whole, own = gathered.view(-1), local.contiguous().view(-1)
-    if _is_gloo(own, group):
+    if is_gloo(own, group):
         return Pending(gathered, [group.allgather_into_tensor_coalesced([whole], [own])])
     return Pending(gathered, [_all_gather(whole, own, group=group, async_op=True)])
 
@@ -50,29 +50,25 @@ def reduce_scatter(stacked: Tensor, group: dist.ProcessGroup) -> Pending:
     """
     local = stacked.new_empty(stacked.shape[1:])
     own, whole = local.view(-1), stacked.contiguous().view(-1)
-    if _is_gloo(own, group):
+    if is_gloo(own, group):
         return Pending(local, [group.reduce_scatter_tensor_coalesced([own], [whole])])
     return Pending(local, [_reduce_scatter(own, whole, group=group, async_op=True)])
 
 
-def quick_all_gather(local: Tensor, group: dist.ProcessGroup, out: Tensor | None = None) -> Pending:
-    """:func:`all_gather` in the quickest way that the backend of ``group`` has; ``local`` must not be written to before
-    the result has been waited for.
+def exchange(places: Sequence[Sequence[Tensor]], group: dist.ProcessGroup) -> list[dist.Work]:
+    """Start to fill ``places[r]``, contiguous tensors, with what rank ``r`` of ``group`` has in its own ``places[r]``.
 
-    Gloo gathers into a tensor of its own and copies from there. Messages from each rank to each, as many bytes, arrive
-    where they belong and take a third to a half of the time.
+    All-gather in messages from each rank to each. Over gloo, which gathers into a tensor of its own and copies from
+    there, they take a third to a half of the time, and what arrives need not lie side by side. A rank's own places must
+    not be written to before all is over.
     """
-    if not _is_gloo(local, group) or not local.numel():
-        return all_gather(local, group, out)
-    gathered, own = _room_for_all(local, group) if out is None else out, local.contiguous()
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     works = []
     for step in range(1, size):  # every rank begins with another, so that no one is asked by all at once
         source, destination = (rank - step) % size, (rank + step) % size
-        works += [group.recv([gathered[source]], source, 0), group.send([own], destination, 0)]
-    if own.data_ptr() != gathered[rank].data_ptr():
-        gathered[rank].copy_(own)
-    return Pending(gathered, works)
+        for arriving, own in zip(places[source], places[rank]):
+            works += [group.recv([arriving], source, 0), group.send([own], destination, 0)]
+    return works
 
 
 def quick_reduce_scatter(stacked: Tensor, group: dist.ProcessGroup) -> Pending:
@@ -81,18 +77,14 @@ def quick_reduce_scatter(stacked: Tensor, group: dist.ProcessGroup) -> Pending:
     Gloo's reduce-scatter is an all-reduce inside: every rank receives every sum. There an all-to-all brings a rank the
     addends of its own sum and no more, half the bytes, and they are added when they are waited for.
     """
-    if not _is_gloo(stacked, group):
+    if not is_gloo(stacked, group):
         return reduce_scatter(stacked, group)
     received = stacked.new_empty(stacked.shape)
     work = dist.all_to_all_single(received.view(-1), stacked.contiguous().view(-1), group=group, async_op=True)
     return Pending(received, [work], addends=True)
 
 
-def _room_for_all(local: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return local.new_empty((dist.get_world_size(group), *local.shape))
-
-
-def _is_gloo(x: Tensor, group: dist.ProcessGroup) -> bool:
-    """Whether gloo carries ``x``. Its plain collectives pass through flat copies of their own, rank by rank; its
+def is_gloo(x: Tensor, group: dist.ProcessGroup) -> bool:
+    """Whether gloo is what carries ``x`` in ``group``. Its plain collectives pass through flat copies of their own, rank by rank; its
     coalesced ones, here of a single tensor, do not, and take half (gather) or three quarters (scatter) of the time."""
     return x.is_cpu and "gloo" in str(dist.get_backend_config(group))

@@ -15,7 +15,15 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from lightning_lss.shard import SequenceShard
-from lightning_lss.split_attention import Attended, Plan, attend, attend_backward, empty_attended, make_plan
+from lightning_lss.split_attention import (
+    Attended,
+    Plan,
+    attend,
+    attend_backward,
+    empty_attended,
+    empty_gathered,
+    make_plan,
+)
 
 
 def _plan(  # the operators' options, see _OPTIONS
@@ -56,8 +64,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, 
 def _(q: Tensor, k: Tensor, v: Tensor, rank: int, size: int, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     out, lse, gathered = empty_attended(q)
     if options[-1]:  # keep_gathered
-        batch, heads, local_length, width = k.shape
-        gathered = k.new_empty(2, batch, heads, local_length * size, width)
+        gathered = empty_gathered(k, size)
     return out, lse, gathered
 
 
@@ -78,7 +85,7 @@ def _attention_backward(
 @_attention_backward.register_fake
 def _(grad: Tensor, q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, heads, _, width = k.shape
-    return empty_attended(q).out, k.new_empty(2, batch, heads, q.size(2), width)
+    return empty_attended(q).out, empty_gathered(k.new_empty(batch, heads, q.size(2), width), 1)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_lss.collectives import all_gather, reduce_scatter
-from lightning_lss.layout import check_layout, chunks_per_rank, holder_of_chunks, position_ranges
+from lightning_lss.layout import check_layout, chunks_of_rank, chunks_per_rank, holder_of_chunks, position_ranges
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,11 @@ class SequenceShard:
         chunk = stacked.size(1 + dim) // chunks_per_rank(self.size, self.layout)
         places = holder_of_chunks(self.size, self.layout)
         return tuple(stacked[rank].narrow(dim, slot * chunk, chunk) for rank, slot in places)
+
+    def chunks_by_rank(self, x: Tensor, dim: int = 0) -> list[list[Tensor]]:
+        """Views of a sequence [..., L, ...]: for each rank its chunks, in the order in which it holds them."""
+        chunks = x.chunk(self.size * chunks_per_rank(self.size, self.layout), dim)
+        return [[chunks[chunk] for chunk in chunks_of_rank(rank, self.size, self.layout)] for rank in range(self.size)]
 
     def in_position_order(self, stacked: Tensor, dim: int, out: Tensor | None = None) -> Tensor:
         """Segments stacked by rank to one sequence: [S, ..., l, ...] -> [..., L, ...]; ``dim`` is that of l in a

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_lss.collectives import Pending, all_gather, quick_all_gather, quick_reduce_scatter, reduce_scatter
+from lightning_lss.collectives import Pending, all_gather, exchange, is_gloo, quick_reduce_scatter, reduce_scatter
 from lightning_lss.kernels import KERNELS, select_kernel
+from lightning_lss.layout import chunks_per_rank
 from lightning_lss.shard import SequenceShard
 from lightning_lss.tiles import Tile, attention_tiles
 
@@ -142,11 +143,11 @@ def attend_backward(
     with _no_autocast(q.device.type):
         # afterwards all that the chunks needed is gone, before the whole is made
         grads = list(_scattered_chunks([grad, q, attended.out, attended.lse, grad_q], gathered, plan))
-    return grad_q, _cat(grads, 2).to(q.dtype)
+    return grad_q, _heads_first(_cat(grads, 3).to(q.dtype))
 
 
 def _scattered_chunks(rows: Sequence[Tensor], gathered: Iterator[Tensor], plan: Plan) -> Iterator[Tensor]:
-    """Gradients of this rank's K and V [2, B, g, l, D] a chunk; while one is on its way the next is computed.
+    """Gradients of this rank's K and V [l, 2, B, g, D] a chunk; while one is on its way the next is computed.
 
     ``rows`` [B, H, l, ...] are as for :func:`_backward_tiles`, of all heads; the last of them, for the gradients of
     the queries, is filled in.
@@ -212,45 +213,85 @@ def _rows_like(q: Tensor) -> Tensor:
 # -- communication -----------------------------------------------------------------------------------------------------
 
 
+def empty_gathered(k: Tensor, size: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Room for K and V of the whole sequence, [2, B, g, S l, D] for ``k`` [B, g, l, D]; in memory [S l, 2, B, g, D], so
+    that every run of positions is one run of memory and can arrive where it belongs."""
+    batch, heads, local_length, width = k.shape
+    return _heads_first(k.new_empty(size * local_length, 2, batch, heads, width, dtype=dtype))
+
+
+def _heads_first(keys_values: Tensor) -> Tensor:
+    """View of K and V, or their gradients, as kernels take them: [l, 2, B, g, D] -> [2, B, g, l, D]."""
+    return keys_values.permute(1, 2, 3, 0, 4)
+
+
+def _positions_first(keys_values: Tensor) -> Tensor:
+    """The inverse of :func:`_heads_first`."""
+    return keys_values.permute(3, 0, 1, 2, 4)
+
+
 def _gathered_chunks(k: Tensor, v: Tensor, plan: Plan) -> Iterator[Tensor]:
     """K and V of the whole sequence, [2, B, g, L, D] a chunk; while one is in use the next is being gathered.
 
-    All chunks share one tensor: each is good until the next is asked for.
+    Each is good until the next is asked for: there are two rooms for all of them. Where every run of positions is sent by
+    itself it arrives where it belongs, else it is copied there.
     """
-    chunks, shard = plan.chunks(k.size(1)), plan.shard
+    shard, chunks = plan.shard, [(k[:, heads], v[:, heads]) for heads in plan.chunks(k.size(1))]
     if shard.size == 1:
-        yield from (torch.stack((k[:, heads], v[:, heads])) for heads in chunks)
+        for own in chunks:
+            room = empty_gathered(own[0], 1)
+            _write([_positions_first(room)], *own)
+            yield room
         return
     group, dtype = shard.require_group(), shard.communication_dtype or k.dtype
-    gather = all_gather if plan.head_chunks == 1 else quick_all_gather
+    in_messages = plan.head_chunks > 1 and is_gloo(k, group)
+    in_place = dtype == k.dtype and (in_messages or chunks_per_rank(shard.size, shard.layout) == 1)
 
-    batch, heads_in_all, local_length, width = k.shape
-    heads_of_chunk = heads_in_all // len(chunks)
+    def start(own: tuple[Tensor, Tensor], room: Tensor | None) -> Pending:
+        room = empty_gathered(own[0], shard.size, dtype) if room is None else room
+        memory = _positions_first(room)
+        places = shard.chunks_by_rank(memory) if in_place else [[segment] for segment in memory.chunk(shard.size)]
+        _write(places[shard.rank], *own)
+        if in_messages:
+            return Pending(room, exchange(places, group))
+        return Pending(room, all_gather(places[shard.rank][0], group, memory.unflatten(0, (shard.size, -1))).works)
 
-    def start(heads: slice, by_rank: Tensor) -> Pending:
-        own = by_rank[shard.rank]
-        own[0].copy_(k[:, heads])
-        own[1].copy_(v[:, heads])
-        return gather(own, group, by_rank)
+    def in_order(arrived: Tensor, used: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What has arrived, in position order, and a room that is free now."""
+        if in_place:
+            return arrived, used
+        used = empty_gathered(chunks[0][0], shard.size) if used is None else used
+        by_rank = _positions_first(arrived).unflatten(0, (shard.size, -1))
+        shard.in_position_order(by_rank, 0, out=_positions_first(used))
+        return used, arrived
 
-    in_use = k.new_empty(2, batch, heads_of_chunk, local_length * shard.size, width)
-    segments = (shard.size, 2, batch, heads_of_chunk, local_length, width)
-    ahead: Pending | None = start(chunks[0], k.new_empty(segments, dtype=dtype))
+    in_use: Tensor | None = None
+    ahead: Pending | None = start(chunks[0], None)
     for following in [*chunks[1:], None]:
         assert ahead is not None
-        shard.in_position_order(ahead.wait(), dim=3, out=in_use)
-        ahead = start(following, ahead.tensor) if following is not None else None  # its contents have been copied
+        in_use, free = in_order(ahead.wait(), in_use)
+        ahead = start(following, free) if following is not None else None
+        del free  # nothing arrives while the last chunk is in use
         yield in_use
 
 
+def _write(places: Sequence[Tensor], k: Tensor, v: Tensor) -> None:
+    """Put ``k`` and ``v`` [B, g, l, D] side by side into consecutive places [n, 2, B, g, D]."""
+    first = 0
+    for place in places:
+        span = slice(first, first := first + place.size(0))
+        _heads_first(place)[0].copy_(k[:, :, span])
+        _heads_first(place)[1].copy_(v[:, :, span])
+
+
 def _room_by_rank(keys_values: Tensor, shard: SequenceShard) -> Tensor:
-    """Room for the gradients of a chunk of K and V [2, B, g, L, D], stacked by rank: [S, 2, B, g, l, D]."""
-    *outer, length, width = keys_values.shape
-    return keys_values.new_empty(shard.size, *outer, length // shard.size, width)
+    """Room for the gradients of a chunk of K and V [2, B, g, L, D], stacked by rank: [S, l, 2, B, g, D]."""
+    length, *rest = _positions_first(keys_values).shape
+    return keys_values.new_empty(shard.size, length // shard.size, *rest)
 
 
 def _scatter(by_rank: Tensor, plan: Plan) -> Pending:
-    """Sum gradients [S, 2, B, g, l, D] over the ranks; each receives its own segment's [2, B, g, l, D]."""
+    """Sum gradients [S, l, 2, B, g, D] over the ranks; each receives its own segment's [l, 2, B, g, D]."""
     shard = plan.shard
     if shard.size == 1:
         return Pending(by_rank[0].clone())  # the room is used again
@@ -297,13 +338,14 @@ def _join(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tup
 def _backward_tiles(
     rows: Sequence[Tensor], keys_values: Tensor, by_rank: Tensor, tiles: Sequence[Tile], plan: Plan
 ) -> None:
-    """Fill in the gradient of the queries and those of K and V, ``by_rank`` [S, 2, B, g, l, D].
+    """Fill in the gradient of the queries and those of K and V, ``by_rank`` [S, l, 2, B, g, D].
 
     ``rows`` are the gradient of the output, the queries, the output [B, h, l, D], its log-sum-exp [B, h, l], and the
     gradient of the queries to be filled in.
     """
     kernel = KERNELS[plan.kernel]
-    rooms = [plan.shard.chunks_in_order(of_kind, 2) for of_kind in by_rank.unbind(1)]  # of K, of V
+    chunks = [_heads_first(chunk) for chunk in plan.shard.chunks_in_order(by_rank, 0)]
+    rooms = list(zip(*chunks))  # of K, of V
     filled = 0  # positions whose gradients are in the rooms; the last rows come first, since they see the most keys
     for span, row_tiles in reversed(list(_by_rows(tiles))):
         grad, q, out, lse, grad_q = (x[:, :, span] for x in rows)

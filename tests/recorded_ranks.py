@@ -29,9 +29,10 @@ class RecordedRanks:
         self._rank = 0
         self._sent: list[list[Tensor]] = [[] for _ in range(size)]
         self._before: list[list[Tensor]] = [[] for _ in range(size)]
-        for kind in ("", "quick_"):
-            monkeypatch.setattr(split_attention, f"{kind}all_gather", self._all_gather)
-            monkeypatch.setattr(split_attention, f"{kind}reduce_scatter", self._reduce_scatter)
+        monkeypatch.setattr(split_attention, "all_gather", self._all_gather)
+        monkeypatch.setattr(split_attention, "reduce_scatter", self._reduce_scatter)
+        monkeypatch.setattr(split_attention, "quick_reduce_scatter", self._reduce_scatter)
+        monkeypatch.setattr(split_attention, "is_gloo", lambda x, group: False)
 
     def run(self, work: Callable[[SequenceShard], Any]) -> list[Any]:
         """What ``work(shard)`` returns on each rank."""

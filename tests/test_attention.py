@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.counting import CollectiveCounter, Tally
 from lightning_lss.attention import LSSAttention, lss_attention
 from lightning_lss.kernels import KERNELS
+from lightning_lss.layout import LAYOUTS
 from lightning_lss.planner.measure import fake_world
 from lightning_lss.shard import SequenceShard
 from tests.world import World
@@ -220,11 +221,11 @@ def count_by_phase(rank: int) -> Tally:
 
 
 def test_regathering_has_one_more_gather_a_chunk(world) -> None:
-    # over gloo in messages, and an all-to-all whose addends are summed on arrival
+    # over gloo in messages, an early and a late one from the other rank, and an all-to-all, summed on arrival
     chunk = 2 * make_inputs()[1].nbytes // 2 // 2  # of K and V, half of the heads, half of the sequence
-    expected = {("forward", "receive"): 2, ("backward", "receive"): 2, ("backward", "all_to_all"): 2}
+    gathers = {(phase, "receive", chunk // 2): 2 * 2 for phase in ("forward", "backward")}
     for tally in world.run(2, count_by_phase):
-        assert tally == {(*what, chunk): number for what, number in expected.items()}
+        assert tally == gathers | {("backward", "all_to_all", chunk): 2}
 
 
 class CopiedElements(TorchDispatchMode):
@@ -243,8 +244,8 @@ class CopiedElements(TorchDispatchMode):
         return result
 
 
-def count_copies(rank: int, options: dict[str, Any]) -> tuple[int, int]:
-    shard = SequenceShard(rank, dist.get_world_size(), "zigzag", dist.group.WORLD)
+def count_copies(rank: int, layout: str, options: dict[str, Any]) -> tuple[int, int]:
+    shard = SequenceShard(rank, dist.get_world_size(), layout, dist.group.WORLD)
     q, k, v, grad = (shard.split(x, dim=2).clone().requires_grad_() for x in make_inputs())
     with CopiedElements() as forward:
         out = lss_attention(q, k, v, shard, **options)
@@ -253,17 +254,20 @@ def count_copies(rank: int, options: dict[str, Any]) -> tuple[int, int]:
     return forward.elements, backward.elements
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("options", [{"head_chunks": 4}, {"keep_gathered": True}])
-def test_nothing_is_copied_without_a_reason(world, options) -> None:
+def test_nothing_is_copied_without_a_reason(world, options, layout) -> None:
     # docs/how-it-works.md gives the reason of each
     size, local = 2, 2 * 4 * (L // 2) * WIDTH  # elements of the local queries, of the local keys, of the local values
     chunked = "keep_gathered" not in options
-    gathered = 2 * local + 2 * size * local  # K and V side by side to be sent, and put into position order
+    gathered = 2 * local  # K and V side by side to be sent, and
+    if not chunked and layout == "zigzag":  # what one collective brings, put into position order
+        gathered += 2 * size * local
     forward = gathered + local + local // WIDTH  # rows of the output, of the log-sum-exp
     backward = 2 * size * local + local + 2 * local  # dK and dV by rank, rows of dq; chunks of dk and dv joined, else
     if chunked:  # what gloo's reduce-scatter copies
         backward += gathered
-    assert world.run(size, count_copies, options) == [(forward, backward)] * size
+    assert world.run(size, count_copies, layout, options) == [(forward, backward)] * size
 
 
 def attend_under_autocast(rank: int) -> tuple[torch.dtype, list[torch.dtype]]:

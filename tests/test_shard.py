@@ -83,6 +83,9 @@ def test_stacking_by_rank_is_the_inverse_of_position_order(size, layout) -> None
     assert stacked.is_contiguous()
     assert torch.equal(stacked, torch.stack([shard.split(x) for shard in shards]))
     assert torch.equal(shards[-1].in_position_order(stacked, 1), x)
+    assert all(
+        torch.equal(torch.cat(chunks, 1), stacked[rank]) for rank, chunks in enumerate(shards[0].chunks_by_rank(x, 1))
+    )
 
 
 def test_one_rank_gets_the_very_tensor() -> None:
