@@ -29,7 +29,7 @@ from benchmarks.contestants import CONTESTANTS
 from benchmarks.harness import World
 from benchmarks.memory import measure
 from benchmarks.training import Job
-from lightning_lss.collectives import Pending, exchange
+from lightning_lss.collectives import all_gather
 from lightning_lss.model import TransformerConfig
 from lightning_lss.planner import Hardware, Link, Options, Setup, load_hardware, rank_memory, step_time
 from lightning_lss.planner.measure import fake_world, make_model, make_step, measure_memory
@@ -324,11 +324,11 @@ def _bandwidth() -> float:
 
 
 def _measure_link(rank: int) -> tuple[float, float]:
-    """Bytes a second that a rank receives in attention's gather of two ranks, and the seconds of an empty one."""
+    """Bytes a second that a rank receives in an all-gather of two ranks, and the seconds of an empty one."""
 
     def gather(numbers: int) -> float:
-        places = [[torch.ones(numbers)] for _ in range(2)]
-        return _seconds(lambda: Pending(places[0][0], exchange(places, dist.group.WORLD)).wait(), rounds=11)
+        own, whole = torch.ones(numbers), torch.empty(2, numbers)
+        return _seconds(lambda: all_gather(own, dist.group.WORLD, whole).wait(), rounds=11)
 
     latency = gather(1)
     return 4 * 2**22 / max(1e-9, gather(2**22) - latency), latency

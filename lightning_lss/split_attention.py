@@ -1,8 +1,9 @@
 """Attention of one rank's queries over keys and values that are spread over its sequence group: the algorithm.
 
 Key/value heads are taken in chunks. While one chunk is computed, the keys and values of the next are being gathered and
-the gradients of the last are being scattered, each into one of two buffers that are made once a call, so beside its own
-tensors a rank holds two chunks of keys and values, and in the backward pass two chunks of their gradients.
+the gradients of the last are being scattered, each from one of two buffers that are made once a call, so beside its own
+tensors a rank holds two chunks of keys and values, and in the backward pass two chunks of their gradients (over gloo
+also what arrives of one).
 """
 
 from __future__ import annotations
@@ -141,8 +142,8 @@ def attend_backward(
     gathered = iter([attended.gathered]) if plan.keep_gathered else _gathered_chunks(k, v, plan)
     grad_q = _rows_like(q)
     with _no_autocast(q.device.type):
-        # afterwards all that the chunks needed is gone, before the whole is made
         grads = list(_scattered_chunks([grad, q, attended.out, attended.lse, grad_q], gathered, plan))
+    del gathered  # and with it all that the chunks needed, before the whole is made
     return grad_q, _heads_first(_cat(grads, 3).to(q.dtype))
 
 
@@ -215,7 +216,7 @@ def _rows_like(q: Tensor) -> Tensor:
 
 def empty_gathered(k: Tensor, size: int, dtype: torch.dtype | None = None) -> Tensor:
     """Room for K and V of the whole sequence, [2, B, g, S l, D] for ``k`` [B, g, l, D]; in memory [S l, 2, B, g, D], so
-    that every run of positions is one run of memory and can arrive where it belongs."""
+    that every run of positions is one run of memory."""
     batch, heads, local_length, width = k.shape
     return _heads_first(k.new_empty(size * local_length, 2, batch, heads, width, dtype=dtype))
 
@@ -233,8 +234,8 @@ def _positions_first(keys_values: Tensor) -> Tensor:
 def _gathered_chunks(k: Tensor, v: Tensor, plan: Plan) -> Iterator[Tensor]:
     """K and V of the whole sequence, [2, B, g, L, D] a chunk; while one is in use the next is being gathered.
 
-    Each is good until the next is asked for: there are two rooms for all of them. Where every run of positions is sent by
-    itself it arrives where it belongs, else it is copied there.
+    Each is good until the next is asked for: among several ranks there are two rooms at most for all of them. Where every
+    run of positions is sent by itself, in the dtype of ``k``, it arrives where it belongs; else it is copied there.
     """
     shard, chunks = plan.shard, [(k[:, heads], v[:, heads]) for heads in plan.chunks(k.size(1))]
     if shard.size == 1:
@@ -267,12 +268,21 @@ def _gathered_chunks(k: Tensor, v: Tensor, plan: Plan) -> Iterator[Tensor]:
 
     in_use: Tensor | None = None
     ahead: Pending | None = start(chunks[0], None)
-    for following in [*chunks[1:], None]:
-        assert ahead is not None
-        in_use, free = in_order(ahead.wait(), in_use)
-        ahead = start(following, free) if following is not None else None
-        del free  # nothing arrives while the last chunk is in use
-        yield in_use
+    try:
+        for following in [*chunks[1:], None]:
+            assert ahead is not None
+            in_use, free = in_order(ahead.wait(), in_use)
+            ahead = start(following, free) if following is not None else None
+            del free  # nothing arrives while the last chunk is in use
+            yield in_use
+    finally:
+        if ahead is not None:
+            _ABANDONED.append(ahead)
+
+
+# What was on its way when a kernel raised. Gloo forgets a message whose buffers are gone and all that follow it between
+# the two ranks, so these stay, and whoever catches the error on every rank (Lightning's batch size finder) can go on.
+_ABANDONED: list[Pending] = []
 
 
 def _write(places: Sequence[Tensor], k: Tensor, v: Tensor) -> None:
@@ -295,7 +305,7 @@ def _scatter(by_rank: Tensor, plan: Plan) -> Pending:
     shard = plan.shard
     if shard.size == 1:
         return Pending(by_rank[0].clone())  # the room is used again
-    # with all heads at once, what the quick one receives would need as much room as all keys and values
+    # all heads at once are promised as one collective of each kind
     scatter = reduce_scatter if plan.head_chunks == 1 else quick_reduce_scatter
     return scatter(by_rank.to(shard.communication_dtype or by_rank.dtype), shard.require_group())
 

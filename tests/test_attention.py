@@ -115,8 +115,10 @@ def test_variants_give_the_same_gradients(world, wrap, options) -> None:
     assert worst_error(world, 2, make_inputs(), "zigzag", wrap, causal=True, **options) < 1e-12
 
 
-def travel(rank: int, inputs: list[Tensor], options: dict[str, Any]) -> tuple[list[Tensor], set[torch.dtype]]:
-    shard = SequenceShard(rank, dist.get_world_size(), "zigzag", dist.group.WORLD, torch.bfloat16)
+def travel(
+    rank: int, inputs: list[Tensor], layout: str, options: dict[str, Any]
+) -> tuple[list[Tensor], set[torch.dtype]]:
+    shard = SequenceShard(rank, dist.get_world_size(), layout, dist.group.WORLD, torch.bfloat16)
     q, k, v, grad = (shard.split(x, dim=2).clone().requires_grad_() for x in inputs)
     with CollectiveDtypes() as seen:
         out = lss_attention(q, k, v, shard, **options)
@@ -137,12 +139,13 @@ class CollectiveDtypes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("options", [{}, {"keep_gathered": True}, {"head_chunks": 4}])
-def test_keys_and_values_may_travel_in_another_dtype(world, options) -> None:
+def test_keys_and_values_may_travel_in_another_dtype(world, options, layout) -> None:
     inputs = make_inputs(dtype=torch.float32)
     rounded = [x.bfloat16().float() if i in (1, 2) else x for i, x in enumerate(inputs)]
     out, grad_q, *grads = expected(rounded, causal=True)  # as if they had been rounded before
-    for (own_out, own_grad_q, *own_grads), dtypes in world.run(2, travel, inputs, options):
+    for (own_out, own_grad_q, *own_grads), dtypes in world.run(2, travel, inputs, layout, options):
         assert dtypes == {torch.bfloat16}
         for ours, theirs in zip((own_out, own_grad_q), (out, grad_q)):
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
@@ -226,6 +229,36 @@ def test_regathering_has_one_more_gather_a_chunk(world) -> None:
     gathers = {(phase, "receive", chunk // 2): 2 * 2 for phase in ("forward", "backward")}
     for tally in world.run(2, count_by_phase):
         assert tally == gathers | {("backward", "all_to_all", chunk): 2}
+
+
+def go_on_after_an_error(rank: int, inputs: list[Tensor]) -> list[Tensor]:
+    shard = SequenceShard(rank, dist.get_world_size(), "zigzag", dist.group.WORLD)
+    kernel = KERNELS["cpu_flash"]
+
+    def out_of_memory(*args: Any) -> Any:
+        raise MemoryError("while the next chunk is on its way")
+
+    KERNELS["cpu_flash"] = kernel._replace(forward=out_of_memory)
+    try:
+        attend_to_segment(shard, inputs)
+    except MemoryError:
+        pass
+    finally:
+        KERNELS["cpu_flash"] = kernel
+    return [shard.gather(x.detach(), dim=2) for x in attend_to_segment(shard, inputs)]
+
+
+def attend_to_segment(shard: SequenceShard, inputs: list[Tensor]) -> list[Tensor]:
+    q, k, v, grad = (shard.split(x, dim=2).clone().requires_grad_() for x in inputs)
+    out = lss_attention(q, k, v, shard, head_chunks=4)
+    return [out, *torch.autograd.grad(out, (q, k, v), grad)]
+
+
+def test_an_error_between_chunks_does_not_spoil_the_group(world) -> None:
+    inputs = make_inputs()
+    for found in world.run(2, go_on_after_an_error, inputs, timeout=60):
+        for ours, theirs in zip(found, expected(inputs, causal=True)):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 class CopiedElements(TorchDispatchMode):

@@ -119,6 +119,7 @@ def test_collectives_over_nccl(tmp_path) -> None:
         assert pending.works
         assert pending.wait()[0].equal(x)
         assert pending.tensor is out
+        assert collectives.all_gather(out[0], dist.group.WORLD, out).wait()[0].equal(x), "in its own place"
         assert collectives.reduce_scatter(out, dist.group.WORLD).wait().equal(x)
     finally:
         dist.destroy_process_group()

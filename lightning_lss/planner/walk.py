@@ -153,9 +153,10 @@ class Walk(Sizes):
             return
         self._hold("attended", self.shared(self.config.width))
         self._hold("lse", self.rows * self.config.num_heads / self.shares * max(4, self.setup.precision.compute))
-        if self.split:  # a chunk in use and one that arrives; zigzag, also while the only one is put in order
-            zigzag = chunks_per_rank(self.setup.size, self.options.layout) == 2
-            self._brief("first_chunks", self.chunk * (2 if zigzag else min(self.chunks, 2)), "kv_buffers")
+        if self.split:  # a chunk in use and one that arrives; also while the only one is put in order or converted
+            compute, runs = self.setup.precision.compute, chunks_per_rank(self.setup.size, self.options.layout)
+            copied = runs == 2 or self.setup.travelling(compute) != compute
+            self._brief("first_chunks", self.chunk * (2 if copied else min(self.chunks, 2)), "kv_buffers")
             self._hold("in_use", self.chunk * min(self.chunks, 2), "kv_buffers")
             self._brief("tile", self.shared(self.config.width) / self.chunks)
         if self.options.explicit_scores:  # the scores, saved by softmax, and the probabilities, saved by the product
