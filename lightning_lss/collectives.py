@@ -1,6 +1,7 @@
 """The two collectives of the LSS Transformer, each with its group given explicitly and a handle to wait on.
 
-Each is there as torch has it, and as a quick one, which over gloo is made of what gloo does better.
+Each is there as torch has it (over gloo its coalesced form, of a single tensor: the plain ones copy rank by rank and
+take twice the time to gather, a third more to scatter), and made of what gloo does better.
 
 ``torch`` 2.13 renamed ``all_gather_into_tensor`` and ``reduce_scatter_tensor`` and deprecated the old names, which are
 the only ones in 2.11: the module takes whichever is there.
@@ -30,16 +31,13 @@ class Pending(NamedTuple):
         """Block (on CUDA: the current stream) until the tensor is complete, and return it, or its sum."""
         for work in self.works:
             work.wait()
+        _under_way[:] = [works for works in _under_way if works is not self.works]
         return self.tensor.sum(0) if self.addends else self.tensor
 
 
 def all_gather(local: Tensor, group: dist.ProcessGroup, out: Tensor | None = None) -> Pending:
     """Start to gather ``local``, of one shape on every rank of ``group``, into ``[size, *local.shape]`` by rank, which
-    is ``out`` where that is given; ``local`` may be its place there.
-
-    Gloo's coalesced collectives, here of a single tensor, take half the time of its plain ones (and those that scatter
-    three quarters), which copy rank by rank.
-    """
+    is ``out`` where that is given; ``local`` may be its place there."""
     gathered = local.new_empty((dist.get_world_size(group), *local.shape)) if out is None else out
     whole, own = gathered.view(-1), local.contiguous().view(-1)
     if is_gloo(own, group):
@@ -59,16 +57,16 @@ def reduce_scatter(stacked: Tensor, group: dist.ProcessGroup) -> Pending:
     return Pending(local, [_reduce_scatter(own, whole, group=group, async_op=True)])
 
 
-def exchange(places: Sequence[Sequence[Tensor]], group: dist.ProcessGroup) -> list[dist.Work]:
-    """Start to fill ``places[r]``, contiguous tensors, with what rank ``r`` of ``group`` has in its own ``places[r]``.
+def exchange(places: Sequence[Sequence[Tensor]], group: dist.ProcessGroup) -> Sequence[dist.Work]:
+    """Start to fill ``places[r]``, contiguous tensors, with what rank ``r`` of ``group`` has in its own ``places[r]``,
+    which must not be written to before all is over.
 
-    All-gather in messages from each rank to each. Over gloo, which gathers into a tensor of its own and copies from
-    there, they take a third to a half of the time, and what arrives need not lie side by side. Until all is over, a rank's
-    own places must not be written to, and the works must be kept: gloo drops a message with its work, and then all that
-    follow it between the two ranks.
+    :func:`all_gather` in messages from each rank to each. Gloo gathers into a tensor of its own and copies from there;
+    messages take a third to a half of the time, and what arrives need not lie side by side.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    works = []
+    works: list[dist.Work] = []
+    _under_way.append(works)
     for step in range(1, size):  # every rank begins with another, so that no one is asked by all at once
         source, destination = (rank - step) % size, (rank + step) % size
         for arriving, own in zip(places[source], places[rank]):
@@ -76,14 +74,16 @@ def exchange(places: Sequence[Sequence[Tensor]], group: dist.ProcessGroup) -> li
     return works
 
 
-def quick_reduce_scatter(stacked: Tensor, group: dist.ProcessGroup) -> Pending:
-    """:func:`reduce_scatter` in the quickest way that the backend of ``group`` has, for up to the memory of ``stacked``.
+# Gloo drops a message with its work, and then all that follow it between the two ranks, so messages outlive whoever
+# started them: a kernel may raise meanwhile, and the error be caught on every rank (Lightning's batch size finder).
+_under_way: list[Sequence[dist.Work]] = []
 
-    Gloo's reduce-scatter is an all-reduce inside: every rank receives every sum. There an all-to-all brings a rank the
-    addends of its own sum and no more, half the bytes, and they are added when they are waited for.
+
+def all_to_all_sum(stacked: Tensor, group: dist.ProcessGroup) -> Pending:
+    """:func:`reduce_scatter` in an all-to-all, whose addends are summed when they are waited for.
+
+    Gloo's reduce-scatter is an all-reduce inside, where every rank receives every sum. This is half the bytes.
     """
-    if not is_gloo(stacked, group):
-        return reduce_scatter(stacked, group)
     received = stacked.new_empty(stacked.shape)
     work = dist.all_to_all_single(received.view(-1), stacked.contiguous().view(-1), group=group, async_op=True)
     return Pending(received, [work], addends=True)

@@ -162,8 +162,8 @@ def _reference_backward(
 
 
 def _cpu_flash_forward_keys(rows: int) -> int | None:
-    """Fewer than 768 rows the kernel takes 64 at a time (or 32), not 256, and passes over all keys as often: these must stay in
-    the cache (measured with 512 rows: 15 % of the time). More rows lose more by the joins than they gain."""
+    """Fewer than 768 rows the kernel takes 64 at a time (or 32), not 256, and passes over all keys as often: these must
+    stay in the cache (measured with 512 rows: 15 % of the time). More rows lose more by the joins than they gain."""
     return 2048 if rows < 768 else None
 
 

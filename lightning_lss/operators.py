@@ -84,8 +84,7 @@ def _attention_backward(
 
 @_attention_backward.register_fake
 def _(grad: Tensor, q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    batch, heads, _, width = k.shape
-    return empty_attended(q).out, empty_gathered(k.new_empty(batch, heads, q.size(2), width), 1)
+    return empty_attended(q).out, empty_gathered(q[:, : k.size(1)], 1)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

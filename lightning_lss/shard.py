@@ -82,7 +82,7 @@ class SequenceShard:
         places = holder_of_chunks(self.size, self.layout)
         return tuple(stacked[rank].narrow(dim, slot * chunk, chunk) for rank, slot in places)
 
-    def chunks_by_rank(self, x: Tensor, dim: int = 0) -> list[list[Tensor]]:
+    def chunks_by_rank(self, x: Tensor, dim: int) -> list[list[Tensor]]:
         """Views of a sequence [..., L, ...]: for each rank its chunks, in the order in which it holds them."""
         chunks = x.chunk(self.size * chunks_per_rank(self.size, self.layout), dim)
         return [[chunks[chunk] for chunk in chunks_of_rank(rank, self.size, self.layout)] for rank in range(self.size)]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_lss.collectives import Pending, all_gather, exchange, is_gloo, quick_reduce_scatter, reduce_scatter
+from lightning_lss.collectives import Pending, all_gather, all_to_all_sum, exchange, is_gloo, reduce_scatter
 from lightning_lss.kernels import KERNELS, select_kernel
 from lightning_lss.layout import chunks_per_rank
 from lightning_lss.shard import SequenceShard
@@ -51,6 +51,17 @@ class Plan:
     scale: float
     head_chunks: int
     keep_gathered: bool
+
+    def in_messages(self, x: Tensor) -> bool:
+        """Whether chunks of K, V and their gradients, such as ``x``, travel in messages from rank to rank: over gloo they
+        take less time. All heads at once are promised as one collective of each kind."""
+        return self.head_chunks > 1 and is_gloo(x, self.shard.require_group())
+
+    def in_place(self, k: Tensor) -> bool:
+        """Whether K and V arrive where they belong. With one collective a zigzag segment arrives as an early and a late
+        chunk side by side, and in another dtype nothing arrives as it is needed."""
+        own_dtype = self.shard.communication_dtype in (None, k.dtype)
+        return own_dtype and (self.in_messages(k) or chunks_per_rank(self.shard.size, self.shard.layout) == 1)
 
     def tiles(self, local_length: int) -> tuple[Tile, ...]:
         """What this rank computes."""
@@ -159,7 +170,7 @@ def _scattered_chunks(rows: Sequence[Tensor], gathered: Iterator[Tensor], plan: 
     for index, heads in enumerate(plan.chunks(rows[0].size(1))):
         keys_values = next(gathered)
         if index < 2:
-            rooms.append(_room_by_rank(keys_values, plan.shard))
+            rooms.append(_room(keys_values[0], 1).unflatten(0, (plan.shard.size, -1)))
         by_rank = rooms[index % 2]
         _backward_tiles([x[:, heads] for x in rows], keys_values, by_rank, tiles, plan)
         if on_its_way is not None:
@@ -214,11 +225,15 @@ def _rows_like(q: Tensor) -> Tensor:
 # -- communication -----------------------------------------------------------------------------------------------------
 
 
-def empty_gathered(k: Tensor, size: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Room for K and V of the whole sequence, [2, B, g, S l, D] for ``k`` [B, g, l, D]; in memory [S l, 2, B, g, D], so
-    that every run of positions is one run of memory."""
+def empty_gathered(k: Tensor, size: int) -> Tensor:
+    """Room for K and V of the whole sequence, [2, B, g, S l, D] for ``k`` [B, g, l, D]."""
+    return _heads_first(_room(k, size))
+
+
+def _room(k: Tensor, size: int, dtype: torch.dtype | None = None) -> Tensor:
+    """The same as it lies in memory, [S l, 2, B, g, D]: every run of positions is one run of memory."""
     batch, heads, local_length, width = k.shape
-    return _heads_first(k.new_empty(size * local_length, 2, batch, heads, width, dtype=dtype))
+    return k.new_empty(size * local_length, 2, batch, heads, width, dtype=dtype)
 
 
 def _heads_first(keys_values: Tensor) -> Tensor:
@@ -226,78 +241,51 @@ def _heads_first(keys_values: Tensor) -> Tensor:
     return keys_values.permute(1, 2, 3, 0, 4)
 
 
-def _positions_first(keys_values: Tensor) -> Tensor:
-    """The inverse of :func:`_heads_first`."""
-    return keys_values.permute(3, 0, 1, 2, 4)
-
-
 def _gathered_chunks(k: Tensor, v: Tensor, plan: Plan) -> Iterator[Tensor]:
     """K and V of the whole sequence, [2, B, g, L, D] a chunk; while one is in use the next is being gathered.
 
-    Each is good until the next is asked for: among several ranks there are two rooms at most for all of them. Where every
-    run of positions is sent by itself, in the dtype of ``k``, it arrives where it belongs; else it is copied there.
+    Each is good until the next is asked for: among several ranks two rooms serve all of them.
     """
-    shard, chunks = plan.shard, [(k[:, heads], v[:, heads]) for heads in plan.chunks(k.size(1))]
-    if shard.size == 1:
+    chunks = [(k[:, heads], v[:, heads]) for heads in plan.chunks(k.size(1))]
+    if plan.shard.size == 1:
         for own in chunks:
-            room = empty_gathered(own[0], 1)
-            _write([_positions_first(room)], *own)
-            yield room
+            whole = _room(own[0], 1)
+            _write([whole], *own)
+            yield _heads_first(whole)
         return
-    group, dtype = shard.require_group(), shard.communication_dtype or k.dtype
-    in_messages = plan.head_chunks > 1 and is_gloo(k, group)
-    in_place = dtype == k.dtype and (in_messages or chunks_per_rank(shard.size, shard.layout) == 1)
-
-    def start(own: tuple[Tensor, Tensor], room: Tensor | None) -> Pending:
-        room = empty_gathered(own[0], shard.size, dtype) if room is None else room
-        memory = _positions_first(room)
-        places = shard.chunks_by_rank(memory) if in_place else [[segment] for segment in memory.chunk(shard.size)]
-        _write(places[shard.rank], *own)
-        if in_messages:
-            return Pending(room, exchange(places, group))
-        return Pending(room, all_gather(places[shard.rank][0], group, memory.unflatten(0, (shard.size, -1))).works)
-
-    def in_order(arrived: Tensor, used: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What has arrived, in position order, and a room that is free now."""
-        if in_place:
-            return arrived, used
-        used = empty_gathered(chunks[0][0], shard.size) if used is None else used
-        by_rank = _positions_first(arrived).unflatten(0, (shard.size, -1))
-        shard.in_position_order(by_rank, 0, out=_positions_first(used))
-        return used, arrived
-
     in_use: Tensor | None = None
-    ahead: Pending | None = start(chunks[0], None)
-    try:
-        for following in [*chunks[1:], None]:
-            assert ahead is not None
-            in_use, free = in_order(ahead.wait(), in_use)
-            ahead = start(following, free) if following is not None else None
-            del free  # nothing arrives while the last chunk is in use
-            yield in_use
-    finally:
-        if ahead is not None:
-            _ABANDONED.append(ahead)
+    ahead: Pending | None = _gather(*chunks[0], None, plan)
+    for following in [*chunks[1:], None]:
+        assert ahead is not None
+        arrived = ahead.wait()
+        if plan.in_place(k):
+            in_use, free = arrived, in_use
+        else:
+            in_use = _room(chunks[0][0], plan.shard.size) if in_use is None else in_use
+            plan.shard.in_position_order(arrived.unflatten(0, (plan.shard.size, -1)), 0, out=in_use)
+            free = arrived
+        ahead = _gather(*following, free, plan) if following is not None else None
+        del arrived, free  # nothing arrives while the last chunk is in use
+        yield _heads_first(in_use)
 
 
-# What was on its way when a kernel raised. Gloo forgets a message whose buffers are gone and all that follow it between
-# the two ranks, so these stay, and whoever catches the error on every rank (Lightning's batch size finder) can go on.
-_ABANDONED: list[Pending] = []
+def _gather(k: Tensor, v: Tensor, room: Tensor | None, plan: Plan) -> Pending:
+    """Start to gather K and V of the whole sequence, [L, 2, B, g, D], into ``room`` or a new one."""
+    shard, group = plan.shard, plan.shard.require_group()
+    room = _room(k, shard.size, shard.communication_dtype) if room is None else room
+    segments = room.unflatten(0, (shard.size, -1))
+    places = shard.chunks_by_rank(room, 0) if plan.in_place(k) else [[segment] for segment in segments]
+    _write(places[shard.rank], k, v)
+    works = exchange(places, group) if plan.in_messages(k) else all_gather(segments[shard.rank], group, segments).works
+    return Pending(room, works)
 
 
 def _write(places: Sequence[Tensor], k: Tensor, v: Tensor) -> None:
     """Put ``k`` and ``v`` [B, g, l, D] side by side into consecutive places [n, 2, B, g, D]."""
-    first = 0
-    for place in places:
-        span = slice(first, first := first + place.size(0))
-        _heads_first(place)[0].copy_(k[:, :, span])
-        _heads_first(place)[1].copy_(v[:, :, span])
-
-
-def _room_by_rank(keys_values: Tensor, shard: SequenceShard) -> Tensor:
-    """Room for the gradients of a chunk of K and V [2, B, g, L, D], stacked by rank: [S, l, 2, B, g, D]."""
-    length, *rest = _positions_first(keys_values).shape
-    return keys_values.new_empty(shard.size, length // shard.size, *rest)
+    lengths = [place.size(0) for place in places]
+    for place, *own in zip(places, k.split(lengths, 2), v.split(lengths, 2)):
+        for room, x in zip(_heads_first(place), own):
+            room.copy_(x)
 
 
 def _scatter(by_rank: Tensor, plan: Plan) -> Pending:
@@ -305,8 +293,7 @@ def _scatter(by_rank: Tensor, plan: Plan) -> Pending:
     shard = plan.shard
     if shard.size == 1:
         return Pending(by_rank[0].clone())  # the room is used again
-    # all heads at once are promised as one collective of each kind
-    scatter = reduce_scatter if plan.head_chunks == 1 else quick_reduce_scatter
+    scatter = all_to_all_sum if plan.in_messages(by_rank) else reduce_scatter
     return scatter(by_rank.to(shard.communication_dtype or by_rank.dtype), shard.require_group())
 
 

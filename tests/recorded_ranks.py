@@ -31,7 +31,6 @@ class RecordedRanks:
         self._before: list[list[Tensor]] = [[] for _ in range(size)]
         monkeypatch.setattr(split_attention, "all_gather", self._all_gather)
         monkeypatch.setattr(split_attention, "reduce_scatter", self._reduce_scatter)
-        monkeypatch.setattr(split_attention, "quick_reduce_scatter", self._reduce_scatter)
         monkeypatch.setattr(split_attention, "is_gloo", lambda x, group: False)
 
     def run(self, work: Callable[[SequenceShard], Any]) -> list[Any]:

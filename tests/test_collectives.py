@@ -1,4 +1,4 @@
-"""All-gather and reduce-scatter by rank, as torch has them and quick ones: every shape, dtype and stride, as adjoints, and
+"""All-gather and reduce-scatter by rank, in one collective and in messages: every shape, dtype and stride, as adjoints, and
 without a warning."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_lss.collectives import Pending, all_gather, exchange, quick_reduce_scatter, reduce_scatter
+from lightning_lss.collectives import Pending, all_gather, all_to_all_sum, exchange, reduce_scatter
 
 SHAPES = [(), (0,), (1,), (5,), (2, 0, 3), (2, 3, 4)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -26,7 +26,7 @@ def gather_in_messages(x: Tensor, group: dist.ProcessGroup, out: Tensor | None =
 
 
 GATHERS = [all_gather, gather_in_messages]
-SCATTERS = [reduce_scatter, quick_reduce_scatter]
+SCATTERS = [reduce_scatter, all_to_all_sum]
 
 
 def local(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

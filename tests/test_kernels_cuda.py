@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_lss import kernels_cuda
 from lightning_lss.kernels import KERNELS
+from lightning_lss.split_attention import empty_gathered
 from tests.test_kernels import ROUNDING, Inputs, compute, make_inputs, textbook, worst_error
 
 CUDA_KERNELS = ["cuda_flash", "cudnn", "efficient"]
@@ -116,12 +117,13 @@ def operators(request, monkeypatch) -> None:
 
 
 def laid_out_as_in_attention(inputs: Inputs) -> Inputs:
-    """The same numbers as some heads and rows of larger tensors, [B, l, H, D] in memory."""
-    larger = [x.new_zeros(x.size(0), x.size(2) + 3, x.size(1) + 2, x.size(3)) for x in inputs]
-    parts = [room.transpose(1, 2)[:, 1:-1, 2:-1] for room in larger]
-    for part, x in zip(parts, inputs):
-        part.copy_(x)
-    return Inputs(*parts)
+    """The same numbers as parts of larger tensors: heads and rows of [B, l, H, D], keys and values of a chunk's room."""
+    q, k, v, grad = inputs
+    room = empty_gathered(k.new_zeros(k.size(0), k.size(1), k.size(2) + 3, k.size(3)), 1)
+    keys_values = room.zero_()[..., 2:-1, :].copy_(torch.stack((k, v)))
+    larger = [x.new_zeros(x.size(0), x.size(2) + 3, x.size(1) + 2, x.size(3)) for x in (q, grad)]
+    q, grad = [whole.transpose(1, 2)[:, 1:-1, 2:-1].copy_(x) for whole, x in zip(larger, (q, grad))]
+    return Inputs(q, *keys_values, grad)
 
 
 @pytest.mark.usefixtures("operators")
