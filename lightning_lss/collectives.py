@@ -9,6 +9,7 @@ the only ones in 2.11: the module takes whichever is there.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,10 +29,13 @@ class Pending(NamedTuple):
     """Whether the tensor is the addends of a sum, stacked along dimension 0."""
 
     def wait(self) -> Tensor:
-        """Block (on CUDA: the current stream) until the tensor is complete, and return it, or its sum."""
+        """Block (on CUDA: the current stream) until the tensor is complete, and return it, or its sum. Once: a message
+        that is waited for again never comes."""
         for work in self.works:
             work.wait()
-        _under_way[:] = [works for works in _under_way if works is not self.works]
+        for exchanges in _under_way.values():  # of each group: what began before is over too
+            if self.works in exchanges:
+                del exchanges[: exchanges.index(self.works) + 1]
         return self.tensor.sum(0) if self.addends else self.tensor
 
 
@@ -66,7 +70,7 @@ def exchange(places: Sequence[Sequence[Tensor]], group: dist.ProcessGroup) -> Se
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     works: list[dist.Work] = []
-    _under_way.append(works)
+    _under_way[group.group_name].append(works)
     for step in range(1, size):  # every rank begins with another, so that no one is asked by all at once
         source, destination = (rank - step) % size, (rank + step) % size
         for arriving, own in zip(places[source], places[rank]):
@@ -74,9 +78,10 @@ def exchange(places: Sequence[Sequence[Tensor]], group: dist.ProcessGroup) -> Se
     return works
 
 
-# Gloo drops a message with its work, and then all that follow it between the two ranks, so messages outlive whoever
-# started them: a kernel may raise meanwhile, and the error be caught on every rank (Lightning's batch size finder).
-_under_way: list[Sequence[dist.Work]] = []
+# Exchanges by group, in the order in which they began, which is that in which gloo carries them out. Gloo drops a message
+# with its work, and then all that follow it between the two ranks, so messages outlive whoever started them: a kernel may
+# raise meanwhile, and the error be caught on every rank (Lightning's batch size finder).
+_under_way: defaultdict[str, list[Sequence[dist.Work]]] = defaultdict(list)
 
 
 def all_to_all_sum(stacked: Tensor, group: dist.ProcessGroup) -> Pending:

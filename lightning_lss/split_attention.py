@@ -1,9 +1,9 @@
 """Attention of one rank's queries over keys and values that are spread over its sequence group: the algorithm.
 
 Key/value heads are taken in chunks. While one chunk is computed, the keys and values of the next are being gathered and
-the gradients of the last are being scattered, each from one of two buffers that are made once a call, so beside its own
-tensors a rank holds two chunks of keys and values, and in the backward pass two chunks of their gradients (over gloo
-also what arrives of one).
+the gradients of the last are being scattered, into and from two buffers each that are made once a call, so beside its
+own tensors a rank holds two chunks of keys and values, and in the backward pass two chunks of their gradients (over gloo
+also what arrives of one; with ``communication_dtype`` the copy of one that travels).
 """
 
 from __future__ import annotations

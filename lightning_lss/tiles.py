@@ -9,7 +9,7 @@ from lightning_lss.layout import position_ranges
 
 
 class Tile(NamedTuple):
-    """One kernel call: local query rows ``[q_start, q_stop)`` against global keys ``[k_start, k_stop)``.
+    """A rectangle: local query rows ``[q_start, q_stop)`` against global keys ``[k_start, k_stop)``.
 
     With ``causal`` the last row sees all keys of the tile and each row above it one fewer (the diagonal ends in the
     bottom right corner); a square tile is then the ordinary lower triangle.
