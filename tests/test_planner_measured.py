@@ -37,9 +37,6 @@ MEASURED = {
     "untied, float64": setup_of(2, 2048, replace(BARE, precision="64-true"), tie_embeddings=False),
     "bfloat16": setup_of(4, 4096, replace(BARE, precision="bf16-true")),
     "travels in bfloat16": setup_of(8, 8192, replace(BARE, communication_dtype="bfloat16")),
-    "contiguous, travels in bfloat16": setup_of(
-        8, 8192, replace(BARE, layout="contiguous", communication_dtype="bfloat16")
-    ),
     "batches that add up": setup_of(4, 2048, replace(BARE, accumulate_grad_batches=2), width=256, num_layers=4),
     "autocast": setup_of(4, 4096, replace(BARE, precision="bf16-mixed")),
 }
