@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -182,17 +182,20 @@ TIME: list[tuple[dict[str, Any], int, int]] = [
 def time_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure and predict every entry of ``TIME`` that this machine has the cores for.
 
-    The machine's figures are measured anew before each, and of the steps, as of what these figures are made from, the
-    fastest counts: what else runs on a machine comes and goes within a minute, and only adds.
+    What else runs on a machine comes and goes within a minute, and only adds: so the machine's figures are measured
+    before each entry, the fastest of all predict, and they predict the fastest step of each.
     """
-    rows: list[dict[str, Any]] = []
-    for sizes, size, length in TIME[:1] if args.quick else TIME:
-        if size > (os.cpu_count() or 1):
-            continue
-        setup = Setup(config(**sizes), "lss", 1, size, length)
-        hardware = load_hardware(args.hardware) if args.hardware else measure_hardware()
-        seconds = min(on_ranks(size, _time_rank, setup, args.rounds))
-        predicted = step_time(setup, hardware)
+    cores = os.cpu_count() or 1
+    entries = TIME[:1] if args.quick else [entry for entry in TIME if entry[1] <= cores]
+    speeds, fastest = [], []
+    for sizes, size, length in entries:
+        if not args.hardware:
+            speeds.append(measure_speed())
+        fastest.append(min(on_ranks(size, _time_rank, Setup(config(**sizes), "lss", 1, size, length), args.rounds)))
+    hardware = load_hardware(args.hardware) if args.hardware else make_hardware(speeds)
+    rows = []
+    for (sizes, size, length), seconds in zip(entries, fastest):
+        predicted = step_time(Setup(config(**sizes), "lss", 1, size, length), hardware)
         error = predicted.total / seconds - 1
         print(f"{sizes!s:52} S {size} L {length:6,} {seconds:8.3f} {predicted.total:8.3f} s {100 * error:+6.1f} %")
         rows.append({"model": sizes, "size": size, "length": length, "measured_seconds": seconds, **vars(predicted)})
@@ -237,24 +240,38 @@ def _serve(rank: int, size: int, meeting: str, queue: Any, function: Callable[..
 # -- calibration -------------------------------------------------------------------------------------------------------
 
 
-def measure_hardware() -> Hardware:
-    """What ranks of one thread come to on this machine; what is not measured here is as in conf/hardware/cpu.yaml."""
+class Speed(NamedTuple):
+    """What a rank of one thread comes to on this machine, in operations and bytes a second, and seconds."""
+
+    multiply: float
+    attention: float
+    bandwidth: float
+    link: float
+    latency: float
+
+
+def measure_speed() -> Speed:
+    """Measure this machine once."""
     torch.set_num_threads(1)
-    multiply, attention = _matmul_rate(), _attention_rate()
-    several = (os.cpu_count() or 1) > 1
+    return Speed(_matmul_rate(), _attention_rate(), _bandwidth(), *on_ranks(2, _measure_link))
+
+
+def make_hardware(speeds: Sequence[Speed]) -> Hardware:
+    """The fastest of ``speeds``; what is not measured is as in conf/hardware/cpu.yaml."""
+    multiply, attention, bandwidth, link, _ = (max(figures) for figures in zip(*speeds))
     return replace(
         load_hardware(CPU),
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (os.cpu_count() or 1),
-        bandwidth=_bandwidth(),
+        bandwidth=bandwidth,
         peak={"float32": multiply},
         attention=attention / multiply,
-        **({"inside": Link(*on_ranks(2, _measure_link))} if several else {}),
+        inside=Link(link, min(speed.latency for speed in speeds)),
     )
 
 
 def calibrate() -> None:
     """Print conf/hardware/cpu.yaml with the figures of this machine."""
-    found = measure_hardware()
+    found = make_hardware([measure_speed()])
     machine = f"{results.environment()['processor']}, {os.cpu_count()} cores, torch {torch.__version__}"
     source = f"python -m benchmarks planner calibrate, {datetime.date.today()}, {machine}"
     print(
@@ -344,9 +361,7 @@ def _measure_link(rank: int) -> tuple[float, float]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to compare."""
     parser.add_argument("what", choices=["memory", "time", "calibrate"])
-    parser.add_argument(
-        "--hardware", type=Path, help="figures that `time` predicts with, if not measured before each step"
-    )
+    parser.add_argument("--hardware", type=Path, help="figures that `time` predicts with, if they are not measured")
     parser.add_argument("--rounds", type=int, default=5, help="steps that `time` takes the fastest of")
     parser.add_argument("--quick", action="store_true", help="one configuration, for a smoke test; no figure")
     parser.add_argument("--output", type=Path, default=results.FOLDER, help="folder of the CSV")
