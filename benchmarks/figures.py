@@ -162,7 +162,7 @@ def _add_legend(figure: Figure, apart: bool) -> None:
     """Every name once: below the panels, or within the only axes."""
     handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
     if apart:
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8)
+        figure.legend(handles.values(), handles, loc="outside lower left", ncols=4, fontsize=8)
     else:
         figure.axes[0].legend(handles.values(), handles, fontsize=8)
 
