@@ -187,15 +187,16 @@ def time_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
     """
     cores = os.cpu_count() or 1
     entries = TIME[:1] if args.quick else [entry for entry in TIME if entry[1] <= cores]
+    setups = [Setup(config(**sizes), "lss", 1, size, length) for sizes, size, length in entries]
     speeds, fastest = [], []
-    for sizes, size, length in entries:
+    for setup in setups:
         if not args.hardware:
             speeds.append(measure_speed())
-        fastest.append(min(on_ranks(size, _time_rank, Setup(config(**sizes), "lss", 1, size, length), args.rounds)))
+        fastest.append(min(on_ranks(setup.size, _time_rank, setup, args.rounds)))
     hardware = load_hardware(args.hardware) if args.hardware else make_hardware(speeds)
     rows = []
-    for (sizes, size, length), seconds in zip(entries, fastest):
-        predicted = step_time(Setup(config(**sizes), "lss", 1, size, length), hardware)
+    for (sizes, size, length), setup, seconds in zip(entries, setups, fastest):
+        predicted = step_time(setup, hardware)
         error = predicted.total / seconds - 1
         print(f"{sizes!s:52} S {size} L {length:6,} {seconds:8.3f} {predicted.total:8.3f} s {100 * error:+6.1f} %")
         rows.append({"model": sizes, "size": size, "length": length, "measured_seconds": seconds, **vars(predicted)})
