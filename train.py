@@ -39,7 +39,7 @@ def load_layout() -> ModuleType:
     package = importlib.util.find_spec("lightning_lss")
     if package is None or not package.submodule_search_locations:
         fail("the package lightning_lss is not installed: run `pip install -e .` in the folder of train.py.")
-    path = Path(package.submodule_search_locations[0]) / "layout.py"
+    path = Path(package.submodule_search_locations[0]) / "sequence" / "layout.py"
     spec = importlib.util.spec_from_file_location("layout", path)
     assert spec is not None
     assert spec.loader is not None
@@ -89,7 +89,7 @@ def check_folder(cfg: DictConfig) -> None:
     if cfg.ckpt_path is not None and Path(cfg.ckpt_path).is_dir() and not splits_sequence(cfg):
         raise ValueError(
             f"ckpt_path={cfg.ckpt_path} is a folder, which this strategy cannot read: make a file of it with"
-            " lightning_lss.distributed_checkpoint.consolidate(folder, file), or use strategy=lss."
+            " lightning_lss.checkpoint.folder.consolidate(folder, file), or use strategy=lss."
         )
 
 
@@ -189,7 +189,7 @@ def run_plan(cfg: DictConfig) -> None:
 
     from rich.console import Console
 
-    from lightning_lss.model import TransformerConfig
+    from lightning_lss.models.transformer import TransformerConfig
     from lightning_lss.planner import plan, usual_options
     from lightning_lss.planner.hardware import bytes_of
     from lightning_lss.planner.report import draw_plan, print_plan, write_csv

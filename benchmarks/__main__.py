@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks import commands, figures, gpu, planner, results
 from benchmarks.contestants import CONTESTANTS
-from lightning_lss.layout import check_length
+from lightning_lss.sequence.layout import check_length
 
 _LSS = ["lss", "lss-kept"]
 _OTHERS = ["megatron", "ring", "ulysses"]

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-import lightning_lss.loss
+import lightning_lss.nn.loss
 from benchmarks import attention, counting, memory
 from benchmarks.contestants import CONTESTANTS, Contestant
 from benchmarks.harness import World, in_turn, median_ratio
 from benchmarks.network import Network, measured_megabits, obstacle
 from benchmarks.steps import Row, compare_single_ranks, compare_steps, who_takes_part
 from benchmarks.training import Job, model_options
-from lightning_lss.model import TransformerConfig
+from lightning_lss.models.transformer import TransformerConfig
 
 MIB = 2**20
 
@@ -259,7 +259,7 @@ def run_loss(args: Namespace) -> list[Row]:
     confirm that; the chunked one is computed.
     """
     cases = [("plain", args.tokens, True), ("plain", args.tokens_checked, True), ("plain", args.tokens_checked, False)]
-    if hasattr(lightning_lss.loss, "linear_cross_entropy"):
+    if hasattr(lightning_lss.nn.loss, "linear_cross_entropy"):
         cases += [("chunked", args.tokens, False), ("chunked", args.tokens_checked, False)]
     with World(1) as world:
         sizes = args.width, args.vocabulary
@@ -284,7 +284,7 @@ def _plain(features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) 
 
 
 def _chunked(features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return lightning_lss.loss.linear_cross_entropy(features, weight, targets)
+    return lightning_lss.nn.loss.linear_cross_entropy(features, weight, targets)
 
 
 _LOSSES = {"plain": _plain, "chunked": _chunked}

@@ -51,7 +51,7 @@ class Contestant:
         """Why it cannot take part with ``size`` ranks, or None."""
         if self.package is not None and importlib.util.find_spec(self.package) is None:
             return f"the package {self.package} is not installed: pip install -e '.[benchmarks]'"
-        if self.strategy == "megatron" and importlib.util.find_spec("lightning_lss.megatron") is None:
+        if self.strategy == "megatron" and importlib.util.find_spec("lightning_lss.megatron.parallelize") is None:
             return "lightning_lss has no module megatron"
         if self.attention == "ulysses" and (heads % size or kv_heads % size):
             return f"{kv_heads} of {heads} heads cannot be shared out over {size} ranks"

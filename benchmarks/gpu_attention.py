@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.harness import in_turn
 from benchmarks.one_rank import Timed, shard_of, time_call
 from lightning_lss import lss_attention
-from lightning_lss.tiles import pairs_of_rank
+from lightning_lss.attention.tiles import pairs_of_rank
 
 BACKENDS = {
     "cuda_flash": SDPBackend.FLASH_ATTENTION,

@@ -30,10 +30,10 @@ from benchmarks.harness import World
 from benchmarks.steps import ranks_and_threads
 from benchmarks.training import Job, fit, make_module
 from lightning_lss import LSSTransformer, SequenceShard
-from lightning_lss.megatron import DATA, TENSOR, parallelize
+from lightning_lss.megatron.parallelize import DATA, TENSOR, parallelize
+from lightning_lss.nn.dropout import SegmentDropout
 from lightning_lss.planner.seeing import is_own_operator, run_inside
-from lightning_lss.rng import SegmentDropout
-from lightning_lss.shard import WHOLE_SEQUENCE, segment_local_names, sharded_modules
+from lightning_lss.sequence.segment import WHOLE_SEQUENCE, segment_local_names, sharded_modules
 
 _PARTS = {
     "parameters": (_MemRefType.PARAM, _MemRefType.BUFFER),

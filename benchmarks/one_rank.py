@@ -2,7 +2,7 @@
 
 torch's fake process group (``backend="fake"``) makes this process rank 0 of S without any other. Its all-gather copies
 the local tensor into every slot, but its reduce-scatter reads only one of the S parts that a real one reads, and both
-run on the stream of the computation, so both collectives of :mod:`lightning_lss.collectives` are replaced here: on a
+run on the stream of the computation, so both collectives of :mod:`lightning_lss.sequence.collectives` are replaced here: on a
 stream of their own they read and write as many bytes of the device's memory as a real one (an all-gather writes S
 times the local tensor, a reduce-scatter reads S times and writes once). What a real one adds is the time on the links,
 and waiting for the slowest rank. The all-reduce of DistributedDataParallel becomes a copy of each bucket there and back.
@@ -23,7 +23,8 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from torch import Tensor
 from torch.profiler import record_function
 
-from lightning_lss import SequenceShard, collectives
+from lightning_lss import SequenceShard
+from lightning_lss.sequence import collectives
 
 GATHER, SCATTER = "copy for all-gather", "copy for reduce-scatter"  # in traces
 

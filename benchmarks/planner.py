@@ -28,10 +28,10 @@ from benchmarks.contestants import CONTESTANTS
 from benchmarks.harness import World
 from benchmarks.memory import measure
 from benchmarks.training import Job
-from lightning_lss.collectives import all_gather
-from lightning_lss.model import TransformerConfig
+from lightning_lss.models.transformer import TransformerConfig
 from lightning_lss.planner import Hardware, Link, Options, Setup, load_hardware, rank_memory, step_time
 from lightning_lss.planner.measure import fake_world, make_model, make_step, measure_memory
+from lightning_lss.sequence.collectives import all_gather
 
 CPU = Path(__file__).parents[1] / "conf" / "hardware" / "cpu.yaml"
 

@@ -16,7 +16,7 @@ from benchmarks.contestants import CONTESTANTS
 from benchmarks.harness import World, in_turn, median_ratio
 from benchmarks.network import bytes_received
 from benchmarks.training import Job, checking_job, gradient_error, gradients, time_steps, time_steps_in_turn
-from lightning_lss.model import TransformerConfig
+from lightning_lss.models.transformer import TransformerConfig
 
 Row = dict[str, Any]
 

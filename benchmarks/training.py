@@ -113,7 +113,7 @@ def make_strategy(contestant: Contestant, size: int) -> Any:
     if contestant.strategy == "ddp":
         return DDPStrategy(**launched)
     if contestant.strategy == "megatron":
-        from lightning_lss.megatron_strategy import MegatronStrategy
+        from lightning_lss.megatron.strategy import MegatronStrategy
 
         return MegatronStrategy(size)
     return LSSStrategy(size, contestant.layout, **launched, **contestant.options)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from lightning_lss.plots import paint_attention_tiles
+from lightning_lss.callbacks.tiles_figure import paint_attention_tiles
 
 figure = Figure(figsize=(10, 5), layout="constrained")
 for axes, layout in zip(figure.subplots(1, 2), ("contiguous", "zigzag")):

@@ -6,15 +6,16 @@ Lightning.
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_lss.attention import LSSAttention, lss_attention
-from lightning_lss.loss import token_mean
-from lightning_lss.metrics import BitsPerByte
-from lightning_lss.module import LSSTransformer
+from lightning_lss.attention.functional import LSSAttention, lss_attention
+from lightning_lss.models.lightning_module import LSSTransformer
+from lightning_lss.nn.loss import token_mean
+from lightning_lss.nn.metrics import BitsPerByte
+from lightning_lss.nn.positions import SegmentPositionalEmbedding
+from lightning_lss.nn.rotary import RotaryEmbedding
 from lightning_lss.planner import plan
-from lightning_lss.positions import RotaryEmbedding, SegmentPositionalEmbedding
-from lightning_lss.refusals import refuse_other_lightning
-from lightning_lss.shard import SequenceShard, ShardedModule, sequence_shard
-from lightning_lss.strategy import LSSStrategy
+from lightning_lss.sequence.segment import SequenceShard, ShardedModule, sequence_shard
+from lightning_lss.strategy.lss import LSSStrategy
+from lightning_lss.strategy.validation import refuse_other_lightning
 from lightning_lss.version import __version__
 
 __all__ = [

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lss import split_attention
-from lightning_lss.collectives import Pending
-from lightning_lss.shard import SequenceShard
+from lightning_lss.attention import compute as split_attention
+from lightning_lss.sequence.collectives import Pending
+from lightning_lss.sequence.segment import SequenceShard
 
 RUNS = 3  # of one layer of attention, until every result is right
 

@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.counting import CollectiveCounter, Tally
-from lightning_lss import collectives
-from lightning_lss.attention import LSSAttention, lss_attention
-from lightning_lss.kernels import KERNELS
-from lightning_lss.layout import LAYOUTS
+from lightning_lss.attention.functional import LSSAttention, lss_attention
+from lightning_lss.attention.kernels import KERNELS
 from lightning_lss.planner.measure import fake_world
-from lightning_lss.shard import SequenceShard
+from lightning_lss.sequence import collectives
+from lightning_lss.sequence.layout import LAYOUTS
+from lightning_lss.sequence.segment import SequenceShard
 from tests.world import World
 
 L, WIDTH = 32, 8

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_lss.batch import batch_digest, check_same_batch, split_batch
-from lightning_lss.layout import LAYOUTS
-from lightning_lss.shard import SequenceShard
+from lightning_lss.sequence.batch import batch_digest, check_same_batch, split_batch
+from lightning_lss.sequence.layout import LAYOUTS
+from lightning_lss.sequence.segment import SequenceShard
 
 L = 8
 SHARD = SequenceShard(1, 2, "contiguous")

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_lss import ShardedModule, lss_attention, sequence_shard
 from lightning_lss.callbacks import LSSThroughputMonitor
-from lightning_lss.shard import SequenceShard
+from lightning_lss.sequence.segment import SequenceShard
 from tests.training import (
     LENGTH,
     Run,
@@ -308,7 +308,7 @@ def count_after_failure(rank: int, run: Run, folder: str) -> tuple[str, int]:
 
 
 def clip_large_half_gradients(rank: int) -> float:
-    from lightning_lss.gradients import clip_grad_norm
+    from lightning_lss.parallel.segment_local import clip_grad_norm
 
     parameters = [torch.nn.Parameter(torch.zeros(2, dtype=torch.float16)) for _ in range(2)]
     for parameter in parameters:

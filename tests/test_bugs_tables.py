@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 
 from lightning_lss import SegmentPositionalEmbedding
-from lightning_lss.positions import TableSpec
+from lightning_lss.nn.positions import TableSpec
 from tests.training import (
     LENGTH,
     Run,

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_lss.callbacks import GradientNormMonitor, LSSThroughputMonitor, PeakMemoryMonitor, RunLayout, peak_memory
-from lightning_lss.plots import draw_attention_tiles
+from lightning_lss.callbacks.tiles_figure import draw_attention_tiles
 from tests.training import Run, make_loader, make_module, make_samples, make_trainer
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_lss.collectives import Pending, all_gather, all_to_all_sum, exchange, reduce_scatter
+from lightning_lss.sequence.collectives import Pending, all_gather, all_to_all_sum, exchange, reduce_scatter
 
 SHAPES = [(), (0,), (1,), (5,), (2, 0, 3), (2, 3, 4)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

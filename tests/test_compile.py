@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_lss.model import Transformer, TransformerConfig
-from lightning_lss.shard import SequenceShard, sharded_modules
+from lightning_lss.models.transformer import Transformer, TransformerConfig
+from lightning_lss.sequence.segment import SequenceShard, sharded_modules
 from tests.training import Run, fit, make_loader, make_module, make_samples, make_trainer, worst_difference
 
 CONFIG = TransformerConfig(vocab_size=11, seq_len=32, width=32, num_layers=2, num_heads=4, num_kv_heads=2)

@@ -15,7 +15,7 @@ from torch.utils.data import RandomSampler, SequentialSampler
 from lightning_lss import LSSTransformer
 from lightning_lss.data import RecallDataModule, StdlibDataModule, TextDataModule
 from lightning_lss.data.sequences import TokenFiles, WindowDataset, spans_by_position
-from lightning_lss.loss import IGNORED
+from lightning_lss.nn.loss import IGNORED
 
 
 def write(path: Path, values: Any, dtype: str = "uint8") -> Path:

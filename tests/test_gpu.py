@@ -19,11 +19,12 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.one_rank import GATHER, SCATTER, one_rank_of, shard_of, synchronize
-from lightning_lss import collectives, lss_attention
-from lightning_lss.kernels import KERNELS, select_kernel
-from lightning_lss.loss import linear_cross_entropy
-from lightning_lss.model import Transformer, TransformerConfig
-from lightning_lss.shard import sharded_modules
+from lightning_lss import lss_attention
+from lightning_lss.attention.kernels import KERNELS, select_kernel
+from lightning_lss.models.transformer import Transformer, TransformerConfig
+from lightning_lss.nn.loss import linear_cross_entropy
+from lightning_lss.sequence import collectives
+from lightning_lss.sequence.segment import sharded_modules
 from tests.test_kernels import make_inputs
 from tests.traces import read_trace, streams, windows
 from tests.training import worst_difference

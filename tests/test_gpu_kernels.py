@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lss.kernels import KERNELS, select_kernel
+from lightning_lss.attention.kernels import KERNELS, select_kernel
 from tests.test_kernels import ROUNDING, Inputs, compute, make_inputs, textbook, worst_error
 from tests.test_kernels_cuda import laid_out_as_in_attention
 

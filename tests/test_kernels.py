@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lss import kernels
-from lightning_lss.kernels import KERNELS, select_kernel
+from lightning_lss.attention.kernels import KERNELS, select_kernel
+from lightning_lss.attention import kernels
 
 CPU_KERNELS = ["cpu_flash", "reference"]
 SCALE = 0.3

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lss import kernels_cuda
-from lightning_lss.kernels import KERNELS
-from lightning_lss.split_attention import empty_gathered
+from lightning_lss.attention.compute import empty_gathered
+from lightning_lss.attention.kernels import KERNELS
+from lightning_lss.attention.kernels import cuda as kernels_cuda
 from tests.test_kernels import ROUNDING, Inputs, compute, make_inputs, textbook, worst_error
 
 CUDA_KERNELS = ["cuda_flash", "cudnn", "efficient"]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_lss.layout import (
+from lightning_lss.sequence.layout import (
     LAYOUTS,
     check_layout,
     check_length,

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_lss.loss import IGNORED, linear_cross_entropy, token_mean
+from lightning_lss.nn.loss import IGNORED, linear_cross_entropy, token_mean
 
 
 def mean_on_rank(rank: int, sums: list[float], counts: list[int], dtype: torch.dtype, as_tensor: bool) -> Tensor:

@@ -18,10 +18,17 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_lss.attention import LSSAttention
-from lightning_lss.distributed_checkpoint import consolidate, load_folder
-from lightning_lss.megatron import DATA, TENSOR, check_sizes, own_key_value_heads, parallelize, reduce_gradients
-from lightning_lss.model import MLPBlock, Transformer, TransformerConfig, count_parameters
+from lightning_lss.attention.functional import LSSAttention
+from lightning_lss.checkpoint.folder import consolidate, load_folder
+from lightning_lss.megatron.parallelize import (
+    DATA,
+    TENSOR,
+    check_sizes,
+    own_key_value_heads,
+    parallelize,
+    reduce_gradients,
+)
+from lightning_lss.models.transformer import MLPBlock, Transformer, TransformerConfig, count_parameters
 from tests.training import (
     LENGTH,
     VOCAB,

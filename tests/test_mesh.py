@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_lss.mesh import SequenceMesh, build_mesh, data_group_ranks, sequence_group_ranks
+from lightning_lss.sequence.grid import SequenceMesh, build_mesh, data_group_ranks, sequence_group_ranks
 
 GRIDS = [(world_size, size) for world_size in (1, 2, 4, 6, 12) for size in range(1, 13) if world_size % size == 0]
 

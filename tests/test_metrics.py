@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lightning_lss.metrics import BitsPerByte
+from lightning_lss.nn.metrics import BitsPerByte
 
 
 def test_bits_are_nats_over_bytes_over_ln_2() -> None:

@@ -11,8 +11,8 @@ from lightning.fabric.utilities.throughput import measure_flops
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_lss.model import MLPBlock, SelfAttention, Transformer, TransformerConfig, count_parameters
-from lightning_lss.positions import RotaryEmbedding
+from lightning_lss.models.transformer import MLPBlock, SelfAttention, Transformer, TransformerConfig, count_parameters
+from lightning_lss.nn.rotary import RotaryEmbedding
 
 SMALL = TransformerConfig(vocab_size=11, seq_len=16, width=32, num_layers=2, num_heads=4)
 VARIANTS = {

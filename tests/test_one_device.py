@@ -14,9 +14,10 @@ from torch import Tensor
 
 from benchmarks import gpu, gpu_attention
 from benchmarks.one_rank import one_rank_of, shard_of
-from lightning_lss import SequenceShard, collectives, lss_attention
-from lightning_lss.kernels import KERNELS, select_kernel
-from lightning_lss.tiles import pairs_of_rank
+from lightning_lss import SequenceShard, lss_attention
+from lightning_lss.attention.kernels import KERNELS, select_kernel
+from lightning_lss.attention.tiles import pairs_of_rank
+from lightning_lss.sequence import collectives
 from tests.recorded_ranks import RecordedRanks
 from tests.test_kernels import ROUNDING, Inputs, make_inputs, worst_error
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import lightning_lss
-from lightning_lss.model import TransformerConfig
+from lightning_lss.attention.tiles import attention_tiles
+from lightning_lss.models.transformer import TransformerConfig
 from lightning_lss.planner import (
     Hardware,
     Link,
@@ -32,7 +33,6 @@ from lightning_lss.planner.ledger import Ledger
 from lightning_lss.planner.report import print_plan
 from lightning_lss.planner.scaling import draw_weak_scaling, weak_scaling
 from lightning_lss.planner.timing import visible_pairs
-from lightning_lss.tiles import attention_tiles
 
 ROOT = Path(__file__).parent.parent
 MODEL = TransformerConfig(width=256, num_layers=4, num_heads=8, positions="rotary")

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_lss.model import TransformerConfig, count_parameters
+from lightning_lss.models.transformer import TransformerConfig, count_parameters
 from lightning_lss.planner import Options, Setup, rank_memory, step_traffic
 from lightning_lss.planner.measure import fake_world, make_model, make_step, measure_memory
 from lightning_lss.planner.parameters import count

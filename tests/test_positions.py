@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_lss.layout import LAYOUTS, position_ranges
-from lightning_lss.positions import DeferredTable, SegmentPositionalEmbedding, TableSpec
-from lightning_lss.shard import WHOLE_SEQUENCE, SequenceShard
+from lightning_lss.nn.positions import DeferredTable, SegmentPositionalEmbedding, TableSpec
+from lightning_lss.sequence.layout import LAYOUTS, position_ranges
+from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
 
 NUM, DIM = 24, 4
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lss.layout import LAYOUTS
-from lightning_lss.positions import RotaryEmbedding
-from lightning_lss.shard import WHOLE_SEQUENCE, SequenceShard
+from lightning_lss.nn.rotary import RotaryEmbedding
+from lightning_lss.sequence.layout import LAYOUTS
+from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
 
 HEAD = 8
 

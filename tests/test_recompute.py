@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
 
-from lightning_lss import split_attention
-from lightning_lss.kernels import KERNELS
-from lightning_lss.model import Transformer, TransformerConfig
-from lightning_lss.recompute import run_in_tiles
-from lightning_lss.shard import SequenceShard, sharded_modules
+from lightning_lss.attention import compute as split_attention
+from lightning_lss.attention.kernels import KERNELS
+from lightning_lss.models.transformer import Transformer, TransformerConfig
+from lightning_lss.nn.recompute import run_in_tiles
+from lightning_lss.sequence.segment import SequenceShard, sharded_modules
 from tests.training import Run, fit
 
 CONFIG = TransformerConfig(vocab_size=11, seq_len=64, width=32, num_layers=3, num_heads=4)

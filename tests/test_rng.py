@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lss.rng import SegmentDropout, share_random_state
-from lightning_lss.shard import SequenceShard
+from lightning_lss.nn.dropout import SegmentDropout
+from lightning_lss.parallel.broadcast import share_random_state
+from lightning_lss.sequence.segment import SequenceShard
 
 P = 0.25
 

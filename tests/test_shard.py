@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_lss.layout import LAYOUTS
-from lightning_lss.shard import (
+from lightning_lss.sequence.layout import LAYOUTS
+from lightning_lss.sequence.segment import (
     WHOLE_SEQUENCE,
     SequenceShard,
     ShardedModule,

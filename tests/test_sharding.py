@@ -16,8 +16,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
 from lightning_lss import LSSStrategy, LSSTransformer
-from lightning_lss.gradients import SegmentGradScaler
-from lightning_lss.sharding import units_of
+from lightning_lss.parallel.fsdp import units_of
+from lightning_lss.parallel.segment_local import SegmentGradScaler
 from tests.test_checkpoint import AdamTransformer
 from tests.test_parity import OwnModule, assert_parity
 from tests.test_strategy import Recorder, TransformerBuiltLate, gradient_norms

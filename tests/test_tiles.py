@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lss.layout import LAYOUTS, position_ranges
-from lightning_lss.tiles import Tile, attention_tiles, pairs_of_rank
+from lightning_lss.attention.tiles import Tile, attention_tiles, pairs_of_rank
+from lightning_lss.sequence.layout import LAYOUTS, position_ranges
 
 SIZES = range(1, 7)
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_lss import LSSStrategy, LSSTransformer
-from lightning_lss.checkpoint import gather_model_state, tables_by_name
-from lightning_lss.loss import IGNORED
-from lightning_lss.megatron_strategy import MegatronStrategy
+from lightning_lss.checkpoint.state import gather_model_state, tables_by_name
+from lightning_lss.megatron.strategy import MegatronStrategy
+from lightning_lss.nn.loss import IGNORED
 
 VOCAB, LENGTH = 11, 16
 

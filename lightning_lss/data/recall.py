@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from lightning_lss.data.sequences import Sample, SampleDataset, SequenceDataModule, Split
-from lightning_lss.loss import IGNORED
+from lightning_lss.nn.loss import IGNORED
 
 _STREAM: dict[Split, int] = {"train": 0, "val": 1, "test": 2}
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_lss.layout import check_positive, chunks_per_rank
-from lightning_lss.model import TransformerConfig
+from lightning_lss.models.transformer import TransformerConfig
 from lightning_lss.planner.hardware import Hardware
 from lightning_lss.planner.memory import Memory, rank_memory
 from lightning_lss.planner.setup import SCHEMES, Options, Setup, unsharded
 from lightning_lss.planner.timing import StepTime, step_time, utilization
 from lightning_lss.planner.traffic import step_traffic
+from lightning_lss.sequence.layout import check_positive, chunks_per_rank
 
 _LONGEST = 2**36  # tokens; where to stop looking
 

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_lss.gradients import ignore_in_ddp
-from lightning_lss.loss import chunked_cross_entropy, linear_cross_entropy
-from lightning_lss.model import Transformer
+from lightning_lss.models.transformer import Transformer
+from lightning_lss.nn.loss import chunked_cross_entropy, linear_cross_entropy
+from lightning_lss.parallel.segment_local import ignore_in_ddp
 from lightning_lss.planner.seeing import is_own_operator, run_inside
 from lightning_lss.planner.setup import Setup
-from lightning_lss.precision import in_autocast_dtype, resolve_communication_dtype
-from lightning_lss.shard import SequenceShard, segment_local_names, sharded_modules
+from lightning_lss.sequence.dtypes import in_autocast_dtype, resolve_communication_dtype
+from lightning_lss.sequence.segment import SequenceShard, segment_local_names, sharded_modules
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lightning_lss.model import TransformerConfig
+from lightning_lss.models.transformer import TransformerConfig
 from lightning_lss.planner.hardware import Hardware
 from lightning_lss.planner.memory import Memory, rank_memory
 from lightning_lss.planner.setup import Options, Setup, unsharded

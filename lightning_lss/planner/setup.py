@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from lightning_lss.kernels import KERNELS
-from lightning_lss.layout import LAYOUTS, check_length, check_positive
-from lightning_lss.loss import logit_rows
-from lightning_lss.model import TransformerConfig
-from lightning_lss.split_attention import check_head_chunks, choose_head_chunks
+from lightning_lss.attention.compute import check_head_chunks, choose_head_chunks
+from lightning_lss.attention.kernels import KERNELS
+from lightning_lss.models.transformer import TransformerConfig
+from lightning_lss.nn.loss import logit_rows
+from lightning_lss.sequence.layout import LAYOUTS, check_length, check_positive
 
 Scheme = Literal["lss", "megatron"]
 SCHEMES: tuple[str, ...] = get_args(Scheme)
@@ -64,7 +64,7 @@ class Options:
             all ranks; ``"hybrid"``, over the ranks of a sequence group.
         ddp: whether DistributedDataParallel keeps buckets of gradients beside the gradients.
         gradient_as_bucket_view: whether its buckets are the gradients.
-        kernel: name of the kernel of attention, see :data:`lightning_lss.kernels.KERNELS`.
+        kernel: name of the kernel of attention, see :data:`lightning_lss.attention.kernels.KERNELS`.
         optimizer_temporaries: what AdamW makes during its step: ``"largest"``, two tensors of the size of the largest
             parameter (on a CPU); ``"all"``, one of the size of all parameters (on a GPU); ``"none"`` (fused).
         explicit_scores: whether attention writes out its matrix of scores, as before FlashAttention; it is then kept for the

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lightning_lss.attention.tiles import pairs_of_rank
 from lightning_lss.planner.hardware import Hardware, Link
 from lightning_lss.planner.parameters import count
 from lightning_lss.planner.setup import Setup
 from lightning_lss.planner.traffic import Traffic, step_traffic
 from lightning_lss.planner.walk import Walk
-from lightning_lss.tiles import pairs_of_rank
 
 _TOUCHES = 3  # every tensor that is made is written once and read about twice
 _OPTIMIZER_TOUCHES = 7  # AdamW reads four tensors and writes three

@@ -1,6 +1,6 @@
 """One training step of one rank, as the tensors that come and go.
 
-The walk follows :mod:`lightning_lss.model` line by line. In the forward pass what autograd saves stays and all else is
+The walk follows :mod:`lightning_lss.models.transformer` line by line. In the forward pass what autograd saves stays and all else is
 gone at once; in the backward pass the gradients of each layer come and its saved tensors go. Every tensor has its name
 in the code, so that a line can be held against what a memory tracker lists.
 
@@ -9,11 +9,11 @@ Sizes: N = B x l local tokens, E model width, K = G x D width of the keys, F hid
 
 from __future__ import annotations
 
-from lightning_lss.kernels import KERNELS
-from lightning_lss.layout import chunks_per_rank
+from lightning_lss.attention.kernels import KERNELS
 from lightning_lss.planner.ledger import Ledger
 from lightning_lss.planner.setup import Setup
 from lightning_lss.planner.sizes import Sizes
+from lightning_lss.sequence.layout import chunks_per_rank
 
 _KEPT = {  # tensors of a block that activation checkpointing keeps
     "full": ("stream",),

@@ -1,0 +1,1 @@
+"""Exact attention along a split sequence."""

@@ -1,0 +1,137 @@
+"""Attention along a split sequence: ``lss_attention`` and ``LSSAttention``.
+
+Each rank computes the rows of its own queries against the keys and values of the whole sequence (LSS Transformer, arXiv
+2311.02382: K and V travel together in one all-gather forward, their gradients in one reduce-scatter backward; no
+partial attention is ever summed between ranks). The algorithm is in :mod:`lightning_lss.attention.compute`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_lss.attention.compute import HeadChunks, SplitAttention, make_plan
+from lightning_lss.attention.kernels import select_kernel
+from lightning_lss.attention.operator import attention_operator
+from lightning_lss.sequence.dtypes import in_autocast_dtype
+from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard, ShardedModule
+
+
+def lss_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shard: SequenceShard = WHOLE_SEQUENCE,
+    causal: bool = True,
+    *,
+    scale: float | None = None,
+    kernel: str = "auto",
+    head_chunks: HeadChunks = "auto",
+    keep_gathered: bool = False,
+    as_operator: bool = False,
+) -> Tensor:
+    """Softmax attention of this rank's queries over the keys and values of the whole sequence.
+
+    Args:
+        q: [B, H, l, D], this rank's segment of the queries.
+        k: [B, G, l, D], its segment of the keys; H is a multiple of G (grouped-query heads).
+        v: [B, G, l, D], its segment of the values.
+        shard: the rank's place in its sequence group; by default the sequence is whole and this is plain attention.
+        causal: whether a query sees only keys at or before its own global position.
+        scale: factor on the scores, 1 / sqrt(D) by default.
+        kernel: ``"auto"`` or a name in :data:`lightning_lss.attention.kernels.KERNELS`.
+        head_chunks: in how many parts the key/value heads are gathered; a divisor of G, or ``"auto"``: up to 8 parts of
+            at least 1 MiB.
+        keep_gathered: keep the gathered keys and values for the backward pass instead of gathering them again. Then a
+            layer has exactly two collectives, one all-gather and one reduce-scatter, as in the paper, at the price of K
+            and V of the whole sequence in memory between forward and backward.
+        as_operator: call it as the registered operator ``torch.ops.lightning_lss.attention``, so that a policy for
+            selective activation checkpointing can keep its result; compiled code does so by itself. Else its
+            collectives and kernels are visible one by one to profilers and dispatch modes.
+
+    Returns:
+        [B, H, l, D] in the dtype of ``q`` (under autocast: in autocast's dtype).
+
+    Raises:
+        ValueError: if shapes, dtypes or options do not fit together, naming the values.
+    """
+    q, k, v = in_autocast_dtype(q, k, v)
+    _check_inputs(q, k, v)
+    if shard.size == 1 and kernel == "auto" and _is_linear_in_torch(q, k):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.size(1) != k.size(1))
+    if q.stride(-1) != 1:  # the kernels read heads as contiguous rows, and do not check
+        q = q.contiguous()
+    scale = q.size(-1) ** -0.5 if scale is None else scale
+    options = (causal, scale, kernel, None if head_chunks == "auto" else head_chunks, keep_gathered)
+    if as_operator or torch.compiler.is_compiling():
+        return attention_operator(q, k, v, shard, *options)
+    return SplitAttention.apply(q, k, v, make_plan(q, k, shard, *options))
+
+
+class LSSAttention(ShardedModule):
+    """Attention along the split sequence, as a module without parameters.
+
+    :class:`~lightning_lss.LSSStrategy` gives it its shard; with none it is plain attention, so a model that uses it
+    runs unchanged on one device. For arguments and shapes see :func:`lss_attention`: ``forward(q, k, v)`` takes [B, H,
+    l, D], [B, G, l, D], [B, G, l, D] and returns [B, H, l, D].
+    """
+
+    def __init__(
+        self,
+        causal: bool = True,
+        *,
+        scale: float | None = None,
+        kernel: str = "auto",
+        head_chunks: HeadChunks = "auto",
+        keep_gathered: bool = False,
+        as_operator: bool = False,
+    ) -> None:
+        super().__init__()
+        self.causal = causal
+        self.scale = scale
+        self.kernel = kernel
+        self.head_chunks = head_chunks
+        self.keep_gathered = keep_gathered
+        self.as_operator = as_operator
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See :func:`lss_attention`."""
+        return lss_attention(
+            q,
+            k,
+            v,
+            self.shard,
+            self.causal,
+            scale=self.scale,
+            kernel=self.kernel,
+            head_chunks=self.head_chunks,
+            keep_gathered=self.keep_gathered,
+            as_operator=self.as_operator,
+        )
+
+    def extra_repr(self) -> str:
+        """What ``print(module)`` shows."""
+        return f"causal={self.causal}, kernel={self.kernel!r}, head_chunks={self.head_chunks}, keep_gathered={self.keep_gathered}"
+
+
+def _is_linear_in_torch(q: Tensor, k: Tensor) -> bool:
+    """Whether torch's own attention has a kernel that does not write out the scores; with grouped-query heads only its
+    flash kernels have."""
+    return q.size(1) == k.size(1) or select_kernel(q).name.endswith("flash")
+
+
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError(f"Attention takes [batch, heads, length, width] tensors; got {shapes}.")
+    if k.shape != v.shape or q.size(0) != k.size(0) or q.shape[2:] != k.shape[2:]:
+        raise ValueError(
+            f"Queries, keys and values must agree in batch, length and head width, and k with v in heads; got {shapes}."
+        )
+    if q.size(1) % k.size(1):
+        raise ValueError(
+            f"The number of query heads must be a multiple of the number of key/value heads; got {shapes}."
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"Queries, keys and values must have one dtype; got {q.dtype}, {k.dtype} and {v.dtype}.")

@@ -1,0 +1,113 @@
+"""Attention of one tile, forward and backward, with its log-sum-exp; one signature over every kernel.
+
+A kernel takes ``q`` [B, H, m, D] and ``k``, ``v`` [B, G, n, D] with H a multiple of G (grouped-query heads: query head
+``h`` uses key/value head ``h // (H / G)``), and
+
+- ``forward(q, k, v, causal, scale)`` returns ``out`` [B, H, m, D] in the dtype of ``q`` and ``lse`` [B, H, m], the log
+  of the sum of the exponentials of each row's scores (float32, or float64 for float64 inputs);
+- ``backward(grad, q, k, v, out, lse, causal, scale)`` returns ``dq``, ``dk``, ``dv``. ``out`` and ``lse`` may be those
+  of the whole row while ``k`` and ``v`` are only a part of its keys: the result is then that part's share of the
+  gradient (FlashAttention-2, arXiv 2307.08691, algorithm 2), which is why tiles need no correction.
+
+Tiles with ``causal`` are square unless the kernel says ``offset_diagonal``: the diagonal then ends in the bottom right
+corner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_lss.attention.kernels import cpu, cuda, reference
+
+Forward = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor, Tensor]]
+
+
+class Kernel(NamedTuple):
+    """One way to compute a tile."""
+
+    name: str
+    forward: Forward
+    backward: Backward
+    offset_diagonal: bool
+    backward_keys: int | None = None
+    """The most keys to give to one call of ``backward``, where fewer at a time are faster; None for any number."""
+    forward_keys: Callable[[int], int | None] = lambda rows: None
+    """The same for ``forward``, by the number of query rows of the call."""
+
+
+def select_kernel(q: Tensor, name: str = "auto") -> Kernel:
+    """The kernel called ``name``, or with ``"auto"`` the best one for the device, dtype and head width of ``q`` [B, H,
+    l, D].
+
+    Raises:
+        ValueError: if there is no kernel of that name, or it cannot take such a tensor.
+    """
+    if name != "auto" and name not in KERNELS:
+        raise ValueError(f"kernel={name!r} is unknown: choose 'auto' or one of {', '.join(map(repr, KERNELS))}.")
+    if name == "auto":
+        return KERNELS[next(candidate for candidate in KERNELS if _obstacle(candidate, q) is None)]
+    obstacle = _obstacle(name, q)
+    if obstacle is not None:
+        raise ValueError(f"kernel={name!r} {obstacle}. Use kernel='auto' or 'reference'.")
+    return KERNELS[name]
+
+
+def _obstacle(name: str, q: Tensor) -> str | None:
+    """Why the kernel cannot take ``q``, as the end of a sentence, or None."""
+    device, dtype, width = q.device.type, q.dtype, q.size(-1)
+    if name == "reference":
+        return None
+    if name == "cpu_flash":
+        return None if device == "cpu" else f"runs on CPU tensors, not on {device}"
+    if device != "cuda":
+        return f"runs on CUDA tensors, not on {device}"
+    return _cuda_obstacle(name, dtype, width, q.device)
+
+
+def _cuda_obstacle(name: str, dtype: torch.dtype, width: int, device: torch.device) -> str | None:
+    amd = torch.version.hip is not None
+    if name == "efficient":
+        if amd:
+            return "needs an NVIDIA GPU"
+        if dtype == torch.float64:
+            return "computes in float32, float16 and bfloat16, not in torch.float64"
+        ampere_only = dtype == torch.bfloat16
+    else:
+        if dtype not in (torch.float16, torch.bfloat16):
+            return f"computes in float16 and bfloat16, not in {dtype}"
+        ampere_only = True
+    if ampere_only and not amd and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"needs a GPU of compute capability 8.0 (Ampere) or newer for {dtype}"
+    widest = _WIDEST_HEAD.get(name)
+    if widest is not None and width > widest:
+        return f"takes heads of width up to {widest}, not {width}"
+    return None
+
+
+_WIDEST_HEAD = {"cuda_flash": 256, "cudnn": 128}
+
+
+# In order of preference: "auto" takes the first that can.
+KERNELS = {
+    kernel.name: kernel
+    for kernel in (
+        # a block of queries passes over all keys and their gradients, which must stay in the cache (measured: 1,024)
+        Kernel(
+            "cpu_flash",
+            cpu.flash_forward,
+            cpu.flash_backward,
+            offset_diagonal=False,
+            backward_keys=1024,
+            forward_keys=cpu.flash_forward_keys,
+        ),
+        Kernel("cuda_flash", cuda.flash_forward, cuda.flash_backward, offset_diagonal=True),
+        Kernel("cudnn", cuda.cudnn_forward, cuda.cudnn_backward, offset_diagonal=False),
+        Kernel("efficient", cuda.efficient_forward, cuda.efficient_backward, offset_diagonal=True),
+        Kernel("reference", reference.forward, reference.backward, offset_diagonal=True),
+    )
+}

@@ -1,0 +1,173 @@
+"""Attention of one tile on CUDA by torch's own operators; for the signatures see :mod:`lightning_lss.attention.kernels`.
+
+What the operators expect is not in torch's documentation. It is written down beside each kernel, from torch's sources
+(``aten/src/ATen/native/transformers/cuda/attention_backward.cu``, ``aten/src/ATen/native/cudnn/MHA.cpp``), since most of
+it is read without a check: a wrong stride gives wrong gradients, not an error.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+aten = torch.ops.aten
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+def _padded(*tensors: Tensor) -> list[Tensor]:
+    """The tensors with head widths rounded up to a multiple of 8, as the kernels need them; zeros change no score."""
+    return [F.pad(x, (0, -x.size(-1) % 8)) if x.size(-1) % 8 else x for x in tensors]
+
+
+def _rows_first(x: Tensor) -> Tensor:
+    """[B, H, m, D] as a view [B, m, H, D]."""
+    return x.transpose(1, 2)
+
+
+# -- flash -------------------------------------------------------------------------------------------------------------
+# FlashAttention-2, or 3 or 4 where ``torch.nn.attention.activate_flash_attention_impl`` has put them in its place: they
+# are registered under the same operators. All read any strides but for contiguous rows (the operator for version 2
+# copies the output and its gradient itself), take grouped-query heads, and end a causal diagonal in the bottom right
+# corner. Version 2 reads the log-sum-exp as contiguous.
+
+
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """FlashAttention (arXiv 2307.08691)."""
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(*_padded(q, k, v), 0.0, causal, False, scale=scale)
+    return out[..., : q.size(-1)], lse
+
+
+def flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> Gradients:
+    """Adjoint of :func:`flash_forward`."""
+    seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # loaded by the kernel, used only with dropout
+    unused = torch.empty(0, dtype=torch.uint64, device=q.device)
+    grads = aten._scaled_dot_product_flash_attention_backward(
+        *_padded(grad, q, k, v, out),
+        lse.contiguous(),
+        None,
+        None,
+        q.size(2),
+        k.size(2),
+        0.0,
+        causal,
+        seed,
+        unused,
+        scale=scale,
+    )
+    return tuple(x[..., : q.size(-1)] for x in grads)
+
+
+# -- cuDNN -------------------------------------------------------------------------------------------------------------
+# A graph is built for the shapes and strides of queries, keys and values, and kept; the strides of the output and its
+# gradient are those of the first call. So these two are always given in one layout. A causal diagonal starts in the top
+# left corner. Grouped-query heads are taken as they are.
+
+
+def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of cuDNN."""
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(*_padded(q, k, v), None, True, 0.0, causal, scale=scale)
+    return out[..., : q.size(-1)], lse.view(q.shape[:3])
+
+
+def cudnn_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> Gradients:
+    """Adjoint of :func:`cudnn_forward`."""
+    unused = torch.zeros((), dtype=torch.int64, device=q.device)  # the dropout generator's state
+    lse = lse.contiguous()
+    grads = aten._scaled_dot_product_cudnn_attention_backward(
+        *_padded(grad.contiguous(), q, k, v, out.contiguous()),
+        lse.unsqueeze(-1) if _cudnn_keeps_last_dimension(q.device, q.dtype) else lse,
+        unused,
+        unused,
+        None,
+        None,
+        None,
+        q.size(2),
+        k.size(2),
+        0.0,
+        causal,
+        scale=scale,
+    )
+    return tuple(x[..., : q.size(-1)] for x in grads)
+
+
+@cache
+def _cudnn_keeps_last_dimension(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the log-sum-exp is [B, H, m, 1], as in newer versions of torch, or [B, H, m].
+
+    What the backward operator takes is what the forward operator gives.
+    """
+    x = torch.zeros(1, 1, 64, 64, device=device, dtype=dtype)
+    return aten._scaled_dot_product_cudnn_attention(x, x, x, None, True)[1].dim() == 4
+
+
+# -- memory-efficient --------------------------------------------------------------------------------------------------
+# The kernels of xFormers, for float32 too and for GPUs before Ampere. Operators take [B, m, H, D], with as many
+# key/value as query heads. The log-sum-exp has rows up to a multiple of 32. The backward kernel takes the output to be
+# contiguous.
+
+_NO_MASK, _BOTTOM_RIGHT = 0, 2  # custom_mask_type, as in torch.nn.attention.bias.CausalVariant
+_LSE_ROWS = 32
+
+
+def _repeated(x: Tensor, heads: int) -> Tensor:
+    """Key/value heads [B, G, n, D], each as often as query heads use it: [B, H, n, D]."""
+    return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), 1)
+
+
+def _summed(grad: Tensor, heads: int) -> Tensor:
+    """The adjoint of :func:`_repeated`: [B, H, n, D] to [B, G, n, D]."""
+    return grad if grad.size(1) == heads else grad.unflatten(1, (heads, -1)).sum(2)
+
+
+def efficient_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Memory-efficient attention (arXiv 2112.05682) as xFormers computes it."""
+    padded = _padded(q, _repeated(k, q.size(1)), _repeated(v, q.size(1)))
+    out, lse, *_ = aten._efficient_attention_forward(
+        *map(_rows_first, padded),
+        None,
+        None,
+        None,
+        None,
+        None,
+        0.0,
+        _BOTTOM_RIGHT if causal else _NO_MASK,
+        True,
+        scale=scale,
+    )
+    return _rows_first(out)[..., : q.size(-1)], lse[..., : q.size(2)]
+
+
+def efficient_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> Gradients:
+    """Adjoint of :func:`efficient_forward`."""
+    heads, rows = q.shape[1:3]
+    padded = _padded(grad, q, _repeated(k, heads), _repeated(v, heads), out)
+    *inputs, padded_out = map(_rows_first, padded)
+    unused = torch.zeros((), dtype=torch.int64, device=q.device)  # the dropout generator's state
+    *grads, _ = aten._efficient_attention_backward(
+        *inputs,
+        None,
+        padded_out.contiguous(),
+        None,
+        None,
+        rows,
+        k.size(2),
+        F.pad(lse, (0, -rows % _LSE_ROWS), value=float("inf")).contiguous(),  # rows that do not exist weigh nothing
+        0.0,
+        unused,
+        unused,
+        _BOTTOM_RIGHT if causal else _NO_MASK,
+        False,
+        scale=scale,
+    )
+    grad_q, grad_k, grad_v = (_rows_first(x)[..., : q.size(-1)] for x in grads)
+    return grad_q, _summed(grad_k, k.size(1)), _summed(grad_v, v.size(1))

@@ -1,0 +1,68 @@
+"""From a layout to the rectangles of the attention matrix that one rank computes: pure integer arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from lightning_lss.sequence.layout import position_ranges
+
+
+class Tile(NamedTuple):
+    """A rectangle: local query rows ``[q_start, q_stop)`` against global keys ``[k_start, k_stop)``.
+
+    With ``causal`` the last row sees all keys of the tile and each row above it one fewer (the diagonal ends in the
+    bottom right corner); a square tile is then the ordinary lower triangle.
+    """
+
+    q_start: int
+    q_stop: int
+    k_start: int
+    k_stop: int
+    causal: bool
+
+    @property
+    def pairs(self) -> int:
+        """Number of query-key pairs that the tile computes."""
+        rows, keys = self.q_stop - self.q_start, self.k_stop - self.k_start
+        return rows * keys - (rows * (rows - 1) // 2 if self.causal else 0)
+
+    def cut(self, keys: int | None) -> Iterator[Tile]:
+        """The tile in parts of at most ``keys`` keys each, in order; whole with None or where it has a diagonal."""
+        step = self.k_stop - self.k_start if keys is None or self.causal else keys
+        for start in range(self.k_start, self.k_stop, step):
+            yield self._replace(k_start=start, k_stop=min(start + step, self.k_stop))
+
+
+def pairs_of_rank(length: int, rank: int, size: int, layout: str, causal: bool) -> int:
+    """Number of query-key pairs that ``rank`` computes; for arguments see :func:`attention_tiles`."""
+    return sum(tile.pairs for tile in attention_tiles(length, rank, size, layout, causal))
+
+
+def attention_tiles(
+    length: int, rank: int, size: int, layout: str, causal: bool, offset_diagonal: bool = False
+) -> tuple[Tile, ...]:
+    """The tiles of ``rank``; over all ranks they cover every visible query-key pair exactly once.
+
+    Args:
+        length: global sequence length L.
+        rank: place in the sequence group, of ``size``.
+        size: number of ranks S.
+        layout: ``contiguous`` or ``zigzag``.
+        causal: whether a query sees only keys at or before its own position.
+        offset_diagonal: whether the kernel can place the causal diagonal in the bottom right corner of a tile that is
+            wider than it is high. If not, such a tile is cut into a rectangle and a triangle.
+    """
+    ranges = position_ranges(length, rank, size, layout)
+    if not causal:
+        return (Tile(0, sum(map(len, ranges)), 0, length, False),)
+    tiles, row = [], 0
+    for positions in ranges:
+        rows = (row, row + len(positions))
+        row = rows[1]
+        if offset_diagonal or positions.start == 0:
+            tiles.append(Tile(*rows, 0, positions.stop, True))
+        else:
+            tiles.append(Tile(*rows, 0, positions.start, False))
+            tiles.append(Tile(*rows, positions.start, positions.stop, True))
+    return tuple(tiles)

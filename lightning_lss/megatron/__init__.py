@@ -1,0 +1,1 @@
+"""Nvidia's sequence parallelism for the same model: the baseline of the LSS paper."""

@@ -1,0 +1,251 @@
+"""Nvidia's sequence parallelism for the same model: tensor parallelism whose norms, dropout and residuals work on
+segments of the sequence (Megatron-LM, "Reducing Activation Recomputation in Large Transformer Models", arXiv
+2205.05198), the baseline of the LSS Transformer's paper.
+
+It is written as a Lightning user would write it today: a plan for torch's ``parallelize_module`` under Lightning's
+``ModelParallelStrategy``. Attention and MLP each gather the sequence, compute on a share of the heads or of the hidden
+width, and scatter the sum: four collectives a layer forward and four backward, each of [B, L, E].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.nn import functional as F
+
+from lightning_lss.attention.functional import LSSAttention
+from lightning_lss.models.transformer import Transformer, TransformerConfig
+from lightning_lss.nn.dropout import SegmentDropout
+from lightning_lss.nn.positions import SegmentPositionalEmbedding
+from lightning_lss.sequence.layout import check_heads, check_length
+from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard, ShardedModule
+
+DATA, TENSOR = "data_parallel", "tensor_parallel"
+"""The dimensions of Lightning's device mesh."""
+
+
+def parallelize(model: Transformer, mesh: DeviceMesh) -> None:
+    """Share out ``model`` over the ranks of a tensor-parallel group, in place; every rank of the mesh must call it.
+
+    Afterwards a rank gives the model its contiguous segment of the tokens, int64 [B, l], and gets that segment's logits
+    [B, l, V]. All parameters are DTensors on the mesh's tensor-parallel dimension and start from the values of its
+    first rank. The loss of the group is the *sum* of what its ranks call backward on; :func:`reduce_gradients` has to
+    be called between backward and the optimizer's step. (:class:`~lightning_lss.megatron.strategy.MegatronStrategy`
+    sees to all of it.)
+
+    The gathered input of attention and MLP is kept for the backward pass, as torch's styles do it.
+
+    Args:
+        model: the whole model.
+        mesh: a mesh with the dimensions ``data_parallel`` and ``tensor_parallel``, such as Lightning's
+            ``ModelParallelStrategy`` makes.
+
+    Raises:
+        ValueError: if heads, hidden width or learned positions cannot be shared out, before anything is sent.
+    """
+    tensor = mesh[TENSOR]
+    check_sizes(model.config, tensor.size())
+    for module in model.modules():
+        if isinstance(module, SegmentDropout):  # the masks of the segments differ
+            module.set_shard(SequenceShard(tensor.get_local_rank(), tensor.size(), "contiguous"))
+        elif isinstance(
+            module, LSSAttention
+        ):  # nothing is gathered, and the heads are fewer than chunks were meant for
+            module.head_chunks = "auto"
+    parallelize_module(model, tensor, _outer_plan(model))
+    if model.config.tie_embeddings:
+        model.head.weight = model.embedding.weight
+    for block in model.blocks:
+        for name in ("attention", "mlp"):
+            block.get_submodule(name).register_forward_pre_hook(_cast_before_gather)
+        parallelize_module(block, tensor, _block_plan(model.config, tensor.get_local_rank(), tensor.size()))
+    _start_equal(model, mesh)
+
+
+def check_sizes(config: TransformerConfig, size: int) -> None:
+    """Raise ``ValueError`` where ``size`` ranks cannot share out the heads, the hidden width or the learned positions
+    equally."""
+    check_heads(config.num_heads, size)
+    if config.positions == "learned":
+        check_length(config.seq_len, size, "contiguous")
+    if config.hidden_width % size:
+        raise ValueError(
+            f"The MLP's hidden width of {config.hidden_width} cannot be shared out over {size} tensor-parallel ranks. Set"
+            f" mlp_width to a multiple of {size}, or change sequence_parallel_size."
+        )
+
+
+def _outer_plan(model: Transformer) -> dict[str, ParallelStyle]:
+    """Everything before and after the blocks works on segments, with whole weights; so does the loss."""
+    plan: dict[str, ParallelStyle] = {
+        "embedding": SequenceParallel(use_local_output=True),
+        "norm": SequenceParallel(use_local_output=True),
+        "head": _WholeWeight(),
+    }
+    if model.positions is not None:
+        plan["positions"] = _OwnRows()
+    return plan
+
+
+def _block_plan(config: TransformerConfig, rank: int, size: int) -> dict[str, ParallelStyle]:
+    rows = 2 * config.head_dim  # of a head's key and value
+    own_heads = own_key_value_heads(config, rank, size)
+    own_rows = [slice(head * rows, (head + 1) * rows) for head in own_heads]
+
+    def gather() -> PrepareModuleInput:
+        return PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
+
+    plan: dict[str, ParallelStyle] = {
+        "attention_norm": SequenceParallel(use_local_output=True),
+        "attention": gather(),
+        "attention.query": ColwiseParallel(),
+        # heads that cannot be shared out: each rank projects only those that its query heads attend to
+        "attention.key_value": _WholeWeight(own_rows) if config.kv_heads % size else ColwiseParallel(),
+        "attention.out": RowwiseParallel(output_layouts=Shard(1)),
+        "mlp_norm": SequenceParallel(use_local_output=True),
+        "mlp": gather(),
+        "mlp.up": ColwiseParallel(),
+        "mlp.out": RowwiseParallel(output_layouts=Shard(1)),
+    }
+    return plan | ({"mlp.gate": ColwiseParallel()} if config.mlp == "swiglu" else {})
+
+
+def _cast_before_gather(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Under autocast norms give float32, and twice the bytes would travel for the same result."""
+    device = inputs[0].device.type
+    if inputs[0].dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return inputs
+    return (inputs[0].to(torch.get_autocast_dtype(device)), *inputs[1:])
+
+
+class _OwnRows(ParallelStyle):
+    """A learned positional table of which each rank holds and learns the rows of its segment."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, SegmentPositionalEmbedding)
+        module.set_shard(SequenceShard(device_mesh.get_local_rank(), device_mesh.size(), "contiguous"))
+        rows = module.weight.detach()
+        ShardedModule.set_shard(module, WHOLE_SEQUENCE)  # as a DTensor the table is whole
+        module.weight = nn.Parameter(DTensor.from_local(rows, device_mesh, [Shard(0)], run_check=False))
+        module.__class__ = _OwnRowsTable  # the parameter keeps its place and its name
+        return module
+
+
+class _OwnRowsTable(SegmentPositionalEmbedding):
+    def forward(self, local_length: int) -> Tensor:
+        assert isinstance(self.weight, DTensor)
+        rows = self.weight.to_local()
+        if local_length != rows.size(0):
+            ranks = self.num_positions // rows.size(0)
+            raise ValueError(
+                f"A sequence of length {local_length * ranks} ({local_length} on each of {ranks} ranks) does not fit a"
+                f" learned table of {self.num_positions} positions: under tensor parallelism it takes exactly that many."
+                " Use sequences of that length, set seq_len to theirs, or positions='rotary', which takes any length."
+            )
+        return rows
+
+
+class _WholeWeight(ParallelStyle):
+    """A linear layer without bias of which every rank has the whole weight, and computes the given rows (all if none
+    are given) on tensors of its own.
+
+    ``SequenceParallel`` would do for the head, but for its backward pass torch gathers the sequence.
+    """
+
+    def __init__(self, rows: Sequence[slice] = ()) -> None:
+        self.rows = rows
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, nn.Linear)
+        weight = distribute_tensor(module.weight, device_mesh, [Replicate()])
+        module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+        module.__class__ = _WholeWeightLinear
+        assert isinstance(module, _WholeWeightLinear)
+        module.rows = self.rows
+        return module
+
+
+class _WholeWeightLinear(nn.Linear):
+    rows: Sequence[slice]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = own_copy(self.weight)
+        if self.rows:
+            weight = torch.cat([weight[rows] for rows in self.rows])
+        return F.linear(own_copy(x), weight)
+
+
+def own_key_value_heads(config: TransformerConfig, rank: int, size: int) -> list[int]:
+    """The key/value heads that the query heads of ``rank`` attend to: each once where all serve equally many of them,
+    else one for every query head."""
+    queries, queries_per_head = config.num_heads // size, config.num_heads // config.kv_heads
+    heads = [query // queries_per_head for query in range(rank * queries, (rank + 1) * queries)]
+    distinct = sorted(set(heads))
+    return distinct if len({heads.count(head) for head in distinct}) == 1 else heads
+
+
+def own_copy(x: Tensor) -> Tensor:
+    """This rank's copy of a replicated DTensor, of whose gradient each rank computes a part of the sum; another tensor
+    as it is."""
+    return x.to_local(grad_placements=[Partial()]) if isinstance(x, DTensor) else x
+
+
+def _start_equal(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Start every rank from the first one's weights, as DDP does; torch's styles have sent out only what they
+    split."""
+    for parameter in model.parameters():
+        data = _local(parameter.detach())
+        if _placed_as(parameter, Replicate) and mesh[TENSOR].size() > 1:
+            dist.broadcast(data, group=mesh[TENSOR].get_group(), group_src=0)
+        if mesh[DATA].size() > 1:
+            dist.broadcast(data, group=mesh[DATA].get_group(), group_src=0)
+
+
+def reduce_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
+    """After a backward pass, make the gradients of whole weights (norms, embedding, head) those of the whole sequence,
+    and average all gradients over data-parallel ranks.
+
+    Each rank has computed its segment's part of the former; the parts are summed in one all-reduce for all of them, as
+    Megatron-LM finalizes its gradients.
+
+    Args:
+        parameters: those of a model that :func:`parallelize` has shared out.
+        mesh: the mesh it was given.
+    """
+    with_grad = [parameter for parameter in parameters if parameter.grad is not None]
+    parts = [x for x in with_grad if _placed_as(x.grad, Partial)]
+    if parts:
+        flat = torch.cat([_local(x.grad).flatten() for x in parts])
+        dist.all_reduce(flat, group=mesh[TENSOR].get_group())
+        for x, total in zip(parts, flat.split([x.numel() for x in parts])):
+            x.grad = DTensor.from_local(total.view(x.shape).to(x.dtype), mesh[TENSOR], [Replicate()], run_check=False)
+    if mesh[DATA].size() > 1:
+        group = mesh[DATA].get_group()
+        pending = [dist.all_reduce(_local(x.grad), group=group, async_op=True) for x in with_grad]
+        for x, work in zip(with_grad, pending):
+            work.wait()
+            _local(x.grad).div_(mesh[DATA].size())
+
+
+def _placed_as(x: Tensor | None, placement: type[Placement]) -> bool:
+    assert isinstance(x, DTensor)
+    return isinstance(x.placements[0], placement)
+
+
+def _local(x: Tensor | None) -> Tensor:
+    """The tensor itself that a DTensor holds on this rank."""
+    assert isinstance(x, DTensor)
+    return x._local_tensor

@@ -1,0 +1,85 @@
+"""``MegatronStrategy``: Lightning's ``ModelParallelStrategy`` for modules that are written for LSS."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from typing_extensions import override
+
+from lightning_lss.megatron.parallelize import TENSOR, reduce_gradients
+from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
+from lightning_lss.strategy.sequence import SequenceStrategy
+
+
+class MegatronStrategy(SequenceStrategy, ModelParallelStrategy):
+    """Nvidia's sequence parallelism (arXiv 2205.05198) under Lightning's ``ModelParallelStrategy``.
+
+    The world is a grid of data-parallel groups x tensor-parallel groups. The ranks of a tensor-parallel group share a
+    batch, of which each gets its contiguous segment; the module's ``configure_model`` shares out the model with
+    :func:`lightning_lss.megatron.parallelize.parallelize`, as :class:`~lightning_lss.LSSTransformer` does. Losses follow the rule
+    of :func:`~lightning_lss.token_mean`: their average over the world is the loss of the global batch.
+
+    Args:
+        sequence_parallel_size: number of ranks of a tensor-parallel group, a divisor of the world size; ``"auto"`` puts
+            all ranks into one group.
+        check_batches: how many of the first batches of each data loader are compared over a tensor-parallel group.
+        **kwargs: further arguments of :class:`~lightning.pytorch.strategies.ModelParallelStrategy`, such as
+            ``save_distributed_checkpoint=False`` for checkpoints of one file.
+
+    Raises:
+        ValueError: at once, if the size is not positive.
+        MisconfigurationException: from the Trainer, if the size does not divide the world size.
+    """
+
+    def __init__(
+        self, sequence_parallel_size: int | Literal["auto"] = "auto", check_batches: int = 2, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self._request(sequence_parallel_size, check_batches)
+        self._syncs_gradients = True
+
+    @property
+    @override
+    def shard_of_run(self) -> SequenceShard:
+        """The segment of the sequence that this process gets; the whole before the first run."""
+        if self._device_mesh is None:
+            return WHOLE_SEQUENCE
+        mesh = self._device_mesh[TENSOR]
+        return SequenceShard(mesh.get_local_rank(), mesh.size(), "contiguous", mesh.get_group())
+
+    @override
+    def _configure_launcher(self) -> None:
+        # a size that does not divide the world is refused before processes are started
+        self._tensor_parallel_size, self._data_parallel_size = self.sequence_parallel_size, self.data_parallel_size
+        super()._configure_launcher()
+
+    @override
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # The adjoints of a group's collectives add up what its ranks' losses say; their mean is meant.
+        return super().backward(closure_loss / self.sequence_parallel_size, *args, **kwargs)
+
+    @override
+    def post_backward(self, closure_loss: Tensor) -> None:
+        if self._syncs_gradients and self.lightning_module is not None:
+            reduce_gradients(self.lightning_module.parameters(), self.device_mesh)
+
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """While gradients accumulate, leave them as they are."""
+        self._syncs_gradients = False
+        try:
+            yield
+        finally:
+            self._syncs_gradients = True
+
+    def gradient_norm(self) -> Tensor:
+        """2-norm of the gradients of the whole model; every rank must call it."""
+        assert self.lightning_module is not None
+        norm = nn.utils.get_total_norm([x.grad for x in self.lightning_module.parameters() if x.grad is not None])
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,0 +1,1 @@
+"""The LSS Transformer and its LightningModule."""

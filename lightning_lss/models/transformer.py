@@ -1,0 +1,264 @@
+"""The transformer as plain ``nn.Module``s; it knows nothing of launchers or strategies.
+
+A pre-norm transformer in the manner of GPT-2, with the options that came after it: rotary positions (arXiv 2104.09864),
+SwiGLU (arXiv 2002.05202) and grouped-query heads (arXiv 2305.13245). Run on a segment of the sequence it gives that
+segment's logits: every layer but attention works token by token, and attention is
+:class:`~lightning_lss.attention.functional.LSSAttention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from lightning_lss.attention.compute import HeadChunks, check_head_chunks
+from lightning_lss.attention.functional import LSSAttention
+from lightning_lss.nn.dropout import SegmentDropout
+from lightning_lss.nn.positions import SegmentPositionalEmbedding
+from lightning_lss.nn.recompute import ActivationCheckpointing, run_block, run_in_tiles
+from lightning_lss.nn.rotary import RotaryEmbedding
+from lightning_lss.sequence.layout import check_positive
+
+Positions = Literal["learned", "rotary"]
+MLP = Literal["gelu", "swiglu"]
+_CHOICES = {"positions": Positions, "mlp": MLP, "activation_checkpointing": ActivationCheckpointing}
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes and options of a :class:`Transformer`.
+
+    Args:
+        vocab_size: number of token values, 256 for bytes.
+        seq_len: global sequence length L, the number of learned positions.
+        width: model width E.
+        num_layers: number of blocks.
+        num_heads: query heads H; the head width is ``width / num_heads``.
+        num_kv_heads: key/value heads G, a divisor of H; None for as many as query heads.
+        positions: ``"learned"``, a segment-local table as in the paper, or ``"rotary"``.
+        mlp: ``"gelu"`` or ``"swiglu"``.
+        mlp_width: hidden width of the MLP; None for 4 E with GELU and 8/3 E, rounded up to a multiple of 64, with
+            SwiGLU.
+        causal: decoder if true, encoder (every token sees all) if false.
+        tie_embeddings: whether the output head is the embedding's transpose.
+        dropout: probability of dropping an element of the embedding and of each residual branch.
+        head_chunks: in how many parts the key/value heads are gathered, a divisor of their number: more parts need less
+            memory and send smaller messages; or ``"auto"``. See :func:`~lightning_lss.attention.functional.lss_attention`.
+        keep_gathered: see there.
+        activation_checkpointing: what is kept of a block between forward and backward, ``"none"`` (all of it),
+            ``"full"``, ``"selective"`` or ``"offload"``; see :func:`~lightning_lss.nn.recompute.run_block`.
+        mlp_tiles: in how many parts along the sequence the MLP is computed, each again in the backward pass. Lowers
+            the peak where the MLP's hidden activations of one block are what is largest, which is with activation
+            checkpointing.
+
+    Raises:
+        ValueError: if sizes do not fit together.
+    """
+
+    vocab_size: int = 256
+    seq_len: int = 4096
+    width: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    positions: Positions = "learned"
+    mlp: MLP = "gelu"
+    mlp_width: int | None = None
+    causal: bool = True
+    tie_embeddings: bool = True
+    dropout: float = 0.0
+    head_chunks: HeadChunks = "auto"
+    keep_gathered: bool = False
+    activation_checkpointing: ActivationCheckpointing = "none"
+    mlp_tiles: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "seq_len", "width", "num_layers", "num_heads", "kv_heads", "hidden_width", "mlp_tiles")
+        check_positive(**{name: getattr(self, name) for name in sizes})
+        if self.width % self.num_heads:
+            raise ValueError(f"width={self.width} must be a multiple of num_heads={self.num_heads}.")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.kv_heads}.")
+        for name, kind in _CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                choices = " or ".join(map(repr, get_args(kind)))
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose {choices}.")
+        if self.head_chunks != "auto":
+            check_head_chunks(self.head_chunks, self.kv_heads, self.keep_gathered)
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads G."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Head width D."""
+        return self.width // self.num_heads
+
+    @property
+    def hidden_width(self) -> int:
+        """Hidden width of the MLP."""
+        if self.mlp_width is not None:
+            return self.mlp_width
+        return 4 * self.width if self.mlp == "gelu" else -(-8 * self.width // 3 // 64) * 64
+
+    def training_flops(self, batch_size: int, length: int) -> float:
+        """Floating-point operations of one training step on ``batch_size`` sequences of ``length``, forward and
+        backward.
+
+        Matrix multiplications only, as for model FLOP/s utilization (PaLM, arXiv 2204.02311, appendix B): 6 for each
+        weight and token, and 12 E for each layer and visible query-key pair; a causal mask hides half of the pairs. The
+        embedding look-up is free.
+        """
+        hidden_weights = self.hidden_width * (3 if self.mlp == "swiglu" else 2)
+        projections = self.width * (2 * self.width + 2 * self.kv_heads * self.head_dim)
+        weights = self.num_layers * (projections + self.width * hidden_weights) + self.width * self.vocab_size
+        pairs = length**2 / (2 if self.causal else 1)
+        return batch_size * (6.0 * weights * length + 12.0 * self.num_layers * self.width * pairs)
+
+
+class SelfAttention(nn.Module):
+    """Projections around attention: [B, l, E] -> [B, l, E]."""
+
+    def __init__(self, config: TransformerConfig, rotary: RotaryEmbedding | None) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.query = nn.Linear(config.width, config.width, bias=False)
+        self.key_value = nn.Linear(config.width, 2 * config.kv_heads * config.head_dim, bias=False)
+        self.rotary = rotary
+        selective = config.activation_checkpointing == "selective"  # names attention as an operator
+        self.attention = LSSAttention(
+            config.causal,
+            head_chunks=config.head_chunks,
+            keep_gathered=config.keep_gathered,
+            as_operator=selective,
+        )
+        self.out = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend from each local token to the whole sequence."""
+        q = self.query(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, l, D]
+        # key and value of a head side by side, so that heads can be shared out over ranks (tensor parallelism)
+        k, v = self.key_value(x).unflatten(-1, (-1, 2, self.head_dim)).permute(3, 0, 2, 1, 4)  # [B, G, l, D] each
+        if self.rotary is not None:
+            q, k = self.rotary(q), self.rotary(k)
+        return self.out(self.attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class MLPBlock(nn.Module):
+    """Two layers with GELU, or three with SwiGLU: [B, l, E] -> [B, l, E]."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_width
+        self.gate = nn.Linear(config.width, hidden, bias=False) if config.mlp == "swiglu" else None
+        self.up = nn.Linear(config.width, hidden, bias=False)
+        self.out = nn.Linear(hidden, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform each token by itself."""
+        return self.out(F.gelu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """One pre-norm layer: attention and MLP, each with a residual connection."""
+
+    def __init__(self, config: TransformerConfig, rotary: RotaryEmbedding | None) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.attention = SelfAttention(config, rotary)
+        self.mlp_norm = nn.LayerNorm(config.width)
+        self.mlp = MLPBlock(config)
+        self.dropout = SegmentDropout(config.dropout)
+        self.mlp_tiles = config.mlp_tiles
+        self._compiled: Callable[[Tensor], Tensor] | None = None
+
+    def compile_forward(self, **options: Any) -> None:
+        """Compile the block with ``torch.compile(**options)``, but not hooks around it: those of FSDP cannot be
+        traced."""
+        self._compiled = torch.compile(self._forward, **options)
+
+    def __getstate__(self) -> dict[str, Any]:  # compiled code belongs to this object and this process
+        return {**super().__getstate__(), "_compiled": None}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, l, E] -> [B, l, E]."""
+        return self._forward(x) if self._compiled is None else self._compiled(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        return x + self.dropout(run_in_tiles(lambda part: self.mlp(self.mlp_norm(part)), x, self.mlp_tiles))
+
+
+class Transformer(nn.Module):
+    """Tokens of a segment to logits: int64 [B, l] -> [B, l, V]."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        learned = config.positions == "learned"
+        self.positions = SegmentPositionalEmbedding(config.seq_len, config.width) if learned else None
+        self.rotary = None if learned else RotaryEmbedding(config.head_dim)  # one for all layers
+        self.dropout = SegmentDropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, self.rotary) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """GPT-2's initialization: normal with 0.02, and what adds to the residual stream scaled by 1 / sqrt(2 *
+        layers)."""
+        residual_std = 0.02 / (2 * self.config.num_layers) ** 0.5
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=residual_std if name.endswith(".out") else 0.02)
+
+    def compile_blocks(self) -> None:
+        """Compile each block, without graph breaks unless there is dropout."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.compile_forward(fullgraph=self.config.dropout == 0)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits [B, l, V] of the local tokens [B, l]."""
+        return self.head(self.features(tokens))
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """What the head turns into logits: [B, l, E] of the local tokens [B, l]."""
+        x = self.embedding(tokens)
+        if self.positions is not None:
+            x = x + self.positions(tokens.size(1))
+        if self.rotary is not None:
+            self.rotary.prepare(x)
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = run_block(block, x, self.config.activation_checkpointing, self.config.mlp_tiles)
+        return self.norm(x)
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:
+        """Parameters for an optimizer: weight decay for the matrices of linear layers and for nothing else."""
+        linear = {id(m.weight) for m in self.modules() if isinstance(m, nn.Linear)}
+        linear -= {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}  # a tied head is an embedding
+        decayed = [p for p in self.parameters() if id(p) in linear]
+        others = [p for p in self.parameters() if id(p) not in linear]
+        return [
+            {"name": "decayed", "params": decayed, "weight_decay": weight_decay},
+            {"name": "others", "params": others, "weight_decay": 0.0},
+        ]
+
+
+def count_parameters(model: nn.Module, shares: int = 1) -> int:
+    """Number of parameters of the whole model, of which segment-local tables lie on ``shares`` ranks in equal parts."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, SegmentPositionalEmbedding)}
+    tables -= {id(p) for p in model.parameters() if isinstance(p, DTensor)}  # which counts what other ranks hold
+    return sum(p.numel() * (shares if id(p) in tables else 1) for p in model.parameters())

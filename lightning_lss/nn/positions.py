@@ -1,0 +1,221 @@
+"""Positions for a split sequence: a learned table of which each rank keeps its own rows, and rotary embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_lss.sequence.layout import position_ranges
+from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard, ShardedModule
+
+_BLOCK = 256  # rows that are drawn from one generator
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """What the initial rows of a positional table depend on."""
+
+    num_positions: int
+    dim: int
+    std: float
+    seed: int
+    shard: SequenceShard = WHOLE_SEQUENCE
+
+    def row_ranges(self) -> tuple[range, ...]:
+        """The positions whose rows this rank holds."""
+        shard = self.shard
+        return position_ranges(self.num_positions, shard.rank, shard.size, shard.layout)
+
+    def rows(self) -> Tensor:
+        """Initial values of this rank's rows, float32 [rows, dim], normal with ``std``.
+
+        Each block of rows has its own generator, seeded by its place in the table: the rows of a position are the same
+        whatever the number of ranks and the layout are, and no rank draws more than its own rows and parts of a few
+        blocks beside them.
+        """
+        runs = [self._run(run.start, run.stop) for run in self.row_ranges()]
+        return torch.cat(runs).mul_(self.std)
+
+    def _run(self, start: int, stop: int) -> Tensor:
+        rows = torch.empty(stop - start, self.dim, device="cpu", dtype=torch.float32)
+        for block in range(start // _BLOCK, (stop - 1) // _BLOCK + 1):
+            generator = torch.Generator("cpu").manual_seed((self.seed + block * 0x9E3779B97F4A7C15) % 2**63)
+            drawn = torch.randn(_BLOCK, self.dim, generator=generator, device="cpu", dtype=torch.float32)
+            first, last = max(start, block * _BLOCK), min(stop, (block + 1) * _BLOCK)
+            rows[first - start : last - start] = drawn[first - block * _BLOCK : last - block * _BLOCK]
+        return rows
+
+
+class DeferredTable(nn.Parameter):
+    """A positional table that is built when it is first touched, as an ordinary ``Parameter`` from then on.
+
+    A model is made before anyone knows its rank. Were the table built there and cut afterwards, each rank would hold
+    all of it for a moment; so it waits. Under LSS the strategy names the shard first; anything else that looks at the
+    parameter (its shape, an optimizer's step, a state dict) finds the whole table. The idea is that of
+    ``torch.nn.UninitializedParameter``, which refuses to be looked at instead.
+    """
+
+    spec: TableSpec
+
+    # What may be asked without a need for the rows.
+    _METADATA = frozenset(
+        getattr(torch.Tensor, name).__get__
+        for name in ("device", "dtype", "grad", "grad_fn", "is_leaf", "is_meta", "is_sparse", "layout", "requires_grad")
+    )
+
+    def __new__(
+        cls, spec: TableSpec, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> DeferredTable:
+        table = torch.Tensor._make_subclass(cls, torch.empty(0, device=device, dtype=dtype), True)
+        table.spec = spec
+        return table
+
+    def build(self) -> None:
+        """Fill in the rows of ``spec.shard`` and become an ordinary parameter; the object stays the same."""
+        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad(), torch.inference_mode(False):
+            self.data = self.spec.rows().to(self.device, self.dtype)
+        self.__class__ = nn.Parameter  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in cls._METADATA:
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, DeferredTable):
+                    leaf.build()
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DeferredTable:
+        memo[id(self)] = copy = DeferredTable(self.spec, self.device, self.dtype)
+        return copy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # a spawned process builds the rows itself
+        return (DeferredTable, (self.spec, self.device, self.dtype))
+
+
+class SegmentPositionalEmbedding(ShardedModule):
+    """A learned absolute positional table of which each rank keeps only its segment's rows (LSS Transformer, arXiv
+    2311.02382).
+
+    Its weight is segment-local: each rank learns the embedding of its own positions, and gradients are averaged only
+    over the ranks that hold the same segment. Saved and loaded it is one table [num_positions, dim] in position order.
+
+    Args:
+        num_positions: number of positions, with more than one rank the global sequence length.
+        dim: width E.
+        std: standard deviation of the normal initialization (GPT-2's 0.02).
+
+    Raises:
+        ValueError: if a size is not positive.
+    """
+
+    segment_local = ("weight",)
+
+    def __init__(self, num_positions: int, dim: int, std: float = 0.02) -> None:
+        super().__init__()
+        if num_positions < 1 or dim < 1:
+            raise ValueError(f"num_positions={num_positions} and dim={dim} must be positive.")
+        self.num_positions = num_positions
+        self.dim = dim
+        self.std = std
+        # one draw from the default generator whatever the size, so that what is initialized next does not depend on it
+        self.seed = int(torch.randint(2**62, (), device="cpu").item())
+        self.weight: nn.Parameter = DeferredTable(self._spec())
+
+    def set_shard(self, shard: SequenceShard) -> None:
+        """Keep only the rows of ``shard``.
+
+        Raises:
+            ValueError: if ``num_positions`` cannot be shared out equally.
+            RuntimeError: if the rows of another segment have been let go already.
+        """
+        wanted = position_ranges(self.num_positions, shard.rank, shard.size, shard.layout)
+        if isinstance(self.weight, DeferredTable):  # as is_deferred, but for type checkers
+            self.weight.spec = replace(self._spec(), shard=shard)
+            self.weight.build()
+        elif wanted != self.row_ranges():
+            self._cut(shard, wanted)
+        super().set_shard(shard)
+
+    def _cut(self, shard: SequenceShard, wanted: tuple[range, ...]) -> None:
+        """Let go of all rows but the wanted ones."""
+        if self.shard.size > 1:
+            raise RuntimeError(
+                f"This table holds the rows of segment {self.shard.rank} of {self.shard.size} ({self.shard.layout}) and cannot"
+                f" serve segment {shard.rank} of {shard.size} ({shard.layout}): the other rows are on other ranks. Make a new model, or"
+                " load one from a checkpoint."
+            )
+        self.weight.data = torch.cat([self.weight.data[run.start : run.stop] for run in wanted])
+        self.weight.grad = None
+
+    @property
+    def is_deferred(self) -> bool:
+        """Whether nobody has looked at the table yet."""
+        return isinstance(self.weight, DeferredTable)
+
+    def reset_parameters(self) -> None:
+        """Set this rank's rows to their initial values, which depend on ``seed`` and the position alone."""
+        with torch.no_grad():
+            self.weight.copy_(self._spec().rows())
+
+    @torch.no_grad()
+    def take_rows(self, start: int, rows: Tensor) -> None:
+        """Copy those of the table's rows ``[start, start + len(rows))`` that belong to this rank."""
+        place = self.shard.positions(self.weight.size(0), device=rows.device) - start
+        ours = (place >= 0) & (place < rows.size(0))
+        self.weight[ours.to(self.weight.device)] = rows[place[ours]].to(self.weight)
+
+    def become_whole(self) -> None:
+        """Hold the rows of all segments again, as before a run; every rank of the sequence group must call it."""
+        self.weight.data = self.shard.gather(self.weight.detach(), dim=0)
+        self.weight.grad = None
+        super().set_shard(WHOLE_SEQUENCE)
+
+    def forward(self, local_length: int) -> Tensor:
+        """Rows of the local positions, [l, dim].
+
+        Raises:
+            ValueError: if ``local_length`` does not fit the table.
+        """
+        length = local_length * self.shard.size
+        fits = 0 < length <= self.num_positions if self.shard.size == 1 else length == self.num_positions
+        if not fits:
+            self._refuse(local_length)
+        # A copy, since torch's module tracker (FLOPs in the model summary) cannot follow a view of a parameter.
+        return self.weight[:local_length].clone()
+
+    def extra_repr(self) -> str:
+        """What ``print(module)`` shows."""
+        return f"{self.num_positions}, {self.dim}"
+
+    def _spec(self) -> TableSpec:
+        return TableSpec(self.num_positions, self.dim, self.std, self.seed, self.shard)
+
+    def row_ranges(self) -> tuple[range, ...]:
+        """The positions whose rows this rank holds, in the order of the rows."""
+        return position_ranges(self.num_positions, self.shard.rank, self.shard.size, self.shard.layout)
+
+    def _refuse(self, local_length: int) -> NoReturn:
+        length, size = local_length * self.shard.size, self.shard.size
+        spread = f" ({local_length} on each of {size} ranks)" if size > 1 else ""
+        rule = "exactly" if size > 1 else "at most"
+        raise ValueError(
+            f"A sequence of length {length}{spread} does not fit a learned table of {self.num_positions} positions: it takes {rule} that"
+            " many. Use sequences of that length, set num_positions to theirs, or use RotaryEmbedding (positions='rotary'), which"
+            " takes any length."
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        key = prefix + "weight"
+        table = state_dict.get(key)
+        if self.shard.size > 1 and isinstance(table, Tensor) and table.size(0) == self.num_positions:
+            state_dict[key] = self.own_rows(table)  # load_state_dict works on a copy of the caller's dict
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def own_rows(self, table: Tensor) -> Tensor:
+        """This rank's rows of a whole table [num_positions, ...]."""
+        return torch.cat([table[run.start : run.stop] for run in self.row_ranges()])

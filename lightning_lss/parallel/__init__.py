@@ -1,0 +1,1 @@
+"""How parameters lie on the ranks, and how their gradients are averaged."""

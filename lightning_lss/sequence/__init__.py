@@ -1,0 +1,1 @@
+"""Who holds what of a sequence, and how it is sent."""

@@ -1,0 +1,168 @@
+"""Splitting a batch along the sequence, and checking that a sequence group works on one batch."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import warnings
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_lss.sequence.layout import check_length
+from lightning_lss.sequence.segment import SequenceShard
+
+Key = str | int
+Path = tuple[Key, ...]
+SequenceDims = Mapping[Key, int | None]
+
+DEFAULT_DIM = 1
+
+
+def split_batch(batch: Any, shard: SequenceShard, sequence_dims: SequenceDims | None = None) -> Any:
+    """This rank's part of a batch.
+
+    Every tensor with two or more dimensions is cut along dimension 1 (``[batch, length, ...]``), tensors with fewer are
+    left alone, in any nesting of dicts, dict-like containers, lists, tuples, namedtuples and dataclasses; the
+    containers keep their types.
+
+    Args:
+        batch: what the data loader gave, with whole sequences.
+        shard: the rank's place in its sequence group.
+        sequence_dims: the dimension to cut, or None to leave a tensor whole, by key (index in a list or tuple, field of
+            a dataclass). A key holds for everything below it; the innermost one counts.
+
+    Raises:
+        ValueError: if the tensors to be cut along the default dimension disagree on its size, if a length cannot be
+            shared out equally, or if a named dimension does not exist; before anything is cut, naming keys and shapes.
+    """
+    if shard.size == 1:
+        return batch
+    dims = sequence_dims or {}
+    _check(list(_leaves(batch)), shard, dims)
+
+    def split(path: Path, tensor: Tensor) -> Tensor:
+        dim = _dim_of(path, tensor, dims)
+        return tensor if dim is None else shard.split(tensor, dim)
+
+    return _map(batch, split)
+
+
+def _check(leaves: list[tuple[Path, Tensor]], shard: SequenceShard, dims: SequenceDims) -> None:
+    unknown = set(dims) - {key for path, _ in leaves for key in path}
+    if unknown:  # no error: batches of other stages may have other entries
+        warnings.warn(f"sequence_dims names {sorted(map(str, unknown))}, which the batch does not have.", stacklevel=3)
+    cuts = [(path, tensor, dim) for path, tensor in leaves if (dim := _dim_of(path, tensor, dims)) is not None]
+    for path, tensor, dim in cuts:
+        if not -tensor.dim() <= dim < tensor.dim():
+            raise ValueError(
+                f"sequence_dims names dimension {dim} of {_show(path, tensor)}, which has {tensor.dim()} dimensions."
+            )
+    unnamed = [(path, tensor) for path, tensor, _ in cuts if _named_dim(path, dims) is _UNNAMED]
+    if len({tensor.size(DEFAULT_DIM) for _, tensor in unnamed}) > 1:
+        entries = "; ".join(_show(path, tensor) for path, tensor in unnamed)
+        raise ValueError(
+            f"Tensors of the batch disagree on the sequence length (dimension {DEFAULT_DIM}): {entries}. Say which dimension is the"
+            " sequence, or None for a tensor that every rank needs whole, with LSSStrategy(sequence_dims={key: dimension or None}), or"
+            " define shard_batch(self, batch, shard) on the LightningModule."
+        )
+    for path, tensor, dim in cuts:
+        try:
+            check_length(tensor.size(dim), shard.size, shard.layout)
+        except ValueError as error:
+            raise ValueError(f"Batch entry {_show(path, tensor)}, dimension {dim}: {error}") from None
+
+
+_UNNAMED: Any = object()
+
+
+def _named_dim(path: Path, dims: SequenceDims) -> Any:
+    return next((dims[key] for key in reversed(path) if key in dims), _UNNAMED)
+
+
+def _dim_of(path: Path, tensor: Tensor, dims: SequenceDims) -> int | None:
+    named = _named_dim(path, dims)
+    if named is _UNNAMED:
+        return DEFAULT_DIM if tensor.dim() > DEFAULT_DIM else None
+    return named
+
+
+def _show(path: Path, tensor: Tensor) -> str:
+    return f"{'.'.join(map(str, path)) or 'batch'} {tuple(tensor.shape)}"
+
+
+def _children(node: Any) -> list[tuple[Key, Any]] | None:
+    """Keys and values of a container; None for anything else."""
+    if isinstance(node, Tensor):
+        return None
+    if isinstance(node, (list, tuple)):
+        return list(enumerate(node))
+    if isinstance(node, Mapping) or (hasattr(node, "keys") and hasattr(node, "__getitem__")):
+        return [(key, node[key]) for key in list(node.keys())]
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        return [(field.name, getattr(node, field.name)) for field in dataclasses.fields(node)]
+    return None
+
+
+def _leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    if isinstance(node, Tensor):
+        yield path, node
+    for key, child in _children(node) or ():
+        yield from _leaves(child, (*path, key))
+
+
+def _map(node: Any, function: Callable[[Path, Tensor], Tensor], path: Path = ()) -> Any:
+    """A copy of nested containers with ``function`` applied to every tensor; what is no container is passed on as it
+    is."""
+    if isinstance(node, Tensor):
+        return function(path, node)
+    children = _children(node)
+    if children is None:
+        return node
+    mapped = [(key, _map(child, function, (*path, key))) for key, child in children]
+    if isinstance(node, (list, tuple)):
+        values = [value for _, value in mapped]
+        return type(node)(*values) if hasattr(node, "_fields") else type(node)(values)
+    if isinstance(node, Mapping) and not isinstance(node, (dict, UserDict)):
+        return type(node)(dict(mapped))  # type: ignore[call-arg]  # its copy may share the entries
+    new = copy.copy(node)
+    for key, value in mapped:
+        if hasattr(node, "keys"):
+            new[key] = value
+        else:
+            object.__setattr__(new, str(key), value)  # a dataclass, perhaps frozen
+    return new
+
+
+def batch_digest(batch: Any) -> int:
+    """A 63-bit hash of every tensor in a batch: path, shape, dtype and bytes."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path, tensor in _leaves(batch):
+        digest.update(repr((path, tuple(tensor.shape), str(tensor.dtype))).encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return int.from_bytes(digest.digest(), "big") >> 1
+
+
+def check_same_batch(batch: Any, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Compare the batch over ``group``; every rank calls it, and all raise if any differs.
+
+    Raises:
+        ValueError: naming the likely causes.
+    """
+    digest = torch.tensor([batch_digest(batch)], dtype=torch.int64, device=device)
+    extremes = torch.cat((digest, -digest))
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    highest, lowest = extremes[0].item(), -extremes[1].item()
+    if highest != lowest:
+        raise ValueError(
+            "The ranks of one sequence group were given different batches, but they must work on segments of the same one. Likely causes:"
+            " a DistributedSampler of your own (let Lightning make it, or build it from trainer.distributed_sampler_kwargs); a"
+            " RandomSampler or shuffle=True with use_distributed_sampler=False and no seed (call seed_everything(seed, workers=True));"
+            " random augmentation from an unseeded generator; or an IterableDataset that splits its data by global rank (split it by"
+            " trainer.strategy.data_rank of trainer.strategy.data_parallel_size)."
+        )

@@ -1,0 +1,93 @@
+"""What Lightning strategies that share a sequence over several ranks have in common: the grid of ranks, and batches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.connectors.data_connector import _auto_add_worker_init_fn
+from typing_extensions import override
+
+from lightning_lss.sequence.batch import SequenceDims, check_same_batch, split_batch
+from lightning_lss.sequence.layout import resolve_sequence_parallel_size
+from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
+
+
+class SequenceStrategy(ParallelStrategy):
+    """To be mixed into a strategy of W = D x S processes, of which S neighbours get the segments of one batch."""
+
+    _requested_size: int | Literal["auto"] = "auto"
+    _sequence_dims: SequenceDims | None = None
+    _batches_to_check = 2
+
+    def _request(self, size: int | Literal["auto"], batches_to_check: int) -> None:
+        """Note what the user asked for; raises ``ValueError`` if ``size`` is not positive."""
+        if size != "auto":
+            resolve_sequence_parallel_size(size, size)
+        self._requested_size = size
+        self._batches_to_check = batches_to_check
+        self._batches_checked: Counter[tuple[Any, int]] = Counter()
+
+    # -- who this process is -------------------------------------------------------------------------------------------
+
+    @property
+    def _processes(self) -> int:
+        """W, before processes have been started."""
+        return self.num_nodes * self.num_processes  # type: ignore[attr-defined]
+
+    @property
+    def sequence_parallel_size(self) -> int:
+        """S, the number of ranks that share one sequence."""
+        try:
+            return resolve_sequence_parallel_size(self._processes, self._requested_size)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from None
+
+    @property
+    def data_parallel_size(self) -> int:
+        """D = W / S, the number of different batches in flight."""
+        return self._processes // self.sequence_parallel_size
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the D batches this process works on."""
+        return self.global_rank // self.sequence_parallel_size
+
+    @property
+    def shard_of_run(self) -> SequenceShard:
+        """The shard that modules work under now: the trivial one before and after a run, when they take whole
+        sequences."""
+        return WHOLE_SEQUENCE
+
+    # -- batches -------------------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        # All ranks of a sequence group need the same samples. Read before the process group exists.
+        return {"num_replicas": self.data_parallel_size, "rank": self.data_rank}
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        # Lightning would seed workers by global rank; the first to set `worker_init_fn` wins.
+        _auto_add_worker_init_fn(dataloader, self.data_rank)
+        return super().process_dataloader(dataloader)
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        batch = super().batch_to_device(batch, device, dataloader_idx)
+        shard = self.shard_of_run
+        if shard.size == 1:
+            return batch
+        module = self.lightning_module
+        assert module is not None
+        split_by_module = getattr(module, "shard_batch", None)
+        part = split_by_module(batch, shard) if split_by_module else split_batch(batch, shard, self._sequence_dims)
+        loader = (module.trainer.state.stage, dataloader_idx)
+        if self._batches_checked[loader] < self._batches_to_check:
+            self._batches_checked[loader] += 1
+            check_same_batch(batch, shard.require_group(), self.root_device)
+        return part
