@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lss.attention.kernels import KERNELS, select_kernel
-from lightning_lss.attention import kernels
+from lightning_lss.attention.kernels import KERNELS, reference, select_kernel
 
 CPU_KERNELS = ["cpu_flash", "reference"]
 SCALE = 0.3
@@ -153,7 +152,7 @@ def test_an_offset_diagonal_gives_the_last_rows_of_the_square(m, n) -> None:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("m", "n"), [(16, 16), (20, 33), (17, 17)])
 def test_the_reference_works_in_blocks_of_rows(monkeypatch, m, n, causal) -> None:
-    monkeypatch.setattr(kernels, "_REFERENCE_ROWS", 8)
+    monkeypatch.setattr(reference, "_ROWS", 8)
     inputs = make_inputs(m, n)
     error, which = worst_error(compute("reference", inputs, causal), textbook(inputs, causal))
     assert error < 30 * ROUNDING[torch.float64], which
@@ -161,7 +160,7 @@ def test_the_reference_works_in_blocks_of_rows(monkeypatch, m, n, causal) -> Non
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_more_rows_than_one_block_of_the_reference(causal) -> None:
-    inputs = make_inputs(kernels._REFERENCE_ROWS + 1, 600, heads=1, kv_heads=1, width=2)
+    inputs = make_inputs(reference._ROWS + 1, 600, heads=1, kv_heads=1, width=2)
     error, which = worst_error(compute("reference", inputs, causal), textbook(inputs, causal))
     assert error < 100 * ROUNDING[torch.float64], which  # sums of hundreds
 
