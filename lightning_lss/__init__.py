@@ -6,7 +6,8 @@ Lightning.
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_lss.attention.functional import LSSAttention, lss_attention
+from lightning_lss.attention.functional import lss_attention
+from lightning_lss.attention.module import LSSAttention
 from lightning_lss.models.lightning_module import LSSTransformer
 from lightning_lss.nn.loss import token_mean
 from lightning_lss.nn.metrics import BitsPerByte

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lss.attention import compute as split_attention
+from lightning_lss.attention import exchange
 from lightning_lss.sequence.collectives import Pending
 from lightning_lss.sequence.segment import SequenceShard
 
@@ -29,9 +29,9 @@ class RecordedRanks:
         self._rank = 0
         self._sent: list[list[Tensor]] = [[] for _ in range(size)]
         self._before: list[list[Tensor]] = [[] for _ in range(size)]
-        monkeypatch.setattr(split_attention, "all_gather", self._all_gather)
-        monkeypatch.setattr(split_attention, "reduce_scatter", self._reduce_scatter)
-        monkeypatch.setattr(split_attention, "is_gloo", lambda x, group: False)
+        monkeypatch.setattr(exchange, "all_gather", self._all_gather)
+        monkeypatch.setattr(exchange, "reduce_scatter", self._reduce_scatter)
+        monkeypatch.setattr(exchange, "is_gloo", lambda x, group: False)
 
     def run(self, work: Callable[[SequenceShard], Any]) -> list[Any]:
         """What ``work(shard)`` returns on each rank."""

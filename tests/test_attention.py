@@ -14,8 +14,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.counting import CollectiveCounter, Tally
-from lightning_lss.attention.functional import LSSAttention, lss_attention
+from lightning_lss.attention.functional import lss_attention
 from lightning_lss.attention.kernels import KERNELS
+from lightning_lss.attention.module import LSSAttention
+from lightning_lss.attention.operator import spec_fields
+from lightning_lss.attention.spec import AttentionSpec
 from lightning_lss.planner.measure import fake_world
 from lightning_lss.sequence import collectives
 from lightning_lss.sequence.layout import LAYOUTS
@@ -156,11 +159,11 @@ def test_keys_and_values_may_travel_in_another_dtype(world, options, layout) -> 
 
 
 def check_operator(rank: int, keep_gathered: bool) -> None:
-    group = dist.group.WORLD.group_name
     q, k, v, _ = (x[:, :, :16].clone().requires_grad_() for x in make_inputs(4, 2))
-    options = (rank, 2, "zigzag", group, None, True, 0.3, "auto", None, keep_gathered)
+    shard = SequenceShard(rank, 2, "zigzag", dist.group.WORLD)
+    fields = spec_fields(AttentionSpec(shard, causal=True, scale=0.3, keep_gathered=keep_gathered))
     utils = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_static")
-    torch.library.opcheck(torch.ops.lightning_lss.attention.default, (q, k, v, *options), test_utils=utils)
+    torch.library.opcheck(torch.ops.lightning_lss.attention.default, (q, k, v), fields, test_utils=utils)
 
 
 @pytest.mark.parametrize("keep_gathered", [True, False])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lss.attention.compute import empty_gathered
+from lightning_lss.attention.exchange import empty_chunk, heads_first
 from lightning_lss.attention.kernels import KERNELS
 from lightning_lss.attention.kernels import cuda as kernels_cuda
 from tests.test_kernels import ROUNDING, Inputs, compute, make_inputs, textbook, worst_error
@@ -117,10 +117,10 @@ def operators(request, monkeypatch) -> None:
 
 
 def laid_out_as_in_attention(inputs: Inputs) -> Inputs:
-    """The same numbers as parts of larger tensors: heads and rows of [B, l, H, D], keys and values of a chunk's room."""
+    """The same numbers as parts of larger tensors: heads and rows of [B, l, H, D], keys and values of a head chunk."""
     q, k, v, grad = inputs
-    room = empty_gathered(k.new_zeros(k.size(0), k.size(1), k.size(2) + 3, k.size(3)), 1)
-    keys_values = room.zero_()[..., 2:-1, :].copy_(torch.stack((k, v)))
+    chunk = heads_first(empty_chunk(k.new_zeros(k.size(0), k.size(1), k.size(2) + 3, k.size(3)), 1))
+    keys_values = chunk.zero_()[..., 2:-1, :].copy_(torch.stack((k, v)))
     larger = [x.new_zeros(x.size(0), x.size(2) + 3, x.size(1) + 2, x.size(3)) for x in (q, grad)]
     q, grad = [whole.transpose(1, 2)[:, 1:-1, 2:-1].copy_(x) for whole, x in zip(larger, (q, grad))]
     return Inputs(q, *keys_values, grad)

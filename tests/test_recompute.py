@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
 
-from lightning_lss.attention import compute as split_attention
+from lightning_lss.attention import exchange
 from lightning_lss.attention.kernels import KERNELS
 from lightning_lss.models.transformer import Transformer, TransformerConfig
 from lightning_lss.nn.recompute import run_in_tiles
@@ -83,7 +83,7 @@ def test_tiles_that_do_not_divide_the_sequence() -> None:
 def count_work(rank: int, mode: str) -> tuple[int, int]:
     """How often the kernel runs forward, and how often keys and values are gathered, in a step."""
     counts = {"kernel": 0, "gather": 0}
-    kernel, gather = KERNELS["cpu_flash"], split_attention.all_gather
+    kernel, gather = KERNELS["cpu_flash"], exchange.all_gather
 
     def forward(*args: Any) -> Any:
         counts["kernel"] += 1
@@ -93,7 +93,7 @@ def count_work(rank: int, mode: str) -> tuple[int, int]:
         counts["gather"] += 1
         return gather(*args)
 
-    KERNELS["cpu_flash"], split_attention.all_gather = kernel._replace(forward=forward), all_gather
+    KERNELS["cpu_flash"], exchange.all_gather = kernel._replace(forward=forward), all_gather
     try:
         model, tokens = make_model(activation_checkpointing=mode, positions="rotary")
         shard = SequenceShard(rank, dist.get_world_size(), "contiguous", dist.group.WORLD)
@@ -101,7 +101,7 @@ def count_work(rank: int, mode: str) -> tuple[int, int]:
             module.set_shard(shard)
         model(shard.split(tokens)).sum().backward()
     finally:
-        KERNELS["cpu_flash"], split_attention.all_gather = kernel, gather
+        KERNELS["cpu_flash"], exchange.all_gather = kernel, gather
     return counts["kernel"], counts["gather"]
 
 

@@ -1,8 +1,8 @@
-"""Attention along a split sequence: ``lss_attention`` and ``LSSAttention``.
+"""Attention along a split sequence as a function, ``lss_attention``.
 
 Each rank computes the rows of its own queries against the keys and values of the whole sequence (LSS Transformer, arXiv
-2311.02382: K and V travel together in one all-gather forward, their gradients in one reduce-scatter backward; no
-partial attention is ever summed between ranks). The algorithm is in :mod:`lightning_lss.attention.compute`.
+2311.02382: K and V are sent together in one all-gather forward, their gradients in one reduce-scatter backward; no
+partial attention is ever summed between ranks). The algorithm is in :mod:`lightning_lss.attention.operator`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_lss.attention.compute import HeadChunks, SplitAttention, make_plan
 from lightning_lss.attention.kernels import select_kernel
-from lightning_lss.attention.operator import attention_operator
+from lightning_lss.attention.operator import SplitAttention, attention_operator
+from lightning_lss.attention.spec import AttentionSpec, HeadChunks
 from lightning_lss.sequence.dtypes import in_autocast_dtype
-from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard, ShardedModule
+from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
 
 
 def lss_attention(
@@ -63,56 +63,10 @@ def lss_attention(
     if q.stride(-1) != 1:  # the kernels read heads as contiguous rows, and do not check
         q = q.contiguous()
     scale = q.size(-1) ** -0.5 if scale is None else scale
-    options = (causal, scale, kernel, None if head_chunks == "auto" else head_chunks, keep_gathered)
+    spec = AttentionSpec(shard, causal, scale, kernel, None if head_chunks == "auto" else head_chunks, keep_gathered)
     if as_operator or torch.compiler.is_compiling():
-        return attention_operator(q, k, v, shard, *options)
-    return SplitAttention.apply(q, k, v, make_plan(q, k, shard, *options))
-
-
-class LSSAttention(ShardedModule):
-    """Attention along the split sequence, as a module without parameters.
-
-    :class:`~lightning_lss.LSSStrategy` gives it its shard; with none it is plain attention, so a model that uses it
-    runs unchanged on one device. For arguments and shapes see :func:`lss_attention`: ``forward(q, k, v)`` takes [B, H,
-    l, D], [B, G, l, D], [B, G, l, D] and returns [B, H, l, D].
-    """
-
-    def __init__(
-        self,
-        causal: bool = True,
-        *,
-        scale: float | None = None,
-        kernel: str = "auto",
-        head_chunks: HeadChunks = "auto",
-        keep_gathered: bool = False,
-        as_operator: bool = False,
-    ) -> None:
-        super().__init__()
-        self.causal = causal
-        self.scale = scale
-        self.kernel = kernel
-        self.head_chunks = head_chunks
-        self.keep_gathered = keep_gathered
-        self.as_operator = as_operator
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See :func:`lss_attention`."""
-        return lss_attention(
-            q,
-            k,
-            v,
-            self.shard,
-            self.causal,
-            scale=self.scale,
-            kernel=self.kernel,
-            head_chunks=self.head_chunks,
-            keep_gathered=self.keep_gathered,
-            as_operator=self.as_operator,
-        )
-
-    def extra_repr(self) -> str:
-        """What ``print(module)`` shows."""
-        return f"causal={self.causal}, kernel={self.kernel!r}, head_chunks={self.head_chunks}, keep_gathered={self.keep_gathered}"
+        return attention_operator(q, k, v, spec)
+    return SplitAttention.apply(q, k, v, spec)
 
 
 def _is_linear_in_torch(q: Tensor, k: Tensor) -> bool:

@@ -1,71 +1,178 @@
-"""Attention along a split sequence as a registered operator, ``torch.ops.lightning_lss.attention``.
+"""Attention along a split sequence as one differentiable operation, for autograd and for the compiler.
 
-The compiler and selective activation checkpointing see one operator with a known shape, instead of collectives and
-their handles: ``torch.compile(fullgraph=True)`` passes through, and a checkpointing policy can name it as something to
-keep. It computes what :class:`~lightning_lss.attention.compute.SplitAttention` does. A process group enters by the name
-under which torch has it.
+Key/value heads are taken in head chunks. While one is computed, the next is gathered and the gradients of the last are
+scattered, so that a rank holds its own tensors, two head chunks of K and V, and in the backward pass two of their
+gradients. (Over gloo it also holds what arrives of one; with ``communication_dtype`` the copy of one that is sent.)
+
+:class:`SplitAttention` is what autograd sees. The registered operator ``torch.ops.lightning_lss.attention`` computes the
+same as one opaque node with a known shape: ``torch.compile(fullgraph=True)`` passes through it, and a policy for
+selective activation checkpointing can name it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from lightning_lss.attention.compute import (
-    Attended,
-    Plan,
-    attend,
-    attend_backward,
-    empty_attended,
-    empty_gathered,
-    make_plan,
+    BackwardRows,
+    ForwardRows,
+    compute_tiles,
+    compute_tiles_backward,
+    empty_rows,
+    no_autocast,
 )
+from lightning_lss.attention.exchange import Buffers, empty_chunk, gathered_chunks, heads_first, scatter_gradients
+from lightning_lss.attention.spec import AttentionSpec
+from lightning_lss.sequence.collectives import Pending
 from lightning_lss.sequence.segment import SequenceShard
 
 
-def _plan(  # the operators' options, see _OPTIONS
-    q: Tensor,
-    k: Tensor,
-    rank: int,
-    size: int,
-    layout: str,
-    group: str,
-    communication_dtype: torch.dtype | None,
-    causal: bool,
-    scale: float,
-    kernel: str,
-    head_chunks: int | None,
-    keep_gathered: bool,
-) -> Plan:
-    process_group = _resolve_process_group(group) if size > 1 else None  # type: ignore[arg-type]
-    shard = SequenceShard(rank, size, layout, process_group, communication_dtype)
-    return make_plan(q, k, shard, causal, scale, kernel, head_chunks, keep_gathered)
+class Attended(NamedTuple):
+    """What the forward pass leaves."""
+
+    out: Tensor
+    """[B, H, l, D], in memory [B, l, H, D], so that heads can be put side by side without a copy."""
+    lse: Tensor
+    """Log of the sum of the exponentials of each row's scores, [B, H, l]; float64 for float64 queries, else float32."""
+    gathered: Tensor
+    """K and V of the whole sequence, [2, B, G, L, D], with ``keep_gathered``; else empty."""
 
 
-_OPTIONS = (
+def empty_attended(q: Tensor) -> Attended:
+    """Memory for the output and log-sum-exp of queries [B, H, l, D]."""
+    lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    return Attended(empty_rows(q), lse, q.new_empty(0))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Attended:
+    """Rows of ``q`` [B, H, l, D] over the whole sequence's keys and values, of this rank's ``k`` and ``v`` [B, G, l, D];
+    every rank of the sequence group must call it."""
+    spec = spec.resolve(q, k)
+    tiles, attended = spec.tiles(q.size(2)), empty_attended(q)
+    rows = ForwardRows(q, attended.out, attended.lse)
+    with no_autocast(q.device.type):
+        for heads, keys_values in zip(spec.split_heads(q.size(1)), gathered_chunks(k, v, spec)):
+            compute_tiles(rows.of_heads(heads), keys_values, tiles, spec)
+            if spec.keep_gathered:
+                return attended._replace(gathered=keys_values)
+    return attended
+
+
+def attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: Attended, spec: AttentionSpec
+) -> tuple[Tensor, Tensor]:
+    """Gradient of ``q`` [B, H, l, D], and that of ``k`` and ``v`` as one tensor [2, B, G, l, D], from that of the
+    output; every rank of the sequence group must call it."""
+    spec = spec.resolve(q, k)
+    if grad.stride(-1) != 1:
+        grad = grad.contiguous()
+    gathered = iter([attended.gathered]) if spec.keep_gathered else gathered_chunks(k, v, spec)
+    rows = BackwardRows(grad, q, attended.out, attended.lse, empty_rows(q))
+    with no_autocast(q.device.type):
+        grads = list(_scattered_chunks(rows, gathered, k.size(1), spec))
+    del gathered  # frees the buffers before the whole gradient is allocated
+    whole = grads[0] if len(grads) == 1 else torch.cat(grads, 3)
+    return rows.grad_q, heads_first(whole.to(q.dtype))
+
+
+def _scattered_chunks(
+    rows: BackwardRows, gathered: Iterator[Tensor], kv_heads: int, spec: AttentionSpec
+) -> Iterator[Tensor]:
+    """Gradients of this rank's K and V by head chunk, [l, 2, B, g, D]; while one is in flight the next is computed.
+    Fills in ``rows.grad_q``."""
+    tiles, size = spec.tiles(rows.q.size(2)), spec.shard.size
+    like_keys = rows.q[:, spec.split_heads(kv_heads)[0]]
+    buffers = Buffers(2, lambda: empty_chunk(like_keys, size).unflatten(0, (size, -1)))
+    in_flight: Pending | None = None
+    for heads in spec.split_heads(rows.q.size(1)):
+        keys_values, by_rank = next(gathered), buffers.next()
+        compute_tiles_backward(rows.of_heads(heads), keys_values, by_rank, tiles, spec)
+        if in_flight is not None:
+            yield in_flight.wait()
+            in_flight = None  # frees what gloo received, before memory for the next is allocated
+        in_flight = scatter_gradients(by_rank, spec)
+    assert in_flight is not None
+    yield in_flight.wait()
+
+
+class SplitAttention(torch.autograd.Function):
+    """:func:`attend` with its adjoint.
+
+    ======== =============================================== ===================================================
+    forward  q [B, H, l, D], k and v [B, G, l, D]            K, V <- all-gather(k, v) [B, G, L, D]; out [B, H, l, D]
+    backward grad of out [B, H, l, D]                        dq [B, H, l, D]; dk, dv <- reduce-scatter(dK, dV) [B, G, l, D]
+    ======== =============================================== ===================================================
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        """See :func:`attend`."""
+        attended = attend(q, k, v, spec)
+        ctx.spec = spec
+        ctx.save_for_backward(q, *attended, *(() if spec.keep_gathered else (k, v)))
+        return attended.out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """See :func:`attend_backward`."""
+        grad_q, (grad_k, grad_v) = attend_backward(grad, *_saved(ctx.saved_tensors), ctx.spec)
+        return grad_q, grad_k, grad_v, None
+
+
+def _saved(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Attended]:
+    """Queries, own keys and values, and what the forward pass left; with ``keep_gathered`` K and V of the whole sequence
+    stand for the own ones, of which only the number of heads counts then."""
+    q, out, lse, gathered, *own = tensors
+    k, v = own or gathered.unbind()
+    return q, k, v, Attended(out, lse, gathered)
+
+
+# -- the registered operator -------------------------------------------------------------------------------------------
+
+_SPEC = (
     "SymInt rank, SymInt size, str layout, str group, ScalarType? communication_dtype, bool causal, float scale,"
     " str kernel, SymInt? head_chunks, bool keep_gathered"
 )
+"""The fields of :class:`AttentionSpec`, and of its shard, as keyword arguments of the operators."""
+
+
+def spec_fields(spec: AttentionSpec) -> dict[str, Any]:
+    """The keyword arguments of the operators; a process group goes by the name under which torch has it."""
+    shard = spec.shard
+    fields: dict[str, Any] = {
+        name: getattr(spec, name) for name in ("causal", "scale", "kernel", "head_chunks", "keep_gathered")
+    }
+    place = {name: getattr(shard, name) for name in ("rank", "size", "layout", "communication_dtype")}
+    return {**place, "group": shard.require_group().group_name if shard.size > 1 else "", **fields}
+
+
+def _spec_of(
+    rank: int, size: int, layout: str, group: str, communication_dtype: torch.dtype | None, **fields: Any
+) -> AttentionSpec:
+    process_group = _resolve_process_group(group) if size > 1 else None  # type: ignore[arg-type]
+    return AttentionSpec(SequenceShard(rank, size, layout, process_group, communication_dtype), **fields)
 
 
 @torch.library.custom_op(
     "lightning_lss::attention",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, *, {_SPEC}) -> (Tensor, Tensor, Tensor)",
 )
-def _attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return attend(q, k, v, _plan(q, k, *options))
+def _attention(q: Tensor, k: Tensor, v: Tensor, **fields: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return attend(q, k, v, _spec_of(**fields))
 
 
 @_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, rank: int, size: int, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *, size: int, keep_gathered: bool, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
     out, lse, gathered = empty_attended(q)
-    if options[-1]:  # keep_gathered
-        gathered = empty_gathered(k, size)
-    return out, lse, gathered
+    return out, lse, heads_first(empty_chunk(k, size)) if keep_gathered else gathered
 
 
 @torch.library.custom_op(
@@ -73,35 +180,34 @@ def _(q: Tensor, k: Tensor, v: Tensor, rank: int, size: int, *options: Any) -> t
     mutates_args=(),
     schema=(
         "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor gathered,"
-        f" {_OPTIONS}) -> (Tensor, Tensor)"
+        f" *, {_SPEC}) -> (Tensor, Tensor)"
     ),
 )
 def _attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, gathered: Tensor, *options: Any
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, gathered: Tensor, **fields: Any
 ) -> tuple[Tensor, Tensor]:
-    return attend_backward(grad, q, k, v, Attended(out, lse, gathered), _plan(q, k, *options))
+    return attend_backward(grad, q, k, v, Attended(out, lse, gathered), _spec_of(**fields))
 
 
 @_attention_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return empty_attended(q).out, empty_gathered(q[:, : k.size(1)], 1)
+def _(grad: Tensor, q: Tensor, k: Tensor, *rest: Any, **fields: Any) -> tuple[Tensor, Tensor]:
+    return empty_rows(q), heads_first(empty_chunk(q[:, : k.size(1)], 1))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, *options = inputs
-    ctx.options = options
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
+) -> None:
+    q, k, v = inputs
+    ctx.fields = keyword_only_inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else backward is handed zeros as large as the gathered keys and values
-    keeps_gathered = options[-1]
-    own = () if keeps_gathered else (k, v)
-    ctx.save_for_backward(q, *output, *own)
+    ctx.save_for_backward(q, *output, *(() if ctx.fields["keep_gathered"] else (k, v)))
 
 
-def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
-    q, out, lse, gathered, *own = ctx.saved_tensors
-    k, v = own or gathered.unbind()
-    grad_q, grad_keys_values = _attention_backward(grad, q, k, v, out, lse, gathered, *ctx.options)
-    return grad_q, grad_keys_values[0], grad_keys_values[1], *(None for _ in ctx.options)
+def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, attended = _saved(ctx.saved_tensors)
+    grad_q, grad_keys_values = _attention_backward(grad, q, k, v, *attended, **ctx.fields)
+    return grad_q, grad_keys_values[0], grad_keys_values[1]
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
@@ -110,19 +216,6 @@ ATTENTION = torch.ops.lightning_lss.attention.default
 """The operator as dispatch modes and checkpointing policies see it."""
 
 
-def attention_operator(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    shard: SequenceShard,
-    causal: bool,
-    scale: float,
-    kernel: str,
-    head_chunks: int | None,
-    keep_gathered: bool,
-) -> Tensor:
-    """Attention as ``torch.ops.lightning_lss.attention``; for arguments see
-    :func:`~lightning_lss.attention.compute.make_plan`."""
-    group = shard.require_group().group_name if shard.size > 1 else ""
-    place = (shard.rank, shard.size, shard.layout, group, shard.communication_dtype)
-    return _attention(q, k, v, *place, causal, scale, kernel, head_chunks, keep_gathered)[0]
+def attention_operator(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+    """:func:`attend` as ``torch.ops.lightning_lss.attention``: its output [B, H, l, D]."""
+    return _attention(q, k, v, **spec_fields(spec))[0]

@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from typing_extensions import override
 
-from lightning_lss.attention.functional import LSSAttention
+from lightning_lss.attention.module import LSSAttention
 from lightning_lss.callbacks.tiles_figure import draw_attention_tiles
 from lightning_lss.models.transformer import count_parameters
 from lightning_lss.sequence.segment import SequenceShard, sequence_shard

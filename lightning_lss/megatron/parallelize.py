@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional as F
 
-from lightning_lss.attention.functional import LSSAttention
+from lightning_lss.attention.module import LSSAttention
 from lightning_lss.models.transformer import Transformer, TransformerConfig
 from lightning_lss.nn.dropout import SegmentDropout
 from lightning_lss.nn.positions import SegmentPositionalEmbedding

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
-from lightning_lss.attention.compute import HeadChunks
+from lightning_lss.attention.spec import HeadChunks
 from lightning_lss.megatron.parallelize import own_copy, parallelize
 from lightning_lss.megatron.strategy import MegatronStrategy
 from lightning_lss.models.transformer import MLP, Positions, Transformer, TransformerConfig

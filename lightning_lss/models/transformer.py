@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from lightning_lss.attention.compute import HeadChunks, check_head_chunks
-from lightning_lss.attention.functional import LSSAttention
+from lightning_lss.attention.module import LSSAttention
+from lightning_lss.attention.spec import HeadChunks, check_head_chunks
 from lightning_lss.nn.dropout import SegmentDropout
 from lightning_lss.nn.positions import SegmentPositionalEmbedding
 from lightning_lss.nn.recompute import ActivationCheckpointing, run_block, run_in_tiles

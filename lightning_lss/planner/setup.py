@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from lightning_lss.attention.compute import check_head_chunks, choose_head_chunks
 from lightning_lss.attention.kernels import KERNELS
+from lightning_lss.attention.spec import check_head_chunks, choose_head_chunks
 from lightning_lss.models.transformer import TransformerConfig
 from lightning_lss.nn.loss import logit_rows
 from lightning_lss.sequence.layout import LAYOUTS, check_length, check_positive

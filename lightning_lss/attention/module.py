@@ -1,0 +1,55 @@
+"""Attention along a split sequence as a module, ``LSSAttention``."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_lss.attention.functional import lss_attention
+from lightning_lss.attention.spec import HeadChunks
+from lightning_lss.sequence.segment import ShardedModule
+
+
+class LSSAttention(ShardedModule):
+    """Attention along the split sequence, as a module without parameters.
+
+    :class:`~lightning_lss.LSSStrategy` gives it its shard; with none it is plain attention, so a model that uses it
+    runs unchanged on one device. For arguments and shapes see :func:`lss_attention`: ``forward(q, k, v)`` takes [B, H,
+    l, D], [B, G, l, D], [B, G, l, D] and returns [B, H, l, D].
+    """
+
+    def __init__(
+        self,
+        causal: bool = True,
+        *,
+        scale: float | None = None,
+        kernel: str = "auto",
+        head_chunks: HeadChunks = "auto",
+        keep_gathered: bool = False,
+        as_operator: bool = False,
+    ) -> None:
+        super().__init__()
+        self.causal = causal
+        self.scale = scale
+        self.kernel = kernel
+        self.head_chunks = head_chunks
+        self.keep_gathered = keep_gathered
+        self.as_operator = as_operator
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See :func:`lss_attention`."""
+        return lss_attention(
+            q,
+            k,
+            v,
+            self.shard,
+            self.causal,
+            scale=self.scale,
+            kernel=self.kernel,
+            head_chunks=self.head_chunks,
+            keep_gathered=self.keep_gathered,
+            as_operator=self.as_operator,
+        )
+
+    def extra_repr(self) -> str:
+        """What ``print(module)`` shows."""
+        return f"causal={self.causal}, kernel={self.kernel!r}, head_chunks={self.head_chunks}, keep_gathered={self.keep_gathered}"
