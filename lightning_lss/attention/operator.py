@@ -138,26 +138,41 @@ def _saved(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Attende
 
 _SPEC = (
     "SymInt rank, SymInt size, str layout, str group, ScalarType? communication_dtype, bool causal, float scale,"
-    " str kernel, SymInt? head_chunks, bool keep_gathered"
+    " str kernel_name, SymInt? head_chunks, bool keep_gathered"
 )
-"""The fields of :class:`AttentionSpec`, and of its shard, as keyword arguments of the operators."""
+"""The fields of :class:`AttentionSpec`, and of its shard, as keyword arguments of the operators. (Inductor calls a
+parameter of its own ``kernel``.)"""
 
 
 def spec_fields(spec: AttentionSpec) -> dict[str, Any]:
-    """The keyword arguments of the operators; a process group goes by the name under which torch has it."""
+    """The keyword arguments of the operators; a process group goes by torch's name for it."""
     shard = spec.shard
-    fields: dict[str, Any] = {
-        name: getattr(spec, name) for name in ("causal", "scale", "kernel", "head_chunks", "keep_gathered")
+    return {
+        "rank": shard.rank,
+        "size": shard.size,
+        "layout": shard.layout,
+        "group": shard.require_group().group_name if shard.size > 1 else "",
+        "communication_dtype": shard.communication_dtype,
+        "causal": spec.causal,
+        "scale": spec.scale,
+        "kernel_name": spec.kernel,
+        "head_chunks": spec.head_chunks,
+        "keep_gathered": spec.keep_gathered,
     }
-    place = {name: getattr(shard, name) for name in ("rank", "size", "layout", "communication_dtype")}
-    return {**place, "group": shard.require_group().group_name if shard.size > 1 else "", **fields}
 
 
 def _spec_of(
-    rank: int, size: int, layout: str, group: str, communication_dtype: torch.dtype | None, **fields: Any
+    rank: int,
+    size: int,
+    layout: str,
+    group: str,
+    communication_dtype: torch.dtype | None,
+    kernel_name: str,
+    **options: Any,
 ) -> AttentionSpec:
     process_group = _resolve_process_group(group) if size > 1 else None  # type: ignore[arg-type]
-    return AttentionSpec(SequenceShard(rank, size, layout, process_group, communication_dtype), **fields)
+    shard = SequenceShard(rank, size, layout, process_group, communication_dtype)
+    return AttentionSpec(shard, kernel=kernel_name, **options)
 
 
 @torch.library.custom_op(
