@@ -89,7 +89,7 @@ def check_folder(cfg: DictConfig) -> None:
     if cfg.ckpt_path is not None and Path(cfg.ckpt_path).is_dir() and not splits_sequence(cfg):
         raise ValueError(
             f"ckpt_path={cfg.ckpt_path} is a folder, which this strategy cannot read: make a file of it with"
-            " lightning_lss.checkpoint.folder.consolidate(folder, file), or use strategy=lss."
+            " lightning_lss.checkpoint.consolidate(folder, file), or use strategy=lss."
         )
 
 

@@ -33,7 +33,7 @@ from lightning_lss import LSSTransformer, SequenceShard
 from lightning_lss.megatron.parallelize import DATA, TENSOR, parallelize
 from lightning_lss.nn.dropout import SegmentDropout
 from lightning_lss.planner.seeing import is_own_operator, run_inside
-from lightning_lss.sequence.segment import WHOLE_SEQUENCE, segment_local_names, sharded_modules
+from lightning_lss.sequence.segment import WHOLE_SEQUENCE, segment_local_names, segment_modules
 
 _PARTS = {
     "parameters": (_MemRefType.PARAM, _MemRefType.BUFFER),
@@ -185,7 +185,7 @@ def _split_module(contestant: Contestant, size: int, job: Job) -> LSSTransformer
     if contestant.strategy == "megatron":
         parallelize(module.model, init_device_mesh("cpu", (1, size), mesh_dim_names=(DATA, TENSOR)))
     else:
-        for part in sharded_modules(module):
+        for part in segment_modules(module):
             part.set_shard(SequenceShard(0, size, contestant.layout, dist.group.WORLD))
     for part in module.modules():
         if isinstance(part, SegmentDropout):  # would draw a seed, a number that fake tensors do not have

@@ -155,7 +155,7 @@ def seen_batches(rank: int, run: Run, workers: int) -> Tensor:
     finally:
         os.environ.pop("PL_SEED_WORKERS", None)
         os.environ.pop("PL_GLOBAL_SEED", None)
-    shard = SequenceShard(rank % run.size, run.size, run.layout, trainer.strategy._mesh.sequence_group)
+    shard = SequenceShard(rank % run.size, run.size, run.layout, trainer.strategy._grid.sequence_group)
     return shard.gather(torch.stack(module.seen), dim=2)
 
 

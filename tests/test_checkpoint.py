@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 
 from lightning_lss import LSSTransformer
-from lightning_lss.checkpoint.state import AtomicCheckpointIO
+from lightning_lss.checkpoint.file import AtomicCheckpointIO
 from tests.training import (
     LENGTH,
     Run,

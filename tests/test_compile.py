@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_lss.models.transformer import Transformer, TransformerConfig
-from lightning_lss.sequence.segment import SequenceShard, sharded_modules
+from lightning_lss.sequence.segment import SequenceShard, segment_modules
 from tests.training import Run, fit, make_loader, make_module, make_samples, make_trainer, worst_difference
 
 CONFIG = TransformerConfig(vocab_size=11, seq_len=32, width=32, num_layers=2, num_heads=4, num_kv_heads=2)
@@ -29,7 +29,7 @@ def compare(rank: int, layout: str, whole: bool, options: dict[str, Any]) -> tup
     torch.manual_seed(0)
     model = Transformer(replace(CONFIG, **options)).double()
     shard = SequenceShard(rank, dist.get_world_size(), layout, dist.group.WORLD)
-    for module in sharded_modules(model):
+    for module in segment_modules(model):
         module.set_shard(shard)
     tokens = shard.split(torch.randint(11, (2, CONFIG.seq_len)))
     expected = gradients(model, model, tokens)

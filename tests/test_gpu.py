@@ -24,7 +24,7 @@ from lightning_lss.attention.kernels import KERNELS, select_kernel
 from lightning_lss.models.transformer import Transformer, TransformerConfig
 from lightning_lss.nn.loss import linear_cross_entropy
 from lightning_lss.sequence import collectives
-from lightning_lss.sequence.segment import sharded_modules
+from lightning_lss.sequence.segment import segment_modules
 from tests.test_kernels import make_inputs
 from tests.traces import read_trace, streams, windows
 from tests.training import worst_difference
@@ -230,7 +230,7 @@ def test_a_compiled_block_has_the_same_gradients(device, mode) -> None:
     with one_rank_of(4, torch.device(device)):
         torch.manual_seed(0)
         model = Transformer(config).to(device, dtype)
-        for module in sharded_modules(model):
+        for module in segment_modules(model):
             module.set_shard(shard_of(4))
         tokens = torch.randint(256, (1, config.seq_len // 4), generator=torch.Generator().manual_seed(1)).to(device)
 

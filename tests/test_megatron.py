@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lss.attention.module import LSSAttention
-from lightning_lss.checkpoint.folder import consolidate, load_folder
+from lightning_lss.checkpoint import consolidate, load_folder
 from lightning_lss.megatron.parallelize import (
     DATA,
     TENSOR,

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_lss.sequence.grid import SequenceMesh, build_mesh, data_group_ranks, sequence_group_ranks
+from lightning_lss.sequence.grid import SequenceGrid, build_grid, data_group_ranks, sequence_group_ranks
 
 GRIDS = [(world_size, size) for world_size in (1, 2, 4, 6, 12) for size in range(1, 13) if world_size % size == 0]
 
@@ -19,7 +19,7 @@ def ranks_of(group: dist.ProcessGroup | None) -> list[int] | None:
     return None if group is None else dist.get_process_group_ranks(group)
 
 
-def as_lists(mesh: SequenceMesh) -> tuple[list[int] | None, list[int] | None]:
+def as_lists(mesh: SequenceGrid) -> tuple[list[int] | None, list[int] | None]:
     return ranks_of(mesh.sequence_group), ranks_of(mesh.data_group)
 
 
@@ -38,7 +38,7 @@ def test_sequence_groups_are_neighbours_and_data_groups_hold_the_same_segment(wo
 @pytest.mark.parametrize(("world_size", "size"), GRIDS)
 def test_a_mesh_knows_its_place(world_size, size) -> None:
     for rank in range(world_size):
-        mesh = SequenceMesh(world_size, size, rank, None, None)
+        mesh = SequenceGrid(world_size, size, rank, None, None)
         assert mesh.data_rank * size + mesh.sequence_rank == rank
         assert mesh.data_size * size == world_size
         assert sequence_group_ranks(world_size, size)[mesh.data_rank][mesh.sequence_rank] == rank
@@ -50,7 +50,7 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta:
 
 
 def build_on_rank(rank: int, size: int, seconds: int) -> dict[str, Any]:
-    mesh = build_mesh(dist.get_world_size(), rank, size, timedelta(seconds=seconds))
+    mesh = build_grid(dist.get_world_size(), rank, size, timedelta(seconds=seconds))
     groups = [group for group in (mesh.sequence_group, mesh.data_group) if group is not None]
     grid = mesh.device_mesh("cpu")
     mine = torch.tensor([float(rank)])
@@ -94,7 +94,7 @@ def test_one_sequence_over_the_whole_world(world) -> None:
 
 
 def build_data_parallel(rank: int) -> tuple[Any, bool, dict[str, int]]:
-    mesh = build_mesh(dist.get_world_size(), rank, 1)
+    mesh = build_grid(dist.get_world_size(), rank, 1)
     grid = mesh.device_mesh("cpu")
     return as_lists(mesh), mesh.data_group is dist.group.WORLD, dict(zip(grid.mesh_dim_names, grid.shape))
 
@@ -104,7 +104,7 @@ def test_plain_data_parallelism_needs_no_second_group(world) -> None:
 
 
 def test_a_world_of_one_has_no_groups() -> None:
-    mesh = build_mesh(1, 0, 1)
+    mesh = build_grid(1, 0, 1)
     assert (mesh.sequence_group, mesh.data_group, mesh.data_size) == (None, None, 1)
     with pytest.raises(ValueError, match="one process has no device mesh"):
         mesh.device_mesh("cpu")
@@ -113,7 +113,7 @@ def test_a_world_of_one_has_no_groups() -> None:
 def build_in_a_fake_world(_: int, world_size: int, rank: int, size: int) -> tuple[Any, ...]:
     dist.destroy_process_group()  # the worker's own; at the end it destroys the fake one in its place
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    mesh = build_mesh(world_size, rank, size)
+    mesh = build_grid(world_size, rank, size)
     return *as_lists(mesh), tuple(mesh.device_mesh("cpu").shape)
 
 

@@ -17,7 +17,7 @@ from lightning_lss.attention import exchange
 from lightning_lss.attention.kernels import KERNELS
 from lightning_lss.models.transformer import Transformer, TransformerConfig
 from lightning_lss.nn.recompute import run_in_tiles
-from lightning_lss.sequence.segment import SequenceShard, sharded_modules
+from lightning_lss.sequence.segment import SequenceShard, segment_modules
 from tests.training import Run, fit
 
 CONFIG = TransformerConfig(vocab_size=11, seq_len=64, width=32, num_layers=3, num_heads=4)
@@ -97,7 +97,7 @@ def count_work(rank: int, mode: str) -> tuple[int, int]:
     try:
         model, tokens = make_model(activation_checkpointing=mode, positions="rotary")
         shard = SequenceShard(rank, dist.get_world_size(), "contiguous", dist.group.WORLD)
-        for module in sharded_modules(model):
+        for module in segment_modules(model):
             module.set_shard(shard)
         model(shard.split(tokens)).sum().backward()
     finally:

@@ -19,8 +19,8 @@ from lightning_lss.sequence.segment import (
     SequenceShard,
     ShardedModule,
     segment_local_names,
+    segment_modules,
     sequence_shard,
-    sharded_modules,
 )
 
 L = 16
@@ -213,7 +213,7 @@ class WithTable(ShardedModule):
 def test_sharded_modules_are_found_by_what_they_are() -> None:
     inner, outer = ShardedModule(), WithTable()
     outer.layers = nn.Sequential(nn.Linear(2, 2), nn.Sequential(inner))
-    assert sharded_modules(outer) == [outer, inner]
+    assert segment_modules(outer) == [outer, inner]
     assert inner.shard is WHOLE_SEQUENCE
 
 

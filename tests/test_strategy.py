@@ -72,7 +72,7 @@ def test_a_size_that_does_not_divide_the_world_is_refused_by_the_trainer(size) -
         ({"sequence_parallel_size": 0}, "must be 'auto' or a positive integer"),
         ({"sequence_parallel_size": "two"}, "must be 'auto' or a positive integer"),
         ({"communication_dtype": "int8"}, "communication_dtype='int8' must be 'bfloat16' or 'float16'"),
-        ({"communication_dtype": torch.bfloat16, "ddp_comm_hook": print}, "both say how gradients travel"),
+        ({"communication_dtype": torch.bfloat16, "ddp_comm_hook": print}, "both say how gradients are sent"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(arguments, words) -> None:

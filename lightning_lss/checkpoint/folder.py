@@ -21,7 +21,6 @@ import torch.distributed.checkpoint as dcp
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.fabric.utilities.load import _METADATA_FILENAME
 from torch import Tensor, nn
-from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -30,17 +29,17 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lss.checkpoint.state import parameters_by_index, tables_by_name
 from lightning_lss.nn.positions import SegmentPositionalEmbedding
 
-KEY_OF_FOLDER = "lightning_lss_folder"
+FOLDER_KEY = "lightning_lss_folder"
 """Entry of a loaded checkpoint: the folder in which the tensors of its optimizers still lie, and their places."""
 
-_PLACES = "lightning_lss_tensors"  # in meta.pt: where in the checkpoint each stored tensor belongs
+PLACES = "lightning_lss_tensors"  # in meta.pt: where in the checkpoint each stored tensor belongs
 
 Path_ = tuple[Any, ...]
 Tables = Mapping[str, SegmentPositionalEmbedding]
@@ -88,6 +87,47 @@ class SpreadRows:
 def is_folder(path: str | os.PathLike[str]) -> bool:
     """Whether a distributed checkpoint lies at ``path``."""
     return (Path(path) / _METADATA_FILENAME).is_file()
+
+
+class FolderCheckpoints:
+    """How :class:`~lightning_lss.LSSStrategy` writes checkpoints as folders: every rank its own part, so nothing is gathered.
+
+    For the methods see :class:`~lightning_lss.checkpoint.file.FileCheckpoints`.
+    """
+
+    def collect_model(self, module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+        """This rank's part."""
+        return state
+
+    def collect_optimizer(self, module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        """This rank's part."""
+        return state
+
+    def needs_all_ranks(self, module: nn.Module) -> bool:
+        """Always: torch writes a folder in collectives."""
+        return True
+
+    def write(
+        self,
+        checkpoint: dict[str, Any],
+        path: str | os.PathLike[str],
+        storage_options: Any | None,
+        module: nn.Module,
+        optimizers: Iterable[Optimizer],
+        write_file: Callable[..., None],
+    ) -> None:
+        """Write a folder.
+
+        Raises:
+            TypeError: if ``storage_options`` are given.
+        """
+        if storage_options is not None:
+            raise TypeError(
+                f"storage_options={storage_options!r} are for a CheckpointIO, which has no part in saving a folder"
+                " (save_distributed_checkpoint=True)."
+            )
+        folder = Path(_same_on_all_ranks(str(path)))  # ranks may have composed other names
+        save_folder(checkpoint, folder.expanduser().absolute(), tables_by_name(module), optimizers)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -155,7 +195,7 @@ def save_folder(
         dcp.save(stored, checkpoint_id=part, planner=_SavePlanner(flatten_state_dict=False))
         if dist.get_rank() == 0:
             with open(part / _METADATA_FILENAME, "xb") as file:
-                torch.save({**rest, _PLACES: places}, file)
+                torch.save({**rest, PLACES: places}, file)
                 file.flush()
                 os.fsync(file.fileno())
             _put_in_place(part, folder)
@@ -182,12 +222,6 @@ def _same_on_all_ranks(text: str) -> str:
     texts = [text]
     dist.broadcast_object_list(texts, src=0)
     return texts[0]
-
-
-def parameters_by_index(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[Any, nn.Parameter]:
-    """An optimizer's parameters by their indices in a state dict."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return dict(zip([index for group in state["param_groups"] for index in group["params"]], parameters))
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -225,7 +259,7 @@ def load_folder(
 
     Returns:
         the checkpoint on the CPU. With a ``model`` the tensors of optimizers are left out, for
-        :func:`load_optimizer_state`, and :data:`KEY_OF_FOLDER` says where they are.
+        :func:`load_optimizer_state`, and :data:`FOLDER_KEY` says where they are.
     """
     checkpoint, places = _load_rest(folder, weights_only)
 
@@ -241,7 +275,7 @@ def load_folder(
     if model is not None:
         left = {key: path for key, path in places.items() if path[0] == "optimizer_states"}
         places = {key: path for key, path in places.items() if key not in left}
-        checkpoint[KEY_OF_FOLDER] = (str(folder), left)
+        checkpoint[FOLDER_KEY] = (str(folder), left)
     _read(folder, checkpoint, places, target)
     return checkpoint
 
@@ -273,48 +307,8 @@ def load_optimizer_state(
     return state
 
 
-def consolidate(folder: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
-    """Write the checkpoint in ``folder`` as one standard Lightning file, which any strategy, and
-    ``load_from_checkpoint``, can load.
-
-    Args:
-        folder: of LSSStrategy, or of Lightning's ModelParallelStrategy and so of MegatronStrategy.
-        file: where to write.
-
-    Raises:
-        ValueError: if no distributed checkpoint lies there.
-    """
-    rest = _load_meta(Path(folder), weights_only=False)
-    checkpoint = (
-        load_folder(Path(folder), weights_only=False) if _PLACES in rest else _load_lightnings(Path(folder), rest)
-    )
-    torch.save(checkpoint, file)
-
-
-def _load_lightnings(folder: Path, rest: dict[str, Any]) -> dict[str, Any]:
-    """A folder of ModelParallelStrategy, of which ``rest`` is the metadata file.
-
-    It has optimizers by number, and in them parameters by name; Lightning's own script for this knows the names of
-    FSDPStrategy only.
-    """
-    tensors: dict[str, Any] = {}
-    _load_state_dict(
-        tensors, storage_reader=dcp.FileSystemReader(folder), planner=_EmptyStateDictLoadPlanner(), no_dist=True
-    )
-    numbers = range(sum(key.startswith("optimizer_") for key in tensors))
-    states = [_by_index(tensors[f"optimizer_{number}"]) for number in numbers]
-    return {**rest, "state_dict": tensors["state_dict"], "optimizer_states": states}
-
-
-def _by_index(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state dict with indices in place of parameters' names."""
-    names = [name for group in state["param_groups"] for name in group["params"]]
-    index = {name: number for number, name in enumerate(names)}
-    groups = [{**group, "params": [index[name] for name in group["params"]]} for group in state["param_groups"]]
-    return {"state": {index[name]: x for name, x in state["state"].items()}, "param_groups": groups}
-
-
-def _load_meta(folder: Path, weights_only: bool | None) -> dict[str, Any]:
+def load_meta(folder: Path, weights_only: bool | None) -> dict[str, Any]:
+    """All of the checkpoint in ``folder`` but its tensors; raises ``ValueError`` if none lies there."""
     if not is_folder(folder):
         raise ValueError(
             f"{folder} is no distributed checkpoint: {_METADATA_FILENAME} is missing. Give the path of a folder that was"
@@ -325,13 +319,13 @@ def _load_meta(folder: Path, weights_only: bool | None) -> dict[str, Any]:
 
 
 def _load_rest(folder: Path, weights_only: bool | None) -> tuple[dict[str, Any], dict[str, Path_]]:
-    rest = _load_meta(folder, weights_only)
-    if _PLACES not in rest:
+    rest = load_meta(folder, weights_only)
+    if PLACES not in rest:
         raise ValueError(
             f"{folder} was written by another strategy: make one file of it with"
-            f" lightning_lss.checkpoint.folder.consolidate({str(folder)!r}, file), and load that."
+            f" lightning_lss.checkpoint.consolidate({str(folder)!r}, file), and load that."
         )
-    return rest, rest.pop(_PLACES)
+    return rest, rest.pop(PLACES)
 
 
 def _read(

@@ -1,68 +1,21 @@
-"""Checkpoints that do not know S, nor sharding: whole tensors, tables in position order, files never half written."""
+"""What a checkpoint gathers and a rank cuts out of it: whole tensors, and tables in position order."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import uuid
+import copy
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.fabric.utilities.types import _PATH
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from typing_extensions import override
 
-from lightning_lss.checkpoint.folder import is_folder, parameters_by_index
 from lightning_lss.nn.positions import SegmentPositionalEmbedding
 from lightning_lss.parallel.fsdp import own_part
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """``TorchCheckpointIO`` whose local files are complete or not there at all.
-
-    The file is written beside its target, flushed to the disk and renamed; Lightning's own writer goes through a
-    temporary folder that may lie on another file system, where the move is a copy that can be interrupted. Remote paths
-    are left to Lightning.
-    """
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
-        """Write ``checkpoint`` to ``path``."""
-        if storage_options is not None or "file" not in _protocols(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        target = Path(get_filesystem(path)._strip_protocol(str(path))).expanduser().absolute()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_dir() and not is_folder(target):
-            raise IsADirectoryError(f"The checkpoint path {target} is a folder: give the path of a file.")
-        part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
-        try:
-            with open(part, "xb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            if target.is_dir():
-                shutil.rmtree(target)  # a distributed checkpoint of the same name
-            os.replace(part, target)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-
-
-def _protocols(path: _PATH) -> tuple[str, ...]:
-    protocol = get_filesystem(path).protocol
-    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
-
-
 def tables_by_name(root: nn.Module) -> dict[str, SegmentPositionalEmbedding]:
-    """The positional tables below ``root`` that are spread over ranks, by the name of their weight."""
+    """The positional tables below ``root`` whose rows lie on several ranks, by the name of their weight."""
     return {
         f"{prefix}.weight" if prefix else "weight": module
         for prefix, module in root.named_modules()
@@ -70,43 +23,36 @@ def tables_by_name(root: nn.Module) -> dict[str, SegmentPositionalEmbedding]:
     }
 
 
-Place = Callable[[Tensor], Any]
-"""Where a gathered tensor goes."""
+Destination = Callable[[Tensor], Any]
+"""What becomes of a gathered tensor, such as :meth:`lightning_lss.parallel.replicated.Replicated.keep_gathered`."""
 
 
-def on_rank_zero_only(tensor: Tensor) -> Tensor | None:
-    """To the CPU on global rank 0, nowhere on others."""
-    return tensor.cpu() if dist.get_rank() == 0 else None
+def gather_state(state: Any, tables: Mapping[str, SegmentPositionalEmbedding], keep: Destination) -> Any:
+    """A copy of a (nested) state with whole tensors in place of those that lie in parts, one gathered after another.
 
-
-def gather_model_state(
-    state: Any, tables: Mapping[str, SegmentPositionalEmbedding], place: Place = lambda tensor: tensor
-) -> Any:
-    """A copy of a (nested) state in which tensors are whole that are spread over ranks, one gathered after another.
-
-    That is the rows of positional tables, put together in position order, and sharded parameters (DTensors). Finds
-    tables by the name of their weight at any depth, so that copies of the model which callbacks store beside it (weight
-    averaging) are put together too. Every rank must call it, with the same structure.
+    These are the rows of positional tables, in position order, and sharded parameters (DTensors). Tables are found by the
+    name of their weight at any depth, so that copies of the model that callbacks store beside it (weight averaging) are
+    made whole too. Every rank must call it, with the same structure.
 
     Args:
         state: what to copy.
-        tables: the spread tables by the name of their weight.
-        place: where each gathered tensor goes.
+        tables: the tables whose rows lie on several ranks, by the name of their weight.
+        keep: what becomes of each gathered tensor.
     """
     if isinstance(state, DTensor):
-        return place(state.full_tensor().detach())
+        return keep(state.full_tensor().detach())
     if type(state) is list:
-        return [gather_model_state(value, tables, place) for value in state]
+        return [gather_state(value, tables, keep) for value in state]
     if not isinstance(state, dict):
         return state
-    gathered = state.copy()
+    gathered = copy.copy(state)
     for key, value in state.items():
         table = tables.get(key)
         if table is not None and isinstance(value, Tensor) and value.size(0) != table.num_positions:
             rows = value.detach().to(table.weight.device)  # weight averaging may keep its copy elsewhere
-            gathered[key] = place(table.shard.gather(rows, dim=0).to(value.device))
+            gathered[key] = keep(table.shard.gather(rows, dim=0).to(value.device))
         else:
-            gathered[key] = gather_model_state(value, tables, place)
+            gathered[key] = gather_state(value, tables, keep)
     return gathered
 
 
@@ -114,16 +60,16 @@ def gather_optimizer_state(
     state: dict[str, Any],
     optimizer: Optimizer,
     tables: Mapping[nn.Parameter, SegmentPositionalEmbedding],
-    place: Place = lambda tensor: tensor,
+    keep: Destination,
 ) -> dict[str, Any]:
-    """An optimizer's state dict with the moments of spread tables and of sharded parameters put together; every rank
-    must call it."""
+    """An optimizer's state dict with whole moments of positional tables and of sharded parameters; every rank must call
+    it."""
 
     def gather(parameter: Tensor, moment: Tensor) -> Any:
         table = tables.get(parameter)  # type: ignore[call-overload]
         if table is not None and moment.size(0) == table.weight.size(0):
-            return place(table.shard.gather(moment, dim=0))
-        return place(moment.full_tensor()) if isinstance(moment, DTensor) else moment
+            return keep(table.shard.gather(moment, dim=0))
+        return keep(moment.full_tensor()) if isinstance(moment, DTensor) else moment
 
     return _map_moments(state, optimizer, gather)
 
@@ -141,6 +87,17 @@ def own_optimizer_state(
         return own_part(moment, parameter)
 
     return _map_moments(state, optimizer, cut)
+
+
+def tables_by_weight(root: nn.Module) -> dict[nn.Parameter, SegmentPositionalEmbedding]:
+    """The same tables by their weight."""
+    return {table.weight: table for table in tables_by_name(root).values()}
+
+
+def parameters_by_index(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[Any, nn.Parameter]:
+    """An optimizer's parameters by their indices in a state dict."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return dict(zip([index for group in state["param_groups"] for index in group["params"]], parameters))
 
 
 def _map_moments(

@@ -27,9 +27,11 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional as F
 
 from lightning_lss.attention.module import LSSAttention
-from lightning_lss.models.transformer import Transformer, TransformerConfig
+from lightning_lss.models.transformer import Head, Transformer, TransformerConfig
 from lightning_lss.nn.dropout import SegmentDropout
+from lightning_lss.nn.loss import linear_cross_entropy
 from lightning_lss.nn.positions import SegmentPositionalEmbedding
+from lightning_lss.parallel.broadcast import broadcast_from_first
 from lightning_lss.sequence.layout import check_heads, check_length
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard, ShardedModule
 
@@ -72,7 +74,7 @@ def parallelize(model: Transformer, mesh: DeviceMesh) -> None:
         for name in ("attention", "mlp"):
             block.get_submodule(name).register_forward_pre_hook(_cast_before_gather)
         parallelize_module(block, tensor, _block_plan(model.config, tensor.get_local_rank(), tensor.size()))
-    _start_equal(model, mesh)
+    _start_equally(model, mesh)
 
 
 def check_sizes(config: TransformerConfig, size: int) -> None:
@@ -172,7 +174,7 @@ class _WholeWeight(ParallelStyle):
         assert isinstance(module, nn.Linear)
         weight = distribute_tensor(module.weight, device_mesh, [Replicate()])
         module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
-        module.__class__ = _WholeWeightLinear
+        module.__class__ = _WholeWeightHead if isinstance(module, Head) else _WholeWeightLinear
         assert isinstance(module, _WholeWeightLinear)
         module.rows = self.rows
         return module
@@ -186,6 +188,11 @@ class _WholeWeightLinear(nn.Linear):
         if self.rows:
             weight = torch.cat([weight[rows] for rows in self.rows])
         return F.linear(own_copy(x), weight)
+
+
+class _WholeWeightHead(_WholeWeightLinear, Head):
+    def loss(self, features: Tensor, targets: Tensor) -> Tensor:
+        return linear_cross_entropy(features, own_copy(self.weight), targets)
 
 
 def own_key_value_heads(config: TransformerConfig, rank: int, size: int) -> list[int]:
@@ -203,15 +210,15 @@ def own_copy(x: Tensor) -> Tensor:
     return x.to_local(grad_placements=[Partial()]) if isinstance(x, DTensor) else x
 
 
-def _start_equal(model: nn.Module, mesh: DeviceMesh) -> None:
+def _start_equally(model: nn.Module, mesh: DeviceMesh) -> None:
     """Start every rank from the first one's weights, as DDP does; torch's styles have sent out only what they
     split."""
-    for parameter in model.parameters():
-        data = _local(parameter.detach())
-        if _placed_as(parameter, Replicate) and mesh[TENSOR].size() > 1:
-            dist.broadcast(data, group=mesh[TENSOR].get_group(), group_src=0)
-        if mesh[DATA].size() > 1:
-            dist.broadcast(data, group=mesh[DATA].get_group(), group_src=0)
+    parameters = list(model.parameters())
+    if mesh[TENSOR].size() > 1:
+        whole = [_local(x.detach()) for x in parameters if _placed_as(x, Replicate)]
+        broadcast_from_first(whole, mesh[TENSOR].get_group())
+    if mesh[DATA].size() > 1:
+        broadcast_from_first((_local(x.detach()) for x in parameters), mesh[DATA].get_group())
 
 
 def reduce_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:

@@ -13,10 +13,10 @@ from typing_extensions import override
 
 from lightning_lss.megatron.parallelize import TENSOR, reduce_gradients
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
-from lightning_lss.strategy.sequence import SequenceStrategy
+from lightning_lss.strategy.sequence import SequenceParallel
 
 
-class MegatronStrategy(SequenceStrategy, ModelParallelStrategy):
+class MegatronStrategy(SequenceParallel, ModelParallelStrategy):
     """Nvidia's sequence parallelism (arXiv 2205.05198) under Lightning's ``ModelParallelStrategy``.
 
     The world is a grid of data-parallel groups x tensor-parallel groups. The ranks of a tensor-parallel group share a
@@ -39,8 +39,7 @@ class MegatronStrategy(SequenceStrategy, ModelParallelStrategy):
     def __init__(
         self, sequence_parallel_size: int | Literal["auto"] = "auto", check_batches: int = 2, **kwargs: Any
     ) -> None:
-        super().__init__(**kwargs)
-        self._request(sequence_parallel_size, check_batches)
+        super().__init__(sequence_parallel_size, check_batches=check_batches, **kwargs)
         self._syncs_gradients = True
 
     @property
@@ -54,7 +53,6 @@ class MegatronStrategy(SequenceStrategy, ModelParallelStrategy):
 
     @override
     def _configure_launcher(self) -> None:
-        # a size that does not divide the world is refused before processes are started
         self._tensor_parallel_size, self._data_parallel_size = self.sequence_parallel_size, self.data_parallel_size
         super()._configure_launcher()
 

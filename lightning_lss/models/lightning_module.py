@@ -3,26 +3,52 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
-from lightning_lss.attention.spec import HeadChunks
-from lightning_lss.megatron.parallelize import own_copy, parallelize
-from lightning_lss.megatron.strategy import MegatronStrategy
-from lightning_lss.models.transformer import MLP, Positions, Transformer, TransformerConfig
-from lightning_lss.nn.loss import IGNORED, cross_entropy_sum, linear_cross_entropy, token_mean
+from lightning_lss.models.transformer import ExecutionConfig, Transformer, TransformerConfig
+from lightning_lss.nn.loss import IGNORED, token_mean
 from lightning_lss.nn.metrics import BitsPerByte
-from lightning_lss.nn.recompute import ActivationCheckpointing
 from lightning_lss.sequence.segment import sequence_shard
 
 Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule: a linear warm-up, then a cosine over the steps that the Trainer will take.
+
+    Args:
+        lr: highest learning rate.
+        min_lr: learning rate at the end of the cosine.
+        weight_decay: on the matrices of linear layers.
+        betas: of AdamW.
+        warmup_steps: steps of the warm-up.
+    """
+
+    lr: float = 3e-4
+    min_lr: float = 3e-5
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup_steps: int = 100
+
+    def __post_init__(self) -> None:
+        first, second = self.betas  # a configuration file has a list
+        object.__setattr__(self, "betas", (first, second))
+
+    def lr_factor(self, step: int, total_steps: float) -> float:
+        """The learning rate of a step as a fraction of ``lr``."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        progress = min(1.0, (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps))  # 0 if endless
+        least = self.min_lr / self.lr
+        return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class LSSTransformer(pl.LightningModule):
@@ -36,75 +62,41 @@ class LSSTransformer(pl.LightningModule):
     segment.
 
     Args:
-        vocab_size, seq_len, width, num_layers, num_heads, num_kv_heads, positions, mlp, mlp_width, causal,
-        tie_embeddings, dropout, head_chunks, keep_gathered, activation_checkpointing, mlp_tiles:
-            see :class:`~lightning_lss.models.transformer.TransformerConfig`.
-        compile_blocks: compile each block with ``torch.compile``, without graph breaks unless there is dropout.
-        lr: highest learning rate of AdamW.
-        min_lr: learning rate at the end of the cosine.
-        weight_decay: on the matrices of linear layers.
-        betas: of AdamW.
-        warmup_steps: steps of linear warm-up.
+        config: sizes.
+        optimizer: the optimizer and its schedule.
+        execution: how a step is computed.
         bytes_per_token: mean number of bytes of text in a token, for bits per byte; 1 for bytes.
+        **options: fields of the three configurations by name, such as ``width=512, lr=1e-3, keep_gathered=True``. They
+            replace those of the configurations that are given.
 
     Raises:
         ValueError: if sizes do not fit together.
+        TypeError: if an option is not a field of a configuration.
     """
 
     def __init__(
         self,
-        vocab_size: int = 256,
-        seq_len: int = 4096,
-        width: int = 128,
-        num_layers: int = 4,
-        num_heads: int = 4,
-        num_kv_heads: int | None = None,
-        positions: Positions = "learned",
-        mlp: MLP = "gelu",
-        mlp_width: int | None = None,
-        causal: bool = True,
-        tie_embeddings: bool = True,
-        dropout: float = 0.0,
-        head_chunks: HeadChunks = "auto",
-        keep_gathered: bool = False,
-        activation_checkpointing: ActivationCheckpointing = "none",
-        mlp_tiles: int = 1,
-        compile_blocks: bool = False,
-        lr: float = 3e-4,
-        min_lr: float = 3e-5,
-        weight_decay: float = 0.1,
-        betas: tuple[float, float] = (0.9, 0.95),
-        warmup_steps: int = 100,
+        config: TransformerConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
+        execution: ExecutionConfig | None = None,
+        *,
         bytes_per_token: float = 1.0,
+        **options: Any,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
-        self.model = Transformer(
-            TransformerConfig(
-                vocab_size=vocab_size,
-                seq_len=seq_len,
-                width=width,
-                num_layers=num_layers,
-                num_heads=num_heads,
-                num_kv_heads=num_kv_heads,
-                positions=positions,
-                mlp=mlp,
-                mlp_width=mlp_width,
-                causal=causal,
-                tie_embeddings=tie_embeddings,
-                dropout=dropout,
-                head_chunks=head_chunks,
-                keep_gathered=keep_gathered,
-                activation_checkpointing=activation_checkpointing,
-                mlp_tiles=mlp_tiles,
+        config = _with_options(config or TransformerConfig(), options)
+        self.optimizer_config = _with_options(optimizer or OptimizerConfig(), options)
+        self.execution = _with_options(execution or ExecutionConfig(), options)
+        if options:
+            raise TypeError(
+                f"LSSTransformer does not take {', '.join(options)}. It takes {', '.join(_option_names())}."
             )
-        )
-        self.compile_blocks = compile_blocks
-        self.lr = lr
-        self.min_lr = min_lr
-        self.weight_decay = weight_decay
-        self.betas = (betas[0], betas[1])  # Hydra gives a list
-        self.warmup_steps = warmup_steps
+        # flat, so that a checkpoint holds plain values and loads as LSSTransformer(**hparams)
+        configs = (config, self.optimizer_config, self.execution)
+        hparams = {name: value for part in configs for name, value in asdict(part).items()}
+        self.save_hyperparameters({**hparams, "bytes_per_token": bytes_per_token})
+        self.model = Transformer(config, self.execution)
+        self.lr = self.optimizer_config.lr  # Lightning's Tuner replaces it
         self.bytes_per_token = bytes_per_token
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.val_bits_per_byte, self.test_bits_per_byte = BitsPerByte(), BitsPerByte()
@@ -116,26 +108,15 @@ class LSSTransformer(pl.LightningModule):
         evaluation."""
         return self._flops if self.training else None
 
-    def configure_model(self) -> None:
-        """Share out the model over the ranks of a tensor-parallel group, under
-        :class:`~lightning_lss.megatron.strategy.MegatronStrategy` only."""
-        if self.device_mesh is None or isinstance(self.model.head.weight, DTensor):  # Lightning may call it again
-            return
-        if not isinstance(self.trainer.strategy, MegatronStrategy):
-            raise MisconfigurationException(
-                f"{type(self.trainer.strategy).__name__} would neither split batches along the sequence nor finish the"
-                " gradients. Use lightning_lss.megatron.strategy.MegatronStrategy, which is a ModelParallelStrategy that does."
-            )
-        parallelize(self.model, self.device_mesh)
-
     def setup(self, stage: str) -> None:
         """Compile the blocks, where that is asked for."""
-        if self.compile_blocks:
+        if self.execution.compile_blocks:
             self.model.compile_blocks()
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [B, l, V] of tokens, int64 [B, l]: of the segment within a run under LSS, else of whole sequences."""
-        return self.model(tokens)
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits [B, l, V] of tokens, int64 [B, l]; with targets, int64 [B, l], the sum of their cross entropies instead,
+        without the logits. Within a run under LSS these are of the segment, else of whole sequences."""
+        return self.model(tokens, targets)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean cross entropy over all tokens of all ranks, in nats."""
@@ -166,27 +147,17 @@ class LSSTransformer(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with a linear warm-up and a cosine down to ``min_lr`` over the steps that the Trainer will take."""
-        optimizer = torch.optim.AdamW(self.model.parameter_groups(self.weight_decay), lr=self.lr, betas=self.betas)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+        chosen = replace(self.optimizer_config, lr=self.lr)
+        groups = self.model.parameter_groups(chosen.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=chosen.lr, betas=chosen.betas)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: chosen.lr_factor(step, self.trainer.estimated_stepping_batches)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"}}
-
-    def _lr_factor(self, step: int) -> float:
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        total = self.trainer.estimated_stepping_batches
-        progress = min(1.0, (step - self.warmup_steps) / max(1, total - self.warmup_steps))  # 0 where the end is open
-        least = self.min_lr / self.lr
-        return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sum of the cross entropies of the local tokens that count, and their number."""
-        targets = batch["targets"].flatten()
-        if type(self).forward is LSSTransformer.forward:
-            features = self.model.features(batch["inputs"]).flatten(0, 1)
-            loss_sum = linear_cross_entropy(features, own_copy(self.model.head.weight), targets)
-        else:  # a subclass makes its logits in its own way
-            loss_sum = cross_entropy_sum(self(batch["inputs"]).flatten(0, 1), targets)
-        return loss_sum, (targets != IGNORED).sum()
+        return self(batch["inputs"], batch["targets"]), (batch["targets"] != IGNORED).sum()
 
     def _evaluate(self, batch: Batch, stage: str, loss: MeanMetric, bits_per_byte: BitsPerByte) -> None:
         loss_sum, num_tokens = self._loss(batch)
@@ -199,3 +170,12 @@ class LSSTransformer(pl.LightningModule):
         shares = sequence_shard(self).size
         whole = self.model.config.training_flops(batch_size, local_length * shares)
         return whole / shares
+
+
+def _with_options(config: Any, options: dict[str, Any]) -> Any:
+    """``config`` with the options that are its fields, which are taken out of ``options``."""
+    return replace(config, **{field.name: options.pop(field.name) for field in fields(config) if field.name in options})
+
+
+def _option_names() -> list[str]:
+    return [field.name for config in (TransformerConfig, OptimizerConfig, ExecutionConfig) for field in fields(config)]

@@ -3,7 +3,7 @@
 A pre-norm transformer in the manner of GPT-2, with the options that came after it: rotary positions (arXiv 2104.09864),
 SwiGLU (arXiv 2002.05202) and grouped-query heads (arXiv 2305.13245). Run on a segment of the sequence it gives that
 segment's logits: every layer but attention works token by token, and attention is
-:class:`~lightning_lss.attention.functional.LSSAttention`.
+:class:`~lightning_lss.LSSAttention`.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from torch.nn import functional as F
 from lightning_lss.attention.module import LSSAttention
 from lightning_lss.attention.spec import HeadChunks, check_head_chunks
 from lightning_lss.nn.dropout import SegmentDropout
+from lightning_lss.nn.loss import linear_cross_entropy
 from lightning_lss.nn.positions import SegmentPositionalEmbedding
-from lightning_lss.nn.recompute import ActivationCheckpointing, run_block, run_in_tiles
+from lightning_lss.nn.recompute import ActivationCheckpointing, apply_checkpointing, apply_tiles, check_checkpointing
 from lightning_lss.nn.rotary import RotaryEmbedding
 from lightning_lss.sequence.layout import check_positive
 
 Positions = Literal["learned", "rotary"]
 MLP = Literal["gelu", "swiglu"]
-_CHOICES = {"positions": Positions, "mlp": MLP, "activation_checkpointing": ActivationCheckpointing}
+_CHOICES = {"positions": Positions, "mlp": MLP}
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes and options of a :class:`Transformer`.
+    """Sizes of a :class:`Transformer`, and what its layers are made of.
 
     Args:
         vocab_size: number of token values, 256 for bytes.
@@ -48,14 +49,6 @@ class TransformerConfig:
         causal: decoder if true, encoder (every token sees all) if false.
         tie_embeddings: whether the output head is the embedding's transpose.
         dropout: probability of dropping an element of the embedding and of each residual branch.
-        head_chunks: in how many parts the key/value heads are gathered, a divisor of their number: more parts need less
-            memory and send smaller messages; or ``"auto"``. See :func:`~lightning_lss.attention.functional.lss_attention`.
-        keep_gathered: see there.
-        activation_checkpointing: what is kept of a block between forward and backward, ``"none"`` (all of it),
-            ``"full"``, ``"selective"`` or ``"offload"``; see :func:`~lightning_lss.nn.recompute.run_block`.
-        mlp_tiles: in how many parts along the sequence the MLP is computed, each again in the backward pass. Lowers
-            the peak where the MLP's hidden activations of one block are what is largest, which is with activation
-            checkpointing.
 
     Raises:
         ValueError: if sizes do not fit together.
@@ -73,13 +66,9 @@ class TransformerConfig:
     causal: bool = True
     tie_embeddings: bool = True
     dropout: float = 0.0
-    head_chunks: HeadChunks = "auto"
-    keep_gathered: bool = False
-    activation_checkpointing: ActivationCheckpointing = "none"
-    mlp_tiles: int = 1
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "seq_len", "width", "num_layers", "num_heads", "kv_heads", "hidden_width", "mlp_tiles")
+        sizes = ("vocab_size", "seq_len", "width", "num_layers", "num_heads", "kv_heads", "hidden_width")
         check_positive(**{name: getattr(self, name) for name in sizes})
         if self.width % self.num_heads:
             raise ValueError(f"width={self.width} must be a multiple of num_heads={self.num_heads}.")
@@ -89,8 +78,6 @@ class TransformerConfig:
             if getattr(self, name) not in get_args(kind):
                 choices = " or ".join(map(repr, get_args(kind)))
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose {choices}.")
-        if self.head_chunks != "auto":
-            check_head_chunks(self.head_chunks, self.kv_heads, self.keep_gathered)
 
     @property
     def kv_heads(self) -> int:
@@ -124,21 +111,49 @@ class TransformerConfig:
         return batch_size * (6.0 * weights * length + 12.0 * self.num_layers * self.width * pairs)
 
 
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """How a step of a :class:`Transformer` is computed; the result is the same.
+
+    Args:
+        head_chunks: in how many parts the key/value heads are gathered, a divisor of their number, or ``"auto"``. More parts
+            need less memory and send smaller messages. See :func:`lightning_lss.lss_attention`.
+        keep_gathered: keep gathered keys and values for the backward pass; see there.
+        activation_checkpointing: what is kept of a block between forward and backward: ``"none"`` (all of it), ``"full"``,
+            ``"selective"`` or ``"offload"``; see :func:`lightning_lss.nn.recompute.apply_checkpointing`.
+        mlp_tiles: in how many parts along the sequence the MLP is computed, each again in the backward pass. It lowers the
+            peak where the MLP's hidden activations of one block are the largest part, as with activation checkpointing.
+        compile_blocks: compile each block with ``torch.compile``, without graph breaks unless there is dropout.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    head_chunks: HeadChunks = "auto"
+    keep_gathered: bool = False
+    activation_checkpointing: ActivationCheckpointing = "none"
+    mlp_tiles: int = 1
+    compile_blocks: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive(mlp_tiles=self.mlp_tiles)
+        check_checkpointing(self.activation_checkpointing)
+
+
 class SelfAttention(nn.Module):
     """Projections around attention: [B, l, E] -> [B, l, E]."""
 
-    def __init__(self, config: TransformerConfig, rotary: RotaryEmbedding | None) -> None:
+    def __init__(
+        self, config: TransformerConfig, rotary: RotaryEmbedding | None = None, execution: ExecutionConfig | None = None
+    ) -> None:
         super().__init__()
+        execution = execution or ExecutionConfig()
         self.head_dim = config.head_dim
         self.query = nn.Linear(config.width, config.width, bias=False)
         self.key_value = nn.Linear(config.width, 2 * config.kv_heads * config.head_dim, bias=False)
         self.rotary = rotary
-        selective = config.activation_checkpointing == "selective"  # names attention as an operator
         self.attention = LSSAttention(
-            config.causal,
-            head_chunks=config.head_chunks,
-            keep_gathered=config.keep_gathered,
-            as_operator=selective,
+            config.causal, head_chunks=execution.head_chunks, keep_gathered=execution.keep_gathered
         )
         self.out = nn.Linear(config.width, config.width, bias=False)
 
@@ -170,14 +185,15 @@ class MLPBlock(nn.Module):
 class Block(nn.Module):
     """One pre-norm layer: attention and MLP, each with a residual connection."""
 
-    def __init__(self, config: TransformerConfig, rotary: RotaryEmbedding | None) -> None:
+    def __init__(
+        self, config: TransformerConfig, rotary: RotaryEmbedding | None = None, execution: ExecutionConfig | None = None
+    ) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.width)
-        self.attention = SelfAttention(config, rotary)
+        self.attention = SelfAttention(config, rotary, execution)
         self.mlp_norm = nn.LayerNorm(config.width)
         self.mlp = MLPBlock(config)
         self.dropout = SegmentDropout(config.dropout)
-        self.mlp_tiles = config.mlp_tiles
         self._compiled: Callable[[Tensor], Tensor] | None = None
 
     def compile_forward(self, **options: Any) -> None:
@@ -194,26 +210,44 @@ class Block(nn.Module):
 
     def _forward(self, x: Tensor) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x)))
-        return x + self.dropout(run_in_tiles(lambda part: self.mlp(self.mlp_norm(part)), x, self.mlp_tiles))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class Head(nn.Linear):
+    """Features [..., E] to logits [..., V], or to their loss without the logits."""
+
+    def loss(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the cross entropies of features [N, E] with targets, int64 [N]; see
+        :func:`~lightning_lss.linear_cross_entropy`."""
+        return linear_cross_entropy(features, self.weight, targets)
 
 
 class Transformer(nn.Module):
-    """Tokens of a segment to logits: int64 [B, l] -> [B, l, V]."""
+    """Tokens of a segment to logits: int64 [B, l] -> [B, l, V].
 
-    def __init__(self, config: TransformerConfig) -> None:
+    Raises:
+        ValueError: if the head chunks of ``execution`` do not divide the key/value heads.
+    """
+
+    def __init__(self, config: TransformerConfig, execution: ExecutionConfig | None = None) -> None:
         super().__init__()
+        execution = execution or ExecutionConfig()
+        if execution.head_chunks != "auto":
+            check_head_chunks(execution.head_chunks, config.kv_heads, execution.keep_gathered)
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         learned = config.positions == "learned"
         self.positions = SegmentPositionalEmbedding(config.seq_len, config.width) if learned else None
         self.rotary = None if learned else RotaryEmbedding(config.head_dim)  # one for all layers
         self.dropout = SegmentDropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, self.rotary) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, self.rotary, execution) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.width)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head = Head(config.width, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.reset_parameters()
+        apply_tiles([block.get_submodule("mlp") for block in self.blocks], execution.mlp_tiles)
+        apply_checkpointing(self.blocks, execution.activation_checkpointing)
 
     def reset_parameters(self) -> None:
         """GPT-2's initialization: normal with 0.02, and what adds to the residual stream scaled by 1 / sqrt(2 *
@@ -229,12 +263,13 @@ class Transformer(nn.Module):
             assert isinstance(block, Block)
             block.compile_forward(fullgraph=self.config.dropout == 0)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [B, l, V] of the local tokens [B, l]."""
-        return self.head(self.features(tokens))
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits [B, l, V] of the local tokens [B, l]; with targets, int64 [B, l], the sum of their cross entropies."""
+        features = self.features(tokens)
+        return self.head(features) if targets is None else self.head.loss(features.flatten(0, 1), targets.flatten())
 
     def features(self, tokens: Tensor) -> Tensor:
-        """What the head turns into logits: [B, l, E] of the local tokens [B, l]."""
+        """The head's input, [B, l, E], of the local tokens [B, l]."""
         x = self.embedding(tokens)
         if self.positions is not None:
             x = x + self.positions(tokens.size(1))
@@ -242,7 +277,7 @@ class Transformer(nn.Module):
             self.rotary.prepare(x)
         x = self.dropout(x)
         for block in self.blocks:
-            x = run_block(block, x, self.config.activation_checkpointing, self.config.mlp_tiles)
+            x = block(x)
         return self.norm(x)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:

@@ -1,14 +1,23 @@
-"""Activation checkpointing of a block by configuration: what is kept between forward and backward, and where."""
+"""Activation checkpointing and tiles, applied from outside to the blocks of any module.
+
+What autograd keeps of a block between forward and backward is no property of the block. :func:`apply_checkpointing` and
+:func:`apply_tiles` change how existing modules are called: names of parameters, hooks, and compiled code within the
+block stay as they are. (torchtitan applies its activation checkpointing to a finished model in this manner.)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -16,11 +25,10 @@ from torch.utils.checkpoint import (
     set_checkpoint_early_stop,
 )
 
+from lightning_lss.attention.module import LSSAttention
 from lightning_lss.attention.operator import ATTENTION
 
 ActivationCheckpointing = Literal["none", "full", "selective", "offload"]
-
-Block = Callable[[Tensor], Tensor]
 
 # What attention becomes in torch, by device and kernel; outputs and log-sum-exps are what their backward needs.
 _ATTENTION = {
@@ -32,52 +40,170 @@ _ATTENTION = {
 }
 
 
-def run_block(block: Block, x: Tensor, how: ActivationCheckpointing, tiles: int = 1) -> Tensor:
-    """``block(x)``, of which autograd keeps
+# -- which modules -----------------------------------------------------------------------------------------------------
+
+
+def repeated_blocks(root: nn.Module) -> list[nn.Module]:
+    """The outermost children of every ``nn.ModuleList`` and ``nn.Sequential`` below ``root`` that have children of their
+    own and a class that occurs there more than once: the layers of a transformer, each once, in order."""
+    blocks: dict[nn.Module, None] = {}
+
+    def visit(parent: nn.Module) -> None:
+        kinds = Counter(type(child) for child in parent.children())
+        is_stack = isinstance(parent, (nn.ModuleList, nn.Sequential))
+        for child in parent.children():
+            if is_stack and kinds[type(child)] > 1 and any(True for _ in child.children()):
+                blocks[child] = None
+            elif child not in blocks:
+                visit(child)
+
+    visit(root)
+    return list(blocks)
+
+
+def named_blocks(root: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """Submodules of ``root`` by name, each once; ``*`` and ``?`` match as in the shell, and an ``nn.ModuleList`` stands
+    for its children.
+
+    Raises:
+        ValueError: if a name matches no submodule, naming those that ``root`` has.
+    """
+    blocks: dict[nn.Module, None] = {}
+    for pattern in names:
+        found = [module for name, module in root.named_modules() if name and fnmatchcase(name, pattern)]
+        if not found:
+            stacks = [name for name, module in root.named_modules() if isinstance(module, nn.ModuleList)]
+            known = stacks or [name for name, _ in root.named_children()]
+            raise ValueError(
+                f"{type(root).__name__} has no submodule {pattern!r}. Name submodules as in named_modules(), such as"
+                f" {', '.join(map(repr, known[:5]))}; '*' matches any part of a name."
+            )
+        for module in found:
+            blocks |= dict.fromkeys(module.children() if isinstance(module, nn.ModuleList) else [module])
+    return list(blocks)
+
+
+# -- how they are called -----------------------------------------------------------------------------------------------
+
+
+def apply_checkpointing(modules: Iterable[nn.Module], how: ActivationCheckpointing) -> None:
+    """From now on, call each module so that autograd keeps
 
     - ``none``: everything that it asks for;
-    - ``full``: only ``x``; the block is computed again in the backward pass;
-    - ``selective``: ``x`` and the result of attention with its log-sum-exp, so that all but the part that is quadratic
-      in the sequence length is computed again (attention must be called as an operator, see
-      :func:`~lightning_lss.attention.functional.lss_attention`);
-    - ``offload``: ``x``, in (pinned) host memory.
+    - ``full``: only the module's inputs; the module is computed again in the backward pass;
+    - ``selective``: the inputs, and the output of attention with its log-sum-exp, so that all but the part that is
+      quadratic in the sequence length is computed again;
+    - ``offload``: the inputs, in (pinned) host memory.
 
-    ``tiles`` are those of :func:`run_in_tiles` within the block.
+    Apply tiles first: a module that contains tiles is computed again to its end.
+
+    Raises:
+        ValueError: if ``how`` is unknown.
     """
-    if how == "none" or not torch.is_grad_enabled():
-        return block(x)
-    with _early_stop(tiles == 1):
-        if how == "selective":
-            return checkpoint(block, x, use_reentrant=False, context_fn=_keep_attention)
-        if how == "offload":
-            with save_on_cpu(pin_memory=x.is_cuda):
-                return checkpoint(block, x, use_reentrant=False)
-        return checkpoint(block, x, use_reentrant=False)
+    check_checkpointing(how)
+    for module in modules:
+        recomputed = _mix_in(module)
+        if "selective" in (how, recomputed.checkpointing):  # a policy can only keep the result of an operator
+            for attention in module.modules():
+                if isinstance(attention, LSSAttention):
+                    attention.as_operator = how == "selective"
+        recomputed.checkpointing = how
+        recomputed.holds_tiles = any(isinstance(x, Recomputed) and x.tiles > 1 for x in module.modules())
 
 
-def _early_stop(wanted: bool) -> AbstractContextManager[Any]:
-    """Whether computing again stops at the last tensor that is wanted, as it does by default.
+def apply_tiles(modules: Iterable[nn.Module], tiles: int) -> None:
+    """From now on, compute each module in ``tiles`` parts along the sequence, each again by itself in the backward pass.
 
-    A block of tiles would stop within the last of them, before their results are put together. Under tensor parallelism
-    these are of collectives that nobody would then wait for, and torch keeps such results for ever, with all that they
-    were computed from. A tile by itself stops before its collective.
+    The first argument of the modules must be [B, l, E], and they must work token by token. What they hold between is never
+    larger than a tile (TiledMLP of ALST, arXiv 2506.13996, section 3.2).
     """
-    return nullcontext() if torch.compiler.is_compiling() else set_checkpoint_early_stop(wanted)
+    for module in modules:
+        _mix_in(module).tiles = tiles
 
 
-def run_in_tiles(function: Block, x: Tensor, tiles: int) -> Tensor:
-    """``function(x)`` for [B, l, E], in ``tiles`` parts along the sequence; only ``x`` is kept.
+def reset_calls(modules: Iterable[nn.Module]) -> None:
+    """Call the modules as they were called before :func:`apply_checkpointing` and :func:`apply_tiles`."""
+    modules = list(modules)
+    apply_tiles(modules, 1)
+    apply_checkpointing(modules, "none")
 
-    ``function`` must work token by token. What it holds between is never larger than a tile, since each is computed
-    again by itself in the backward pass (TiledMLP of ALST, arXiv 2506.13996, section 3.2).
+
+def check_checkpointing(how: object) -> None:
+    """Raise ``ValueError`` if ``how`` is not a kind of activation checkpointing."""
+    if how not in ("none", "full", "selective", "offload"):
+        raise ValueError(
+            f"activation_checkpointing={how!r} is unknown: choose 'none' or 'full' or 'selective' or 'offload'."
+        )
+
+
+class Recomputed(nn.Module):
+    """Mixed into the class of a module by :func:`apply_checkpointing` and :func:`apply_tiles`; surrounds the call with all
+    its hooks, those of FSDP and of tensor parallelism included.
+
+    The class is made at run time, as torch's ``fully_shard`` makes one, since Python looks ``__call__`` up on the class.
     """
-    if tiles == 1:
-        return function(x)
+
+    checkpointing: ActivationCheckpointing = "none"
+    tiles: int = 1
+    holds_tiles: bool = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module as before, in tiles, or to be computed again."""
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return self._call_in_tiles(*args, **kwargs)
+        # Computing again normally stops at the last tensor that is wanted. A block of tiles would stop within the last of
+        # them, before their results are joined. Under tensor parallelism these are of collectives that nobody would then
+        # wait for, and torch keeps such results for ever. A tile by itself stops before its collective.
+        options: dict[str, Any] = {"context_fn": _keep_attention} if self.checkpointing == "selective" else {}
+        with _early_stop(not self.holds_tiles), self._offload((args, kwargs)):
+            return checkpoint(self._call_in_tiles, *args, use_reentrant=False, **options, **kwargs)
+
+    def _offload(self, inputs: Any) -> AbstractContextManager[Any]:
+        if self.checkpointing != "offload":
+            return nullcontext()
+        return save_on_cpu(pin_memory=any(isinstance(x, Tensor) and x.is_cuda for x in tree_leaves(inputs)))
+
+    def _call_in_tiles(self, *args: Any, **kwargs: Any) -> Any:
+        call = super().__call__
+        if self.tiles == 1:
+            return call(*args, **kwargs)
+        x, *others = args
+        return run_in_tiles(lambda part: call(part, *others, **kwargs), x, self.tiles)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # a class that was made at run time has no name by which pickle could find it
+        reduced: Any = super().__reduce_ex__(protocol)
+        constructor, (cls, *arguments), *state = reduced
+        return (_rebuild, (constructor, cls.__mro__[2], *arguments), *state)
+
+
+def run_in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tiles: int) -> Tensor:
+    """``function(x)`` for [B, l, E], in ``tiles`` parts along the sequence; only ``x`` is kept."""
     parts = x.chunk(tiles, dim=1)
     if not torch.is_grad_enabled():
         return torch.cat([function(part) for part in parts], dim=1)
     with _early_stop(True):
         return torch.cat([checkpoint(function, part, use_reentrant=False) for part in parts], dim=1)
+
+
+def _mix_in(module: nn.Module) -> Any:
+    if not isinstance(module, Recomputed):
+        cls: Any = type(module)
+        module.__class__ = _recomputed(cls)
+    return module
+
+
+@cache
+def _recomputed(cls: Any) -> type[nn.Module]:
+    return type(cls.__name__, (Recomputed, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _rebuild(constructor: Callable[..., Any], cls: Any, *arguments: Any) -> Any:
+    return constructor(_recomputed(cls), *arguments)
+
+
+def _early_stop(wanted: bool) -> AbstractContextManager[Any]:
+    return nullcontext() if torch.compiler.is_compiling() else set_checkpoint_early_stop(wanted)
 
 
 def _keep_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

@@ -1,4 +1,4 @@
-"""How a run starts and ends: modules get their place in the sequence group, and all ranks the same weights."""
+"""How a run starts and ends: modules get their segment, and all ranks the values of the first one."""
 
 from __future__ import annotations
 
@@ -10,23 +10,44 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import Tensor, nn
 
 from lightning_lss.nn.positions import SegmentPositionalEmbedding
-from lightning_lss.sequence.grid import SequenceMesh
-from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard, sharded_modules
+from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard, segment_modules
 
 
-def give_shards(root: nn.Module, shard: SequenceShard, device: torch.device) -> None:
+def broadcast_from_first(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Overwrite the tensors with those of the first rank of ``group``, of the world by default, as DDP does when it starts;
+    every rank of the group must call it."""
+    for tensor in tensors:
+        dist.broadcast(tensor.detach(), group=group, group_src=0)
+
+
+def share_random_state(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Give all ranks of ``group`` the states of its first rank's generators (Python, NumPy, torch, this CUDA
+    device).
+
+    What decides about a whole sample (DropPath, augmentation) then comes out equal on all ranks of a sequence group.
+    """
+    states = [_collect_rng_states(include_cuda=False)]
+    dist.broadcast_object_list(states, group=group, group_src=0)
+    _set_rng_states(states[0])
+    if device.type == "cuda":
+        state = torch.cuda.get_rng_state(device).to(device)
+        broadcast_from_first([state], group)
+        torch.cuda.set_rng_state(state.cpu(), device)
+
+
+def assign_segments(root: nn.Module, shard: SequenceShard, device: torch.device) -> None:
     """Hand this rank's shard to every module below ``root`` that takes one; every rank must call it.
 
     As DDP starts from rank 0's weights, a positional table starts from rank 0's rows, or from its seed while it has
     none.
     """
-    modules = [module for module in sharded_modules(root) if module.shard != shard]
+    modules = [module for module in segment_modules(root) if module.shard != shard]
     tables = [module for module in modules if isinstance(module, SegmentPositionalEmbedding)]
     tables = [table for table in tables if table.shard.size == 1]  # one of an earlier run has its rows already
     whole = [None if table.is_deferred else table.weight.detach() for table in tables]
     facts = [(table.seed, rows is not None) for table, rows in zip(tables, whole)]
     if facts:
-        dist.broadcast_object_list(facts, src=0)
+        dist.broadcast_object_list(facts, group_src=0)
     for table, (seed, _) in zip(tables, facts):
         table.seed = seed
     for module in modules:
@@ -38,21 +59,11 @@ def give_shards(root: nn.Module, shard: SequenceShard, device: torch.device) -> 
             table.reset_parameters()
 
 
-def take_shards(root: nn.Module) -> None:
-    """Attention is plain again; a table keeps its place, since it has only its own rows."""
-    for module in sharded_modules(root):
+def reset_segments(root: nn.Module) -> None:
+    """Make attention plain again; a table keeps its shard, since it has only its own rows."""
+    for module in segment_modules(root):
         if not module.segment_local:
             module.set_shard(WHOLE_SEQUENCE)
-
-
-def broadcast_over_data_group(module: nn.Module, names: Iterable[str], mesh: SequenceMesh) -> None:
-    """Start the named segment-local parameters and buffers from those of the first rank that holds the segment, as DDP
-    does."""
-    if mesh.data_group is None:
-        return
-    tensors = dict([*module.named_parameters(), *module.named_buffers()])
-    for name in names:
-        dist.broadcast(tensors[name].detach(), group=mesh.data_group, group_src=0)
 
 
 _ROWS_AT_A_TIME = 4096
@@ -66,17 +77,5 @@ def broadcast_rows(table: SegmentPositionalEmbedding, whole: Tensor | None, devi
         rows = torch.empty(count, table.dim, dtype=table.weight.dtype, device=device)
         if whole is not None and dist.get_rank() == 0:
             rows.copy_(whole[start : start + count])
-        dist.broadcast(rows, src=0)
+        broadcast_from_first([rows])
         table.take_rows(start, rows)
-
-
-def share_random_state(group: dist.ProcessGroup, device: torch.device) -> None:
-    """Give all ranks of ``group`` the states of its first rank's generators (Python, NumPy, torch, this CUDA
-    device)."""
-    states = [_collect_rng_states(include_cuda=False)]
-    dist.broadcast_object_list(states, group=group, group_src=0)
-    _set_rng_states(states[0])
-    if device.type == "cuda":
-        state = torch.cuda.get_rng_state(device).to(device)
-        dist.broadcast(state, group=group, group_src=0)
-        torch.cuda.set_rng_state(state.cpu(), device)

@@ -1,6 +1,6 @@
 """Parameters, gradients and optimizer state in equal parts over the ranks, with torch's ``fully_shard`` (FSDP2).
 
-Every repeated block of a model is a *unit*, whose parameters are whole for its forward and its backward only; what
+Every repeated block of a model is a *unit*, whose parameters are whole for its forward and its backward only. What
 belongs to no unit (embeddings, a head, weights that several modules share) stays with the root and is whole during a
 step. Sharded tensors are torch's DTensors. Segment-local parameters are not sharded: a rank has only its own already.
 """
@@ -9,71 +9,221 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins import LayerSync
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.hooks import RemovableHandle
 
-from lightning_lss.sequence.grid import SequenceMesh
+from lightning_lss.nn.recompute import repeated_blocks
+from lightning_lss.parallel.broadcast import broadcast_from_first
+from lightning_lss.parallel.segment_local import SegmentLocal, average_over
+from lightning_lss.sequence.grid import SequenceGrid
 
 Sharding = Literal["fsdp", "hybrid"]
 
 
-def sharding_mesh(mesh: SequenceMesh, sharding: Sharding, device_type: str) -> DeviceMesh:
+def sharding_mesh(grid: SequenceGrid, sharding: Sharding, device_type: str) -> DeviceMesh:
     """The ranks to shard over: all of them, or for ``"hybrid"`` the sequence group, with a copy for each of the D
     batches."""
-    if sharding == "hybrid" and mesh.data_group is not None:
-        return mesh.device_mesh(device_type)  # [data, sequence]: fully_shard replicates over the first dimension
+    if sharding == "hybrid" and grid.data_group is not None:
+        return grid.device_mesh(device_type)  # [data, sequence]: fully_shard replicates over the first dimension
     everyone = dist.group.WORLD
     assert everyone is not None
     return DeviceMesh.from_group(everyone, device_type, mesh_dim_names=("world",))
 
 
 def units_of(module: nn.Module, types: Collection[type[nn.Module]] | None = None) -> list[nn.Module]:
-    """The modules whose parameters are put together by themselves.
+    """The modules whose parameters are gathered by themselves.
 
     Args:
         module: the whole model.
-        types: classes of units; None takes the outermost children of an ``nn.ModuleList`` or ``nn.Sequential`` that
-            have children of their own and a class that occurs there more than once.
+        types: classes of units; None takes :func:`~lightning_lss.nn.recompute.repeated_blocks`.
 
     Returns:
         units in the order of the model. One that shares a parameter with a module outside of it (tied weights) is left
         out, so that the parameter stays with the root.
     """
-    holders: Counter[int] = Counter()  # modules that hold a parameter, by the parameter's id
-    for owner in module.modules():
-        holders.update(id(x) for _, x in owner.named_parameters(recurse=False, remove_duplicate=False))
-    units: list[nn.Module] = []
+    holders = _holders(module)
+    if types is None:
+        return [block for block in repeated_blocks(module) if _is_closed(block, holders)]
+    units: dict[nn.Module, None] = {}
 
     def visit(parent: nn.Module) -> None:
-        kinds = Counter(type(child) for child in parent.children())
-        is_stack = isinstance(parent, (nn.ModuleList, nn.Sequential))
         for child in parent.children():
-            repeated = is_stack and kinds[type(child)] > 1 and any(True for _ in child.children())
-            wanted = repeated if types is None else isinstance(child, tuple(types))
-            if wanted and child not in units and _is_closed(child, holders):
-                units.append(child)
+            if isinstance(child, tuple(types)) and _is_closed(child, holders):
+                units[child] = None
             elif child not in units:
                 visit(child)
 
     visit(module)
-    return units
+    return list(units)
+
+
+def _holders(module: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter, by the parameter's id."""
+    holders: Counter[int] = Counter()
+    for owner in module.modules():
+        holders.update(id(x) for _, x in owner.named_parameters(recurse=False, remove_duplicate=False))
+    return holders
 
 
 def _is_closed(unit: nn.Module, holders: Counter[int]) -> bool:
     """Whether no module outside of ``unit`` holds one of its parameters, and it has any."""
-    inside: Counter[int] = Counter()
-    for owner in unit.modules():
-        inside.update(id(x) for _, x in owner.named_parameters(recurse=False, remove_duplicate=False))
+    inside = _holders(unit)
     return bool(inside) and all(holders[key] == count for key, count in inside.items())
+
+
+class FullyShard:
+    """How :class:`~lightning_lss.LSSStrategy` treats parameters that lie in parts over the ranks; for its methods see
+    :class:`~lightning_lss.parallel.replicated.Replicated`.
+
+    Args:
+        sharding: over which ranks, see :func:`sharding_mesh`.
+        unit_types: see :func:`units_of`.
+        broadcast_buffers: whether buffers become those of rank 0 before each training step, as with DDP.
+        reduce_dtype: the dtype in which gradients are sent and summed; None for their own.
+    """
+
+    def __init__(
+        self,
+        sharding: Sharding,
+        unit_types: Collection[type[nn.Module]] | None = None,
+        broadcast_buffers: bool = True,
+        reduce_dtype: torch.dtype | None = None,
+    ) -> None:
+        self._sharding = sharding
+        self._unit_types = unit_types
+        self._broadcast_buffers = broadcast_buffers
+        self._reduce_dtype = reduce_dtype
+        self._root: ShardedRoot | None = None
+        self._manual_root: ShardedRoot | None = None  # the same where steps contain backward passes
+
+    def init_device(self, device: torch.device) -> torch.device:
+        """Where modules are built: on the CPU, since a device never holds all of one."""
+        return torch.device("cpu")
+
+    def prepare_run(self, trainer: pl.Trainer) -> None:
+        """Evaluate without inference mode. FSDP allocates memory for whole parameters once, and could not train with tensors
+        of inference mode afterwards. (Lightning uses ``torch.no_grad`` with its own FSDP strategy too.)"""
+        loops = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
+        for loop in loops:
+            loop.inference_mode = False
+
+    def layer_sync(self, module: nn.Module, layer_sync: LayerSync | None) -> LayerSync | None:
+        """None for a module that is sharded already: its layers were exchanged then, and FSDP would not follow."""
+        return None if sharded_root(module) is not None else layer_sync
+
+    def place(
+        self, module: pl.LightningModule, grid: SequenceGrid, device: torch.device, local: SegmentLocal
+    ) -> nn.Module:
+        """Shard ``module``, unless an earlier run has, and return the root that its steps run through."""
+        root = sharded_root(module)
+        if root is None:
+            root = ShardedRoot(
+                module,
+                sharding_mesh(grid, self._sharding, device.type),
+                device,
+                local.names,
+                self._unit_types,
+                self._broadcast_buffers,
+                self._reduce_dtype,
+            )
+        # Lightning makes all others equal on all ranks where it does not train; these are equal, or must not be.
+        root._ddp_params_and_buffers_to_ignore = [*dict(root.named_parameters()), *dict(root.named_buffers())]  # type: ignore[assignment]
+        self._root = root
+        self._manual_root = None if module.automatic_optimization else root
+        return root
+
+    def wrap(self, wrap_in_ddp: Callable[[], None]) -> None:
+        """FSDP averages gradients already."""
+
+    def average_others(self, should_sync: Callable[[], bool]) -> list[RemovableHandle]:
+        """Average scalars over the world, which FSDP does not take."""
+        assert self._root is not None
+        assert dist.group.WORLD is not None
+        return [average_over(scalar, dist.group.WORLD, should_sync) for scalar in self._root.scalars]
+
+    def clipping_group(self, local: SegmentLocal) -> dist.ProcessGroup | None:
+        """All ranks: each has other parts."""
+        return dist.group.WORLD
+
+    def parameters(self, module: nn.Module) -> Iterable[nn.Parameter]:
+        """The parts as optimizers know them, also while modules hold whole parameters."""
+        assert self._root is not None
+        return self._root.own_parameters
+
+    def accumulate(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """A context in which gradients are not averaged to the end."""
+        return model.accumulate() if isinstance(model, ShardedRoot) else nullcontext()
+
+    # With manual optimization a step may hold several passes. A backward reshards the root's parameters, and nobody would
+    # unshard them before the next forward.
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Have a manual backward from ``loss`` end with the root's gradients reduced."""
+        if self._manual_root is not None:
+            self._manual_root.before_manual_backward(loss)
+
+    def after_backward(self) -> None:
+        """Unshard the root for the rest of a manual step."""
+        if self._manual_root is not None:
+            _as_fsdp(self._manual_root).unshard()
+
+    def before_step(self) -> None:
+        """Reshard the root: whole parameters would be out of date after the optimizer's step."""
+        if self._manual_root is not None:
+            _as_fsdp(self._manual_root).reshard()
+
+    def after_step(self) -> None:
+        """Unshard the root again for the rest of a manual step."""
+        self.after_backward()
+
+    def reshard(self) -> None:
+        """Leave each rank its parts of the root's parameters, which a forward without backward leaves whole."""
+        if self._root is not None:
+            _as_fsdp(self._root).reshard()
+
+    def keep_gathered(self, tensor: Tensor) -> Any:
+        """What becomes of a tensor that was gathered for a checkpoint: global rank 0 keeps it on the CPU, others None. Sharded
+        models are too large to be whole on every rank."""
+        return tensor.cpu() if dist.get_rank() == 0 else None
+
+    def hand_over(self, module: nn.Module) -> None:
+        """Let the process that spawned this one take over whole parameters, the next time it asks for the state; every rank
+        must ask."""
+        module.register_state_dict_post_hook(_make_whole)
+
+    def tear_down(self, strategy: ParallelStrategy, tear_down: Callable[[], None]) -> None:
+        """End a run as every strategy does, but move nothing to the CPU: sharded tensors stay where their process groups can
+        gather them, for a checkpoint after the run."""
+        self.reshard()
+        self._root = self._manual_root = None
+        strategy.model = strategy.lightning_module
+        assert strategy.cluster_environment is not None
+        assert strategy.accelerator is not None
+        strategy.cluster_environment.teardown()
+        strategy.precision_plugin.teardown()
+        strategy.accelerator.teardown()
+        strategy.checkpoint_io.teardown()
+
+
+def _make_whole(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
+    state.update({name: x.full_tensor().cpu() for name, x in state.items() if isinstance(x, DTensor)})
+
+
+def _as_fsdp(root: nn.Module) -> FSDPModule:
+    assert isinstance(root, FSDPModule)
+    return root
 
 
 class ShardedRoot(nn.Module):
@@ -91,7 +241,7 @@ class ShardedRoot(nn.Module):
         segment_local: names of segment-local parameters and buffers, which are neither sharded nor made equal.
         unit_types: see :func:`units_of`.
         broadcast_buffers: whether buffers become those of rank 0 before each training step, as with DDP.
-        reduce_dtype: the dtype in which gradients travel and are summed; None for their own.
+        reduce_dtype: the dtype in which gradients are sent and summed; None for their own.
     """
 
     def __init__(
@@ -142,8 +292,7 @@ class ShardedRoot(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the LightningModule, or the step that Lightning has put in the place of its forward."""
         if self.broadcast_buffers and self.module.training:  # Lightning switches that back after a validation
-            for buffer in self.shared_buffers:
-                dist.broadcast(buffer, src=0)
+            broadcast_from_first(self.shared_buffers)
         return self.module(*args, **kwargs)
 
     @contextmanager
@@ -160,28 +309,14 @@ class ShardedRoot(nn.Module):
             self._set_last(True)
 
     def _set_last(self, last: bool) -> None:
-        assert isinstance(self, FSDPModule)
         self.require_backward_grad_sync = last
-        self.set_requires_all_reduce(last)
-
-    # With manual optimization a step may hold several passes; between a backward, which puts the root's parameters
-    # away, and the forward after it nobody would put them together again.
+        _as_fsdp(self).set_requires_all_reduce(last)
 
     def before_manual_backward(self, loss: Tensor) -> None:
         """Have the backward from ``loss`` end with the root's gradients reduced."""
         for owner, name, parameter in self._held_by_root:
             parameter.requires_grad_(getattr(owner, name).requires_grad)  # users freeze what they find in modules
         fully_shard.state(self)._register_pre_backward_hook(loss)  # type: ignore[attr-defined]
-
-    def put_together(self) -> None:
-        """Make the root's parameters whole, as they are in a step."""
-        assert isinstance(self, FSDPModule)
-        self.unshard()
-
-    def put_away(self) -> None:
-        """Leave each rank with its part of the root's parameters."""
-        assert isinstance(self, FSDPModule)
-        self.reshard()
 
     def _followed_by_whole_parameters(self, toggle: Callable[..., None]) -> Callable[..., None]:
         """Lightning freezes what optimizers know."""
@@ -196,9 +331,9 @@ class ShardedRoot(nn.Module):
 
 
 def _start_equally(tensors: Iterable[Tensor], device: torch.device) -> None:
-    for tensor in tensors:
+    for tensor in tensors:  # one after another, so that the device never holds more than it must
         tensor.data = tensor.data.to(device)
-        dist.broadcast(tensor.detach(), src=0)
+        broadcast_from_first([tensor])
 
 
 def sharded_root(module: nn.Module) -> ShardedRoot | None:
@@ -208,23 +343,6 @@ def sharded_root(module: nn.Module) -> ShardedRoot | None:
 
 
 # -- tensors of a state ------------------------------------------------------------------------------------------------
-
-
-def local_views(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Parameters and gradients as plain tensors that share this rank's memory.
-
-    Some of torch's functions over many tensors refuse DTensors beside others, and segment-local parameters are not
-    DTensors.
-    """
-    views = []
-    for parameter in parameters:
-        if isinstance(parameter, DTensor):
-            view = parameter.to_local().detach()
-            view.grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else None
-            views.append(view)
-        else:
-            views.append(parameter)
-    return views
 
 
 def own_part(whole: Any, like: Tensor) -> Any:

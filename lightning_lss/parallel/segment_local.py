@@ -1,9 +1,9 @@
-"""Double gradient averaging, and what else must know which parameters stand for one segment only.
+"""Segment-local parameters: double gradient averaging, and what else must know which parameters stand for one segment only.
 
-DistributedDataParallel averages the gradients of shared parameters over the world. A segment-local parameter (LSS
-Transformer, arXiv 2311.02382, on double gradient averaging) is left to this module: the backward of the attention's
-gathers has already added up what the losses of all S ranks say about it, so its gradient is S times that of their mean;
-it is divided by S and averaged over the data group. With sharding FSDP averages the shared ones, to the same values.
+Gradients of shared parameters are averaged over the world by DistributedDataParallel or FSDP. A segment-local parameter
+(LSS Transformer, arXiv 2311.02382, on double gradient averaging) is left to this module. The backward pass of attention's
+gathers has already added up what the losses of all S ranks say about it, so its gradient is S times that of their mean: it
+is divided by S and averaged over the data group.
 """
 
 from __future__ import annotations
@@ -16,72 +16,63 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_lss.parallel.fsdp import local_views
-from lightning_lss.sequence.grid import SequenceMesh
+from lightning_lss.parallel.broadcast import broadcast_from_first
+from lightning_lss.sequence.grid import SequenceGrid
+from lightning_lss.sequence.segment import segment_local_names
 
 
-def ignore_in_ddp(module: nn.Module, names: Iterable[str]) -> None:
-    """Have DistributedDataParallel leave the named parameters and buffers of ``module`` alone.
+class SegmentLocal:
+    """The parameters and buffers of a module that stand for one segment only, on one rank of a grid.
 
-    DDP compares ``module_name + "." + name`` in one place, which for the root module is ``.name``, and the plain name
-    in others.
-    """
-    names = list(names)
-    ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
-    module._ddp_params_and_buffers_to_ignore = [*ignored, *names, *(f".{name}" for name in names)]  # type: ignore[assignment]
-
-
-def travel_in(dtype: torch.dtype) -> Callable[..., Any]:
-    """A communication hook for DistributedDataParallel that averages gradients in bfloat16 or float16.
-
-    torch's own hooks, which DDP would refuse by their names where it thinks that only NCCL can do it; gloo can.
-    """
-    hook = {torch.bfloat16: bf16_compress_hook, torch.float16: fp16_compress_hook}[dtype]
-    return lambda state, bucket: hook(state, bucket)
-
-
-def average_segment_local_gradients(
-    parameters: Iterable[nn.Parameter], mesh: SequenceMesh, should_sync: Callable[[], bool]
-) -> list[RemovableHandle]:
-    """From now on, scale the gradients of segment-local parameters in every backward pass and average them over the
-    data group.
-
-    The scaling acts on what a backward pass adds and the averaging on the accumulated gradient, so that both are right
-    however many passes accumulate before a step, as it is with DDP.
+    There are none where a sequence has one rank.
 
     Args:
-        parameters: the segment-local parameters.
-        mesh: the grid of ranks.
-        should_sync: whether the backward pass under way is one that ends an accumulation.
-
-    Returns:
-        handles that undo it.
+        module: the whole model, with its segments assigned.
+        grid: the grid of ranks.
     """
-    handles = []
-    for parameter in parameters:
-        handles.append(parameter.register_hook(lambda grad: grad / mesh.size))
-        if mesh.data_group is not None:
-            handles.append(_average_over(parameter, mesh.data_group, should_sync))
-    return handles
+
+    def __init__(self, module: nn.Module, grid: SequenceGrid) -> None:
+        self.names = segment_local_names(module) if grid.size > 1 else []
+        parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+        self.parameters = [parameters[name] for name in self.names if name in parameters]
+        self.buffers = [buffers[name] for name in self.names if name in buffers]
+        self.group = grid.sequence_group if self.parameters else None
+        """The ranks whose gradients differ; None where no parameter is segment-local."""
+        self._grid = grid
+
+    def start_equally(self) -> None:
+        """Start from the values of the first rank that holds the segment."""
+        if self._grid.data_group is not None:
+            broadcast_from_first([*self.parameters, *self.buffers], self._grid.data_group)
+
+    def average_gradients(self, should_sync: Callable[[], bool]) -> list[RemovableHandle]:
+        """From now on, scale the gradients in every backward pass and average them over the data group.
+
+        The scaling acts on what a backward pass adds, the averaging on the accumulated gradient. Both are right however
+        many passes accumulate before a step, as with DDP.
+
+        Args:
+            should_sync: whether the backward pass under way ends an accumulation.
+
+        Returns:
+            handles that undo it.
+        """
+        handles = []
+        for parameter in self.parameters:
+            handles.append(parameter.register_hook(lambda grad: grad / self._grid.size))
+            if self._grid.data_group is not None:
+                handles.append(average_over(parameter, self._grid.data_group, should_sync))
+        return handles
 
 
-def average_replicated_gradients(
-    parameters: Iterable[nn.Parameter], should_sync: Callable[[], bool]
-) -> list[RemovableHandle]:
-    """The same for parameters that neither DistributedDataParallel nor FSDP looks after: averaged over the world."""
-    everyone = dist.group.WORLD
-    assert everyone is not None
-    return [_average_over(parameter, everyone, should_sync) for parameter in parameters]
+def average_over(parameter: nn.Parameter, group: dist.ProcessGroup, should_sync: Callable[[], bool]) -> RemovableHandle:
+    """From now on, average the accumulated gradient of ``parameter`` over ``group`` in every backward pass that ends an
+    accumulation."""
 
-
-def _average_over(
-    parameter: nn.Parameter, group: dist.ProcessGroup, should_sync: Callable[[], bool]
-) -> RemovableHandle:
     def average(parameter: Tensor) -> None:
         if should_sync() and parameter.grad is not None:
             dist.all_reduce(parameter.grad, group=group)
@@ -127,7 +118,7 @@ def clip_grad_norm(
     return norm
 
 
-def watch_precision_plugin(
+def patch_precision_plugin(
     plugin: Precision,
     segment_local: Collection[Tensor],
     group: dist.ProcessGroup | None,
@@ -138,7 +129,7 @@ def watch_precision_plugin(
     Lightning clips in the precision plugin, of which there are many kinds, so the methods are replaced on the object.
 
     Args:
-        plugin: the plugin, changed in place; :func:`leave_precision_plugin` undoes it.
+        plugin: the plugin, changed in place; :func:`restore_precision_plugin` undoes it.
         segment_local: the segment-local parameters.
         group: the sequence group, None where no parameter is segment-local.
         scaler_group: the ranks whose gradients differ, which must skip a step together.
@@ -156,7 +147,7 @@ def watch_precision_plugin(
         plugin.scaler = SegmentGradScaler.like(plugin.scaler, scaler_group)
 
 
-def leave_precision_plugin(plugin: Precision) -> None:
+def restore_precision_plugin(plugin: Precision) -> None:
     """Clip as Lightning does again."""
     for name in ("clip_grad_by_norm", "clip_grad_by_value"):
         vars(plugin).pop(name, None)
@@ -201,3 +192,20 @@ class SegmentGradScaler(torch.amp.GradScaler):
         for found_inf in found.values():
             dist.all_reduce(found_inf, op=dist.ReduceOp.MAX, group=self._group)
         return found
+
+
+def local_views(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Parameters and gradients as plain tensors that share this rank's memory.
+
+    Some of torch's functions over many tensors refuse DTensors beside others, and segment-local parameters are not
+    DTensors.
+    """
+    views = []
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            view = parameter.to_local().detach()
+            view.grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else None
+            views.append(view)
+        else:
+            views.append(parameter)
+    return views

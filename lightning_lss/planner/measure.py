@@ -14,11 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lss.models.transformer import Transformer
 from lightning_lss.nn.loss import chunked_cross_entropy, linear_cross_entropy
-from lightning_lss.parallel.segment_local import ignore_in_ddp
+from lightning_lss.parallel.replicated import ignore_in_ddp
 from lightning_lss.planner.seeing import is_own_operator, run_inside
 from lightning_lss.planner.setup import Setup
 from lightning_lss.sequence.dtypes import in_autocast_dtype, resolve_communication_dtype
-from lightning_lss.sequence.segment import SequenceShard, segment_local_names, sharded_modules
+from lightning_lss.sequence.segment import SequenceShard, segment_local_names, segment_modules
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def make_model(setup: Setup, group: dist.ProcessGroup) -> Transformer:
         model = Transformer(replace(setup.config, seq_len=setup.seq_len, **chosen))
     dtype = resolve_communication_dtype(setup.options.communication_dtype)
     shard = SequenceShard(dist.get_rank(group), setup.size, setup.options.layout, group, dtype)
-    for module in sharded_modules(model):
+    for module in segment_modules(model):
         module.set_shard(shard)
     return model
 

@@ -25,7 +25,7 @@ def data_group_ranks(world_size: int, size: int) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
-class SequenceMesh:
+class SequenceGrid:
     """This process's groups in the grid; a group of one rank is ``None``."""
 
     world_size: int
@@ -63,11 +63,11 @@ class SequenceMesh:
         return DeviceMesh.from_group(list(groups), device_type, mesh=grid, mesh_dim_names=names)
 
 
-def build_mesh(world_size: int, global_rank: int, size: int, timeout: timedelta | None = None) -> SequenceMesh:
+def build_grid(world_size: int, global_rank: int, size: int, timeout: timedelta | None = None) -> SequenceGrid:
     """Create the process groups of the grid; every rank of the world calls it.
 
     ``init_device_mesh`` would give its subgroups the default timeout whatever the world's is, so the groups are made
-    here and :meth:`SequenceMesh.device_mesh` only wraps them.
+    here and :meth:`SequenceGrid.device_mesh` only wraps them.
     """
 
     def subgroup(ranks: list[list[int]]) -> dist.ProcessGroup | None:
@@ -77,7 +77,7 @@ def build_mesh(world_size: int, global_rank: int, size: int, timeout: timedelta 
             return dist.group.WORLD  # plain data parallelism needs no second group
         return dist.new_subgroups_by_enumeration(ranks, timeout=timeout)[0]
 
-    return SequenceMesh(
+    return SequenceGrid(
         world_size,
         size,
         global_rank,

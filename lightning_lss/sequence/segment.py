@@ -162,7 +162,7 @@ class ShardedModule(nn.Module):
         self.shard = shard
 
 
-def sharded_modules(root: nn.Module) -> list[ShardedModule]:
+def segment_modules(root: nn.Module) -> list[ShardedModule]:
     """Every submodule of ``root`` (and ``root`` itself) that takes a shard."""
     return [module for module in root.modules() if isinstance(module, ShardedModule)]
 

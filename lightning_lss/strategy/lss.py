@@ -1,53 +1,57 @@
-"""``LSSStrategy`` connects the parts of LSS to Lightning's Trainer; each duty has a module of its own."""
+"""``LSSStrategy`` connects the parts of LSS to Lightning's Trainer.
+
+It is composed: how parameters lie on the ranks is one object (:mod:`lightning_lss.parallel`), how checkpoints are written
+another (:mod:`lightning_lss.checkpoint`). Both are chosen once, and hooks delegate to them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.fabric.utilities.init import _EmptyInit
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_lss.checkpoint.state import tables_by_name
-from lightning_lss.parallel.broadcast import broadcast_over_data_group, give_shards, share_random_state, take_shards
-from lightning_lss.parallel.fsdp import Sharding
+from lightning_lss.checkpoint.file import AtomicCheckpointIO, FileCheckpoints
+from lightning_lss.checkpoint.folder import FOLDER_KEY, FolderCheckpoints, is_folder, load_folder, load_optimizer_state
+from lightning_lss.checkpoint.state import own_optimizer_state, tables_by_name, tables_by_weight
+from lightning_lss.nn.recompute import ActivationCheckpointing
+from lightning_lss.parallel.broadcast import assign_segments, reset_segments, share_random_state
+from lightning_lss.parallel.fsdp import FullyShard, Sharding, own_model_state
+from lightning_lss.parallel.replicated import Replicated, compress_hook
 from lightning_lss.parallel.segment_local import (
-    average_replicated_gradients,
-    average_segment_local_gradients,
-    ignore_in_ddp,
-    leave_precision_plugin,
+    SegmentLocal,
+    patch_precision_plugin,
+    restore_precision_plugin,
     total_norm,
-    travel_in,
-    watch_precision_plugin,
 )
 from lightning_lss.sequence.batch import SequenceDims
 from lightning_lss.sequence.dtypes import resolve_communication_dtype
-from lightning_lss.sequence.grid import build_mesh
+from lightning_lss.sequence.grid import SequenceGrid, build_grid
 from lightning_lss.sequence.layout import check_layout
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
-from lightning_lss.strategy.sharding import ShardingStrategy
-from lightning_lss.strategy.validation import (
-    check_communication_dtype,
-    check_module,
-    check_optimizers,
-    check_sharded_optimizers,
-    check_sharding,
-    warn_of_batch_norm,
-    warn_of_other_lightning,
-    warn_of_unsaved_state,
-)
+from lightning_lss.strategy import validation
+from lightning_lss.strategy.memory import MemoryOptions
+from lightning_lss.strategy.sequence import SequenceParallel
 
 
-class LSSStrategy(ShardingStrategy):
+class LSSStrategy(SequenceParallel, DDPStrategy):
     """Distributed training of one long sequence (LSS Transformer, arXiv 2311.02382), combined with data parallelism.
 
     The world of W processes is a grid of D data-parallel groups x S ranks that share one sequence. Each rank runs the
@@ -60,10 +64,10 @@ class LSSStrategy(ShardingStrategy):
         sequence_dims: for batch entries by key, the dimension that is the sequence or None to leave an entry whole; see
             :func:`lightning_lss.sequence.batch.split_batch`.
         check_batches: how many of the first batches of each data loader are compared over a sequence group.
-        communication_dtype: ``torch.bfloat16`` or ``torch.float16`` (or its name): keys, values and gradients travel in it,
-            for half the bytes of float32, and gradients are summed in it (but those of positional tables, which travel in
-            full). The training is then that of one device
-            only up to the rounding of that dtype. None sends everything in the dtype that it is computed in.
+        communication_dtype: ``torch.bfloat16`` or ``torch.float16`` (or its name). Keys, values and gradients are sent in
+            it, for half the bytes of float32, and gradients are summed in it; gradients of positional tables are sent in
+            full. The training is then that of one device only up to the rounding of that dtype. None sends everything in
+            the dtype that it is computed in.
         sharding: how parameters, gradients and optimizer state are laid out, by torch's ``fully_shard``.
 
             - None: whole on every rank, averaged by DistributedDataParallel.
@@ -79,16 +83,26 @@ class LSSStrategy(ShardingStrategy):
             ``nn.Sequential``.
         save_distributed_checkpoint: write checkpoints as folders, every rank its own part, instead of one file; all
             ranks must see the same file system. Either can be resumed with any number of ranks, layout and sharding;
-            :func:`lightning_lss.checkpoint.folder.consolidate` makes a file of a folder.
+            :func:`lightning_lss.checkpoint.consolidate` makes a file of a folder.
+        activation_checkpointing: what autograd keeps of the module's blocks between forward and backward: ``"full"``,
+            ``"selective"`` or ``"offload"``, see :func:`lightning_lss.nn.recompute.apply_checkpointing`. None leaves them
+            as they are.
+        checkpointed_modules: names of the blocks, as in ``named_modules()``; an ``nn.ModuleList`` stands for its
+            children, and ``*`` matches any part of a name. None takes the repeated blocks of every ``nn.ModuleList`` and
+            ``nn.Sequential``.
+        mlp_tiles: in how many parts along the sequence the ``tiled_modules`` are computed, each again in the backward
+            pass.
+        tiled_modules: names of the modules to compute in tiles. They must map [B, l, E] token by token, as an MLP does.
+            None takes all that are called ``mlp``.
         **ddp_kwargs: arguments of :class:`~lightning.pytorch.strategies.DDPStrategy` and of
             :class:`~torch.nn.parallel.DistributedDataParallel`; with ``sharding`` of the latter only
             ``broadcast_buffers``.
 
     Raises:
-        ValueError: at once, if the layout or the sharding is unknown, a size is not positive, or arguments do not go
-            together.
-        MisconfigurationException: from the Trainer, before any process communicates, if S does not divide W or the
-            module uses a feature that cannot be split.
+        ValueError: at once, if the layout, the sharding or the kind of checkpointing is unknown, a size is not positive,
+            or arguments are incompatible.
+        MisconfigurationException: from the Trainer, before any process communicates, if S does not divide W, a named
+            submodule does not exist, or the module uses a feature that cannot be split.
     """
 
     def __init__(
@@ -101,27 +115,33 @@ class LSSStrategy(ShardingStrategy):
         sharding: Sharding | None = None,
         sharding_units: Collection[type[nn.Module]] | None = None,
         save_distributed_checkpoint: bool = False,
+        activation_checkpointing: ActivationCheckpointing | None = None,
+        checkpointed_modules: Sequence[str] | None = None,
+        mlp_tiles: int = 1,
+        tiled_modules: Sequence[str] | None = None,
         **ddp_kwargs: Any,
     ) -> None:
-        super().__init__(**ddp_kwargs)
-        check_sharding(sharding, save_distributed_checkpoint, ddp_kwargs)
-        self._communication_dtype = resolve_communication_dtype(communication_dtype)
-        if self._communication_dtype is not None and ddp_kwargs.get("ddp_comm_hook") is not None:
-            raise ValueError(
-                f"communication_dtype={communication_dtype!r} and ddp_comm_hook both say how gradients travel: give one of"
-                " them."
-            )
-        self._sharding = sharding
-        self._sharding_units = sharding_units
-        self._save_distributed_checkpoint = save_distributed_checkpoint
+        super().__init__(sequence_parallel_size, sequence_dims, check_batches, **ddp_kwargs)
+        validation.check_arguments(sharding, save_distributed_checkpoint, communication_dtype, ddp_kwargs)
+        validation.warn_of_other_lightning()
         if layout != "auto":
             check_layout(layout)
-        self._request(sequence_parallel_size, check_batches)
-        warn_of_other_lightning()
         self._layout = "zigzag" if layout == "auto" else layout
-        self._sequence_dims = sequence_dims
-        self._running = False
+        self._communication_dtype = resolve_communication_dtype(communication_dtype)
+        self._memory = MemoryOptions(activation_checkpointing, checkpointed_modules, mlp_tiles, tiled_modules)
+        self._sharding = sharding
+        self._parameters: Replicated | FullyShard = Replicated()
+        if sharding is not None:
+            broadcast_buffers = bool(ddp_kwargs.get("broadcast_buffers", True))
+            self._parameters = FullyShard(sharding, sharding_units, broadcast_buffers, self._communication_dtype)
+        self._checkpoints: FileCheckpoints | FolderCheckpoints = FileCheckpoints(self._parameters.keep_gathered)
+        if save_distributed_checkpoint:
+            self._checkpoints = FolderCheckpoints()
+        self._grid: SequenceGrid | None = None
+        self._shard = WHOLE_SEQUENCE
+        self._segment_local: SegmentLocal | None = None
         self._handles: list[RemovableHandle] = []
+        self._running = False
         self._failed = False
         self._example_input: Any = None
 
@@ -134,7 +154,7 @@ class LSSStrategy(ShardingStrategy):
     @property
     def sequence_shard(self) -> SequenceShard:
         """This process's place in its sequence group; it has a process group from the first run on."""
-        if self._mesh is not None or self.cluster_environment is None or not self.num_processes:
+        if self._grid is not None or self.cluster_environment is None or not self.num_processes:
             return self._shard
         size = self.sequence_parallel_size
         return SequenceShard(self.global_rank % size, size, self._layout)
@@ -149,92 +169,133 @@ class LSSStrategy(ShardingStrategy):
     def device_mesh(self) -> DeviceMesh:
         """The process groups as torch's DeviceMesh; its dimensions are ``data`` and ``sequence`` where larger than
         1."""
-        if self._mesh is None:
+        if self._grid is None:
             raise RuntimeError(
                 "The process groups do not exist yet: the strategy makes them when the Trainer starts a run."
             )
-        return self._mesh.device_mesh(self.root_device.type)
+        return self._grid.device_mesh(self.root_device.type)
+
+    @property
+    def _module(self) -> pl.LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    @property
+    def _interrupted(self) -> bool:
+        """Whether this rank is on its way out after an exception."""
+        trainer = getattr(self.lightning_module, "_trainer", None)
+        return self._failed or (trainer is not None and trainer.interrupted)
 
     # -- setting up and tearing down -----------------------------------------------------------------------------------
-
-    @override
-    def _configure_launcher(self) -> None:
-        _ = self.sequence_parallel_size  # a size that does not divide the world is refused before processes are started
-        super()._configure_launcher()
 
     @override
     def setup_environment(self) -> None:
         self._failed = False
         if self.lightning_module is not None:
-            check_module(self.lightning_module, self.sequence_parallel_size, self._layout)
-            check_communication_dtype(self._communication_dtype, self.precision_plugin)
-            self._check_sharded_run()
+            validation.check_module(self._module, self.sequence_parallel_size, self._layout)
+            validation.check_communication_dtype(self._communication_dtype, self.precision_plugin)
+            self._check_parameters()
+            self._parameters.prepare_run(self._module.trainer)
         super().setup_environment()
         size = self.sequence_parallel_size
-        if self._mesh is None:
-            self._mesh = build_mesh(self.world_size, self.global_rank, size, self._timeout)
+        if self._grid is None:
+            self._grid = build_grid(self.world_size, self.global_rank, size, self._timeout)
         self._shard = SequenceShard(
-            self._mesh.sequence_rank, size, self._layout, self._mesh.sequence_group, self._communication_dtype
+            self._grid.sequence_rank, size, self._layout, self._grid.sequence_group, self._communication_dtype
         )
         self._running = True
-        self._batches_checked.clear()
-        if self._mesh.sequence_group is not None:
-            share_random_state(self._mesh.sequence_group, self.root_device)
+        if self._grid.sequence_group is not None:
+            share_random_state(self._grid.sequence_group, self.root_device)
         if self.lightning_module is not None:
-            self._give_shards()  # before any callback's setup: weight averaging copies the module there
+            self._assign_segments()  # before any callback's setup: weight averaging copies the module there
+
+    @contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        device = self._parameters.init_device(self.root_device)
+        with _EmptyInit(enabled=bool(empty_init)), device, self.precision_plugin.tensor_init_context():
+            yield
 
     @contextmanager
     @override
     def model_sharded_context(self) -> Generator[None, None, None]:
         with super().model_sharded_context():
             yield
-        self._give_shards()  # to modules made in configure_model
+        self._assign_segments()  # to modules made in configure_model
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        self._give_shards()  # to modules made in LightningModule.setup
-        local = self._segment_local()
-        if self._sharding is None:
-            ignore_in_ddp(self._module, local)
+        assert self._grid is not None
+        self._assign_segments()  # to modules made in LightningModule.setup
+        self._check_parameters()  # once more, with what configure_model has made
+        self._memory.apply(self._module)
+        self._segment_local = local = SegmentLocal(self._module, self._grid)
+        layer_sync = self._layer_sync
+        self._layer_sync = self._parameters.layer_sync(self._module, layer_sync)
         super().setup(trainer)
-        assert self._mesh is not None
+        self._layer_sync = layer_sync
+        local.start_equally()
         if self._shard.size > 1:
-            warn_of_batch_norm(self._module)
-            warn_of_unsaved_state(set(local) - tables_by_name(self._module).keys())
-            self._put_aside_example_input()
-        parameters = self._segment_local_parameters()
-        broadcast_over_data_group(self._module, local, self._mesh)
-        if trainer.state.fn != TrainerFn.FITTING:
-            return
-        if parameters:
-            check_optimizers(self.optimizers, self._model_averaging_period is not None, len(parameters))
-            self._handles = average_segment_local_gradients(parameters, self._mesh, self._is_last_backward)
-        group = self._shard.require_group() if parameters else None
-        if self._root is not None:
-            check_sharded_optimizers(self.optimizers)
-            self._handles += average_replicated_gradients(self._root.scalars, self._is_last_backward)
-            watch_precision_plugin(self.precision_plugin, set(parameters), group, torch.distributed.group.WORLD)
-        elif parameters:
-            watch_precision_plugin(self.precision_plugin, set(parameters), group, group)
+            validation.warn_of_batch_norm(self._module)
+            validation.warn_of_unsaved_state(set(local.names) - tables_by_name(self._module).keys())
+            self._set_aside_example_input()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._setup_gradients(local)
+
+    def _setup_gradients(self, local: SegmentLocal) -> None:
+        validation.check_optimizers(
+            self.optimizers, self._sharding, self._model_averaging_period is not None, len(local.parameters)
+        )
+        self._handles = local.average_gradients(self._is_last_backward)
+        self._handles += self._parameters.average_others(self._is_last_backward)
+        group = self._parameters.clipping_group(local)
+        if group is not None:
+            patch_precision_plugin(self.precision_plugin, set(local.parameters), local.group, group)
+
+    @override
+    def model_to_device(self) -> None:
+        assert self._grid is not None
+        assert self._segment_local is not None
+        self.model = self._parameters.place(self._module, self._grid, self.root_device, self._segment_local)
+        super().model_to_device()
+
+    @override
+    def configure_ddp(self) -> None:
+        self._parameters.wrap(super().configure_ddp)
+
+    @override
+    def _register_ddp_hooks(self) -> None:
+        super()._register_ddp_hooks()
+        if self._communication_dtype is not None:
+            assert isinstance(self.model, DistributedDataParallel)
+            self.model.register_comm_hook(None, compress_hook(self._communication_dtype))
 
     @override
     def teardown(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        leave_precision_plugin(self.precision_plugin)
+        restore_precision_plugin(self.precision_plugin)
         # Whoever leaves first closes its connections. No rank may do so while another still waits for data, but where a
         # rank has failed the others are lost in a collective of the step and never come here: then there is no waiting.
         if not self._failed:
             if self._start_method != "popen" and self.lightning_module is not None:
-                for table in tables_by_name(self.lightning_module).values():
-                    table.become_whole()  # the process that spawned this one takes the weights over from rank 0
+                self._hand_over()
             self.barrier("LSSStrategy.teardown")
         if self._example_input is not None:
             self._module.example_input_array = self._example_input
             self._example_input = None
-        super().teardown()
-        self._take_shards()
+        self._parameters.tear_down(self, super().teardown)
+        self._running = False
+        if self.lightning_module is not None:
+            self._memory.reset()
+            reset_segments(self._module)
+
+    def _hand_over(self) -> None:
+        """Make weights whole: the process that spawned this one takes them over from rank 0."""
+        for table in tables_by_name(self._module).values():
+            table.become_whole()
+        self._parameters.hand_over(self._module)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -246,44 +307,124 @@ class LSSStrategy(ShardingStrategy):
         if not self._interrupted:  # the other ranks will not come
             super().barrier(*args, **kwargs)
 
-    def _put_aside_example_input(self) -> None:
+    def _set_aside_example_input(self) -> None:
         """Lightning would run it unsplit for the model summary, and on rank 0 alone to log a graph."""
         if self._module.example_input_array is not None:
             rank_zero_warn("`example_input_array` is not used under LSSStrategy: a forward pass takes all ranks.")
             self._example_input = self._module.example_input_array
             self._module.example_input_array = None
 
-    def _give_shards(self) -> None:
-        give_shards(self._module, self._shard, self.root_device)
+    def _assign_segments(self) -> None:
+        assign_segments(self._module, self._shard, self.root_device)
 
-    def _take_shards(self) -> None:
-        self._running = False
-        if self.lightning_module is not None:
-            take_shards(self.lightning_module)
+    def _check_parameters(self) -> None:
+        validation.check_parameters(self._module, self._sharding, self.sequence_parallel_size, self.num_ranks)
 
-    def gradient_norm(self) -> torch.Tensor:
-        """2-norm of the gradients of the whole model, segment-local ones of all ranks included; every rank must call
-        it."""
-        local = self._segment_local_parameters()
-        if not local and self._root is None:
-            return nn.utils.get_total_norm([x.grad for x in self._module.parameters() if x.grad is not None])
-        parameters = self._module.parameters() if self._root is None else self._root.own_parameters
-        return total_norm(parameters, set(local), self._shard.require_group() if local else None)
+    # -- steps ---------------------------------------------------------------------------------------------------------
 
-    # -- gradients -----------------------------------------------------------------------------------------------------
-
+    @contextmanager
     @override
-    def _register_ddp_hooks(self) -> None:
-        super()._register_ddp_hooks()
-        if self._communication_dtype is not None and isinstance(self.model, DistributedDataParallel):
-            self.model.register_comm_hook(None, travel_in(self._communication_dtype))
-
-    def _segment_local_parameters(self) -> list[nn.Parameter]:
-        parameters = dict(self._module.named_parameters())
-        return [parameters[name] for name in self._segment_local() if name in parameters]
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        assert self.model is not None
+        with self._parameters.accumulate(self.model):
+            yield
 
     def _is_last_backward(self) -> bool:
         return bool(getattr(self.model, "require_backward_grad_sync", True))
+
+    @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        super().pre_backward(closure_loss)
+        self._parameters.before_backward(closure_loss)
+
+    @override
+    def post_backward(self, closure_loss: Tensor) -> None:
+        super().post_backward(closure_loss)
+        self._parameters.after_backward()
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        self._parameters.before_step()
+        output = super().optimizer_step(optimizer, closure, *args, **kwargs)
+        self._parameters.after_step()
+        return output
+
+    @override
+    def on_validation_end(self) -> None:
+        self._parameters.reshard()
+
+    @override
+    def on_test_end(self) -> None:
+        self._parameters.reshard()
+
+    @override
+    def on_predict_end(self) -> None:
+        self._parameters.reshard()
+
+    def gradient_norm(self) -> Tensor:
+        """2-norm of the gradients of the whole model, segment-local ones of all ranks included; every rank must call
+        it."""
+        assert self._segment_local is not None
+        local = self._segment_local
+        return total_norm(self._parameters.parameters(self._module), set(local.parameters), local.group)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        if self._checkpoint_io is None:
+            self._checkpoint_io = AtomicCheckpointIO()
+        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
+            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()  # taken only by a wrapper that has none yet
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        state = super().lightning_module_state_dict()
+        return state if self._interrupted else self._checkpoints.collect_model(self._module, state)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        state = super().optimizer_state(optimizer)
+        return state if self._interrupted else self._checkpoints.collect_optimizer(self._module, optimizer, state)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        if self._interrupted and self._checkpoints.needs_all_ranks(self._module):
+            rank_zero_warn(
+                f"The checkpoint {filepath} was not written: after an exception on one rank, what the other ranks hold (rows of"
+                " positional tables, sharded parameters) cannot be collected."
+            )
+            return
+        write_file = super().save_checkpoint
+        self._checkpoints.write(checkpoint, filepath, storage_options, self._module, self.optimizers, write_file)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        if not is_folder(checkpoint_path):
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        torch.cuda.empty_cache()
+        state = self._module.state_dict()
+        return load_folder(Path(checkpoint_path), state, tables_by_name(self._module), weights_only)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        own = own_model_state(checkpoint["state_dict"], self._module)
+        super().load_model_state_dict({**checkpoint, "state_dict": own}, strict)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        folder, tables, own = checkpoint.get(FOLDER_KEY), tables_by_weight(self._module), []
+        for number, (optimizer, state) in enumerate(zip(self.optimizers, checkpoint["optimizer_states"])):
+            if folder is not None:
+                state = load_optimizer_state(folder, number, state, optimizer, tables)
+            own.append(own_optimizer_state(state, optimizer, tables))
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": own})
 
     # -- names ---------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What Lightning strategies that share a sequence over several ranks have in common: the grid of ranks, and batches."""
+"""What Lightning strategies that split a sequence over several ranks have in common: the grid of ranks, and batches."""
 
 from __future__ import annotations
 
@@ -16,40 +16,63 @@ from lightning_lss.sequence.layout import resolve_sequence_parallel_size
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
 
 
-class SequenceStrategy(ParallelStrategy):
-    """To be mixed into a strategy of W = D x S processes, of which S neighbours get the segments of one batch."""
+class SequenceParallel(ParallelStrategy):
+    """Mixed into a strategy of W = D x S processes, of which S neighbours get the segments of one batch.
 
-    _requested_size: int | Literal["auto"] = "auto"
-    _sequence_dims: SequenceDims | None = None
-    _batches_to_check = 2
+    Args:
+        sequence_parallel_size: S, a divisor of W; ``"auto"`` puts all ranks into one sequence group.
+        sequence_dims: see :func:`lightning_lss.sequence.batch.split_batch`.
+        check_batches: how many of the first batches of each data loader are compared over a sequence group.
+        **kwargs: arguments of the other strategy.
 
-    def _request(self, size: int | Literal["auto"], batches_to_check: int) -> None:
-        """Note what the user asked for; raises ``ValueError`` if ``size`` is not positive."""
-        if size != "auto":
-            resolve_sequence_parallel_size(size, size)
-        self._requested_size = size
-        self._batches_to_check = batches_to_check
+    Raises:
+        ValueError: if the size is not positive.
+    """
+
+    def __init__(
+        self,
+        sequence_parallel_size: int | Literal["auto"] = "auto",
+        sequence_dims: SequenceDims | None = None,
+        check_batches: int = 2,
+        **kwargs: Any,
+    ) -> None:
+        if sequence_parallel_size != "auto":
+            resolve_sequence_parallel_size(sequence_parallel_size, sequence_parallel_size)
+        super().__init__(**kwargs)
+        self._requested_size = sequence_parallel_size
+        self._sequence_dims = sequence_dims
+        self._batches_to_check = check_batches
         self._batches_checked: Counter[tuple[Any, int]] = Counter()
+
+    @override
+    def _configure_launcher(self) -> None:
+        _ = self.sequence_parallel_size  # a size that does not divide the world is refused before processes are started
+        super()._configure_launcher()
+
+    @override
+    def setup_environment(self) -> None:
+        self._batches_checked.clear()
+        super().setup_environment()
 
     # -- who this process is -------------------------------------------------------------------------------------------
 
     @property
-    def _processes(self) -> int:
-        """W, before processes have been started."""
+    def num_ranks(self) -> int:
+        """W, also before processes have been started."""
         return self.num_nodes * self.num_processes  # type: ignore[attr-defined]
 
     @property
     def sequence_parallel_size(self) -> int:
         """S, the number of ranks that share one sequence."""
         try:
-            return resolve_sequence_parallel_size(self._processes, self._requested_size)
+            return resolve_sequence_parallel_size(self.num_ranks, self._requested_size)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from None
 
     @property
     def data_parallel_size(self) -> int:
         """D = W / S, the number of different batches in flight."""
-        return self._processes // self.sequence_parallel_size
+        return self.num_ranks // self.sequence_parallel_size
 
     @property
     def data_rank(self) -> int:

@@ -47,7 +47,7 @@ def check_module(module: pl.LightningModule, size: int, layout: str) -> None:
     for table in module.modules():
         if isinstance(table, SegmentPositionalEmbedding) and table.num_positions % divisor:
             raise MisconfigurationException(
-                f"SegmentPositionalEmbedding(num_positions={table.num_positions}) cannot be shared out over"
+                f"SegmentPositionalEmbedding(num_positions={table.num_positions}) cannot be divided evenly among"
                 f" sequence_parallel_size={size} with layout={layout!r}: it needs a multiple of {divisor}. Change one of"
                 " them, or use RotaryEmbedding, which takes any length."
             )
@@ -59,12 +59,14 @@ _OF_DDP_STRATEGY = {
 }
 
 
-def check_sharding(sharding: object, save_distributed_checkpoint: bool, ddp_kwargs: Mapping[str, Any]) -> None:
-    """Refuse arguments of :class:`~lightning_lss.LSSStrategy` that do not go together.
+def check_arguments(
+    sharding: object, save_distributed_checkpoint: bool, communication_dtype: object, ddp_kwargs: Mapping[str, Any]
+) -> None:
+    """Refuse arguments of :class:`~lightning_lss.LSSStrategy` that are incompatible.
 
     Raises:
-        ValueError: if ``sharding`` is unknown or one of ``ddp_kwargs`` has no meaning with it, or processes are started
-            in a way that distributed checkpoints do not work with.
+        ValueError: if ``sharding`` is unknown, one of ``ddp_kwargs`` has no meaning with it, two arguments say in which dtype
+            gradients are sent, or processes are started in a way that distributed checkpoints do not work with.
     """
     if sharding not in (None, "fsdp", "hybrid"):
         raise ValueError(
@@ -73,8 +75,8 @@ def check_sharding(sharding: object, save_distributed_checkpoint: bool, ddp_kwar
     start_method = ddp_kwargs.get("start_method", "popen")
     if save_distributed_checkpoint and start_method != "popen":
         raise ValueError(
-            f"save_distributed_checkpoint=True does not go with start_method={start_method!r}: the process that starts the others"
-            " takes over whole weights from them. Use start_method='popen', or save one file."
+            f"save_distributed_checkpoint=True and start_method={start_method!r} are incompatible: the process that starts the"
+            " others takes over whole weights from them. Use start_method='popen', or save one file."
         )
     without_meaning = [name for name, value in ddp_kwargs.items() if name not in _OF_DDP_STRATEGY and value is not None]
     if sharding is not None and without_meaning:
@@ -82,18 +84,26 @@ def check_sharding(sharding: object, save_distributed_checkpoint: bool, ddp_kwar
             f"{', '.join(without_meaning)}: with sharding={sharding!r} gradients are reduced by FSDP, not by"
             " DistributedDataParallel, for which these arguments are. Leave them out, or use sharding=None."
         )
+    if communication_dtype is not None and ddp_kwargs.get("ddp_comm_hook") is not None:
+        raise ValueError(
+            f"communication_dtype={communication_dtype!r} and ddp_comm_hook both say how gradients are sent: give one of them."
+        )
 
 
-def check_sharded_run(
-    trainer: pl.Trainer, module: pl.LightningModule, sharding: str, size: int, world_size: int
-) -> None:
-    """Refuse a run that sharding cannot serve.
+def check_parameters(module: pl.LightningModule, sharding: str | None, size: int, world_size: int) -> None:
+    """Refuse a run whose parameters cannot lie as ``sharding`` says.
 
     Raises:
-        MisconfigurationException: for callbacks that average weights, for ``"hybrid"`` where there is nothing to shard
-            over, and for parameters without values.
+        MisconfigurationException: if an earlier run has sharded the parameters in another way, for callbacks that average
+            weights, for ``"hybrid"`` where there is nothing to shard over, and for parameters without values.
     """
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if not _lies_as_wanted(module, sharding, size, world_size):
+        raise MisconfigurationException(
+            "The parameters of this module are sharded in another way already. Make a new module, and load a checkpoint."
+        )
+    if sharding is None:
+        return
+    callbacks: list[pl.Callback] = module.trainer.callbacks  # type: ignore[attr-defined]
     averaging = [x for x in callbacks if isinstance(x, (WeightAveraging, StochasticWeightAveraging))]
     if averaging:
         raise MisconfigurationException(
@@ -113,49 +123,13 @@ def check_sharded_run(
         )
 
 
-def check_sharded_before(module: pl.LightningModule, sharding: str | None, size: int, world_size: int) -> None:
-    """Refuse a module whose parameters an earlier run has sharded in another way.
-
-    Raises:
-        MisconfigurationException: if it is so.
-    """
+def _lies_as_wanted(module: nn.Module, sharding: str | None, size: int, world_size: int) -> bool:
+    """Whether parameters that an earlier run has sharded, if any, lie as this run wants them."""
     root = sharded_root(module)
     if root is None:
-        fits = sharding is None or not any(isinstance(x, DTensor) for x in module.parameters())
-    else:
-        fits = root.mesh.size() == world_size and root.mesh.ndim == 1 + _is_grid(sharding, size, world_size)
-    if not fits or (root is not None and sharding is None):
-        raise MisconfigurationException(
-            "The parameters of this module are sharded in another way already. Make a new module, and load a checkpoint."
-        )
-
-
-def _is_grid(sharding: str | None, size: int, world_size: int) -> bool:
-    """Whether parameters are sharded over one dimension and copied along another."""
-    return sharding == "hybrid" and size < world_size
-
-
-def check_sharded_optimizers(optimizers: Iterable[Optimizer]) -> None:
-    """Refuse optimizers that cannot work on sharded parameters.
-
-    Raises:
-        MisconfigurationException: for ``ZeroRedundancyOptimizer``, and for ``foreach`` or ``fused`` over sharded and
-            other parameters in one group, which torch cannot do.
-    """
-    for optimizer in optimizers:
-        if isinstance(optimizer, ZeroRedundancyOptimizer):
-            raise MisconfigurationException(
-                "ZeroRedundancyOptimizer shards the state of an optimizer, which is sharded with its parameters here"
-                " already. Use the optimizer that it wraps."
-            )
-        for group in optimizer.param_groups:
-            kinds = {isinstance(parameter, DTensor) for parameter in group["params"]}
-            if len(kinds) > 1 and (group.get("foreach") or group.get("fused")):
-                raise MisconfigurationException(
-                    f"{type(optimizer).__name__}(foreach=True) and fused=True do not take sharded parameters and others"
-                    " (positional tables, scalars) in one group. Leave these options out, or give the others a group of"
-                    " their own."
-                )
+        return sharding is None or not any(isinstance(x, DTensor) for x in module.parameters())
+    copies = sharding == "hybrid" and size < world_size  # sharded over one dimension, copied along another
+    return sharding is not None and root.mesh.size() == world_size and root.mesh.ndim == 1 + copies
 
 
 def check_communication_dtype(dtype: torch.dtype | None, precision_plugin: Precision) -> None:
@@ -172,19 +146,41 @@ def check_communication_dtype(dtype: torch.dtype | None, precision_plugin: Preci
         )
 
 
-def check_optimizers(optimizers: Iterable[Optimizer], averages_models: bool, count: int) -> None:
-    """Refuse what would mix up the rows of different ranks, where ``count`` parameters stand for one segment.
+def check_optimizers(optimizers: Iterable[Optimizer], sharding: str | None, averages_models: bool, count: int) -> None:
+    """Refuse optimizers that would mix up what ranks hold, where ``count`` parameters stand for one segment.
 
     Raises:
-        MisconfigurationException: for ``ZeroRedundancyOptimizer`` and for post-local SGD.
+        MisconfigurationException: for ``ZeroRedundancyOptimizer`` and post-local SGD with such parameters, for
+            ``ZeroRedundancyOptimizer`` with sharding, and for ``foreach`` or ``fused`` over sharded and other parameters in
+            one group, which torch cannot do.
     """
-    shards = any(isinstance(optimizer, ZeroRedundancyOptimizer) for optimizer in optimizers)
-    if count and (shards or averages_models):
-        what = "ZeroRedundancyOptimizer" if shards else "post-local SGD (model_averaging_period)"
+    optimizers = list(optimizers)
+    if sharding is not None:
+        _check_sharded_optimizers(optimizers)
+    zero = any(isinstance(optimizer, ZeroRedundancyOptimizer) for optimizer in optimizers)
+    if count and (zero or averages_models):
+        what = "ZeroRedundancyOptimizer" if zero else "post-local SGD (model_averaging_period)"
         raise MisconfigurationException(
             f"{what} copies parameters between ranks, but {count} parameters of this model stand for one segment each"
             " (SegmentPositionalEmbedding). Use an ordinary optimizer, or RotaryEmbedding."
         )
+
+
+def _check_sharded_optimizers(optimizers: Iterable[Optimizer]) -> None:
+    for optimizer in optimizers:
+        if isinstance(optimizer, ZeroRedundancyOptimizer):
+            raise MisconfigurationException(
+                "ZeroRedundancyOptimizer shards the state of an optimizer, which is sharded with its parameters here"
+                " already. Use the optimizer that it wraps."
+            )
+        for group in optimizer.param_groups:
+            kinds = {isinstance(parameter, DTensor) for parameter in group["params"]}
+            if len(kinds) > 1 and (group.get("foreach") or group.get("fused")):
+                raise MisconfigurationException(
+                    f"{type(optimizer).__name__}(foreach=True) and fused=True do not take sharded parameters and others"
+                    " (positional tables, scalars) in one group. Leave these options out, or give the others a group of"
+                    " their own."
+                )
 
 
 def warn_of_batch_norm(module: nn.Module) -> None:

@@ -1,0 +1,55 @@
+"""Make one file of a checkpoint that is a folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+from lightning_lss.checkpoint.folder import PLACES, load_folder, load_meta
+
+
+def consolidate(folder: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
+    """Write the checkpoint in ``folder`` as one standard Lightning file, which any strategy, and
+    ``load_from_checkpoint``, can load.
+
+    Args:
+        folder: of LSSStrategy, or of Lightning's ModelParallelStrategy and so of MegatronStrategy.
+        file: where to write.
+
+    Raises:
+        ValueError: if no distributed checkpoint lies there.
+    """
+    rest = load_meta(Path(folder), weights_only=False)
+    checkpoint = (
+        load_folder(Path(folder), weights_only=False) if PLACES in rest else _load_lightnings(Path(folder), rest)
+    )
+    torch.save(checkpoint, file)
+
+
+def _load_lightnings(folder: Path, rest: dict[str, Any]) -> dict[str, Any]:
+    """A folder of ModelParallelStrategy, of which ``rest`` is the metadata file.
+
+    It has optimizers by number, and in them parameters by name; Lightning's own script for this knows the names of
+    FSDPStrategy only.
+    """
+    tensors: dict[str, Any] = {}
+    _load_state_dict(
+        tensors, storage_reader=dcp.FileSystemReader(folder), planner=_EmptyStateDictLoadPlanner(), no_dist=True
+    )
+    numbers = range(sum(key.startswith("optimizer_") for key in tensors))
+    states = [_by_index(tensors[f"optimizer_{number}"]) for number in numbers]
+    return {**rest, "state_dict": tensors["state_dict"], "optimizer_states": states}
+
+
+def _by_index(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state dict with indices in place of parameters' names."""
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    index = {name: number for number, name in enumerate(names)}
+    groups = [{**group, "params": [index[name] for name in group["params"]]} for group in state["param_groups"]]
+    return {"state": {index[name]: x for name, x in state["state"].items()}, "param_groups": groups}
