@@ -1,217 +1,42 @@
-"""A picture of each figure, drawn from its CSV."""
+"""A picture of each figure, drawn from its CSV.
+
+Bars start at 0 and stand beside each other, so that none hides another. Where a measurement was repeated, each series
+is a dot on the bar of the newest one: how far the dots lie apart is what a difference between two bars is worth.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import inf
+from math import comb, inf
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import results
+from benchmarks.charts import CHARTS, PREDICTIONS, Chart, Prediction, Row
 
-_COLORS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#000000"]  # Paul Tol's bright
-_MARKS = "osD^vPX*"
-_LINES = ["-", "--", "-.", ":"]
-
-
-class Chart(NamedTuple):
-    """Lines of ``y`` over ``x``, one for each combination of the ``series`` columns, of which the first has a colour for
-    each of its values. Each combination of the ``panels`` columns has axes of its own."""
-
-    x: str
-    y: str
-    title: str
-    series: tuple[str, ...] = ("contestant",)
-    ideal: float | None = None  # a line to compare with
-    logarithmic: bool = False
-    panels: tuple[str, ...] = ()
-
-
-CHARTS = {
-    "attention": Chart(
-        "ranks", "fraction_of_ideal", "attention alone: fraction of the ideal", ("contestant", "length"), ideal=1.0
-    ),
-    "step": Chart(
-        "ranks", "speed_against_megatron", "training step: speed against megatron", ("contestant", "length"), ideal=1.0
-    ),
-    "strong-scaling": Chart(
-        "ranks", "tokens_per_second", "strong scaling: the same sequence on more ranks", ("contestant", "length")
-    ),
-    "weak-scaling": Chart("ranks", "flops_per_second", "weak scaling: the sequence grows with the ranks"),
-    "slow-network": Chart(
-        "megabits",
-        "speed_against_megatron",
-        "step over limited links: speed against megatron",
-        ideal=1.0,
-        panels=("kv_heads",),
-    ),
-    "overhead": Chart("length", "seconds_against_ddp", "overhead of the strategy on one rank: step time", ideal=1.0),
-    "communication": Chart(
-        "ranks", "bytes_per_layer", "bytes that a rank receives per layer", logarithmic=True, panels=("kv_heads",)
-    ),
-    "memory": Chart(
-        "ranks",
-        "activations_mib",
-        "peak activation memory of a rank, MiB",
-        logarithmic=True,
-        panels=("model", "length"),
-    ),
-    "longest": Chart("ranks", "longest", "longest sequence under a cap of activation memory", logarithmic=True),
-    "loss": Chart(
-        "tokens", "peak_mib", "peak memory of the loss, MiB", ("contestant", "measured_on"), logarithmic=True
-    ),
-    "gpu": Chart(
-        "length",
-        "fraction_of_plain",
-        "one rank's attention on a GPU: fraction of the plain kernel's speed",
-        ("figure", "contestant", "ranks", "kernel"),
-        ideal=1.0,
-    ),
+_CYCLE = 10  # colours in matplotlib's default cycle, "C0" to "C9"
+_FIRST = ("lss", "lss-kept", "megatron", "ulysses", "ring", "ring-zigzag", "single")  # look alike in every figure
+_PANEL_NAMES = {
+    "kv_heads": "{:g} key/value heads",
+    "length": "L = {:,.0f}",
+    "ranks": "S = {:g}",
+    "cap_mib": "cap of {:g} MiB a rank",
 }
+_WRONG = " (wrong gradients)"
+_WORDS = {"ranks": "real ranks", "shapes": "on shapes"}  # values of the column measured_on
 
 
-class Prediction(NamedTuple):
-    """Points of ``predicted`` over ``measured``, the newest of each ``configuration``, with the line of equality and the
-    bar on either side of it."""
-
-    configuration: tuple[str, ...]
-    measured: str
-    predicted: str
-    title: str
-    bar: float
+FIGURES = [*CHARTS, *PREDICTIONS, "overhead"]
 
 
-PREDICTIONS = {
-    "planner_memory": Prediction(
-        ("what",), "measured_bytes", "predicted_bytes", "the planner's memory of a rank, bytes", 0.10
-    ),
-    "planner_time": Prediction(
-        ("model", "size", "length"), "measured_seconds", "predicted_seconds", "the planner's seconds of a step", 0.25
-    ),
-}
-
-
-def draw(name: str, rows: list[dict[str, str]]) -> Figure:
-    """The figure called ``name`` from the rows of its CSV."""
+def draw(name: str, rows: list[Row]) -> Figure:
+    """Draw the figure called ``name`` (one of :data:`FIGURES`) from the rows of its CSV, oldest first."""
     if name in PREDICTIONS:
         return _draw_prediction(PREDICTIONS[name], rows)
-    return _draw_chart(CHARTS[name], rows)
-
-
-def _draw_prediction(prediction: Prediction, rows: list[dict[str, str]]) -> Figure:
-    newest = {tuple(row[column] for column in prediction.configuration): row for row in rows}.values()
-    measured, predicted = (
-        [float(row[column]) for row in newest] for column in (prediction.measured, prediction.predicted)
-    )
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.subplots()
-    span = [min(measured) / 1.5, max(measured) * 1.5]
-    axes.plot(span, span, color="gray", linestyle=":", linewidth=1)
-    low, high = ([factor * x for x in span] for factor in (1 - prediction.bar, 1 + prediction.bar))
-    axes.fill_between(span, low, high, color="gray", alpha=0.2, linewidth=0, label=f"within {prediction.bar:.0%}")
-    axes.plot(measured, predicted, "o", color=_COLORS[0], markersize=4, label=f"{len(newest)} configurations")
-    axes.set(xscale="log", yscale="log", xlabel="measured", ylabel="predicted", title=prediction.title)
-    axes.legend(fontsize=8)
-    _sign(figure, newest)
-    return figure
-
-
-def _draw_chart(chart: Chart, rows: list[dict[str, str]]) -> Figure:
-    """The newest point of every series at every ``x``."""
-    newest: dict[tuple[str, ...], dict[tuple[str, ...], dict[float, dict[str, str]]]] = {}
-    for row in rows:
-        if row[chart.x] and row[chart.y]:
-            panel, key = (tuple(row[column] for column in columns) for columns in (chart.panels, chart.series))
-            newest.setdefault(panel, {}).setdefault(key, {})[float(row[chart.x])] = row
-    shown = [row for lines in newest.values() for own in lines.values() for row in own.values()]
-    styles, labels = _styles(chart, shown), _labels(chart, shown)
-    ticks = sorted({float(row[chart.x]) for row in shown})
-    down, across = -(-len(newest) // 2) or 1, min(len(newest), 2) or 1
-    size = (4.4 * across, 2.2 * down + (2 if down == 1 else 1)) if chart.panels else (6.4, 4.4)
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
-    for axes, panel in zip(grid, sorted(newest, key=_by_number)):
-        for key, own in sorted(newest[panel].items()):
-            xs = sorted(own)
-            axes.plot(xs, [float(own[x][chart.y]) for x in xs], label=labels[key], **styles[key])
-        named = (
-            f"{column.replace('_', ' ')} {value}" if value.isdecimal() else value
-            for column, value in zip(chart.panels, panel)
-        )
-        axes.set_title(", ".join(named), fontsize=7)
-    for axes in grid[: len(newest) or 1]:
-        _lay_out(axes, chart, ticks)
-    for axes in grid[len(newest) or 1 :]:
-        axes.set_axis_off()
-    figure.suptitle(chart.title)
-    if shown:
-        _add_legend(figure, apart=bool(chart.panels))
-        _sign(figure, shown)
-    return figure
-
-
-def _by_number(values: tuple[str, ...]) -> list[tuple[float, str]]:
-    """To sort 8,192 before 65,536 and words after numbers."""
-    return [(float(value), "") if value.isdecimal() else (inf, value) for value in values]
-
-
-def _add_legend(figure: Figure, apart: bool) -> None:
-    """Every name once: below the panels, or within the only axes."""
-    handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
-    if apart:
-        figure.legend(handles.values(), handles, loc="outside lower left", ncols=4, fontsize=8)
-    else:
-        figure.axes[0].legend(handles.values(), handles, fontsize=8)
-
-
-def _lay_out(axes: Axes, chart: Chart, ticks: list[float]) -> None:
-    if chart.ideal is not None:
-        axes.axhline(chart.ideal, color="gray", linestyle=":", linewidth=1)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-    axes.minorticks_off()
-    if chart.logarithmic:
-        axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter("{x:,.7g}")
-    axes.set(xlabel=chart.x.replace("_", " "), ylabel=chart.y.replace("_", " "))
-    axes.label_outer()
-
-
-def _styles(chart: Chart, rows: list[dict[str, str]]) -> dict[tuple[str, ...], dict[str, Any]]:
-    """Of each series: a colour for its contestant, a line and a mark for the rest."""
-    series = {tuple(row[column] for column in chart.series) for row in rows}
-    names, variants = sorted({key[0] for key in series}), sorted({key[1:] for key in series})
-    styles = {}
-    for key in series:
-        name, variant = names.index(key[0]), variants.index(key[1:])
-        styles[key] = dict(
-            color=_COLORS[name % len(_COLORS)],
-            marker=_MARKS[(name + 3 * variant) % len(_MARKS)],
-            linestyle=_LINES[variant % len(_LINES)],
-        )
-    return styles
-
-
-def _labels(chart: Chart, rows: list[dict[str, str]]) -> dict[tuple[str, ...], str]:
-    """Of each series: the contestant, and of the other columns what not all series have in common."""
-    series = {tuple(row[column] for column in chart.series) for row in rows}
-    wrong = {row["contestant"] for row in rows if row.get("gradients") == "wrong"}
-    same = {column for column, values in zip(chart.series, zip(*series)) if len(set(values)) == 1}
-    return {key: _label(key, chart.series, same, wrong) for key in series}
-
-
-def _sign(figure: Figure, rows: Iterable[dict[str, str]]) -> None:
-    commits = ", ".join(sorted({row["commit"] for row in rows}))
-    figure.supxlabel(f"measured at {commits}", fontsize=6, color="gray", x=0.99, ha="right")
-
-
-def _label(key: tuple[str, ...], series: tuple[str, ...], same: set[str], wrong: set[str]) -> str:
-    name = f"{key[0]} (wrong gradients)" if key[0] in wrong else key[0]
-    own = [(column, value) for column, value in zip(series[1:], key[1:]) if column not in same]
-    return ", ".join([name, *(f"{column.replace('_', ' ')} {value}" for column, value in own)])
+    return _draw_overhead(rows) if name == "overhead" else _draw_chart(CHARTS[name], rows)
 
 
 def save(name: str, folder: Path = results.FOLDER) -> Path:
@@ -219,3 +44,212 @@ def save(name: str, folder: Path = results.FOLDER) -> Path:
     path = folder / f"{name}.png"
     draw(name, results.read(name, folder)).savefig(path, dpi=110)
     return path
+
+
+def _draw_chart(chart: Chart, rows: list[Row]) -> Figure:
+    rows = [row for row in rows if row[chart.x] and row[chart.y]]
+    shown = [row for row in rows if row["contestant"] not in (chart.reference, chart.left_out)]
+    panels: dict[tuple[str, ...], list[Row]] = {}
+    for row in shown:
+        panels.setdefault(tuple(row[column] for column in chart.panels), []).append(row)
+    order = sorted(panels, key=_by_number)
+    labels = _labels(chart, shown)
+    columns = 3 if len(panels) > 4 else max(len(panels), 1)
+    lines = -(-len(panels) // columns) or 1
+    figure = Figure(figsize=(max(6.4, 3.8 * columns), 1.2 + 2.8 * lines), layout="constrained")
+    # where all panels stand in one line, each is as wide as its bars need
+    widths = [len(_newest(chart, panels[key])) + 1 for key in order] if lines == 1 else None
+    grid = figure.subplots(lines, columns, squeeze=False, sharey=True, width_ratios=widths or None).ravel()
+    for place, (axes, key) in enumerate(zip(grid, order)):
+        _draw_bars(axes, chart, panels[key], labels)
+        axes.set_title(_panel_title(chart.panels, key), fontsize=9)
+        axes.set(xlabel=chart.x_label, ylabel="" if place % columns else chart.y_label)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    figure.suptitle("\n".join([chart.title, *(_shared_cores(shown) if chart.timed else [])]))
+    if shown:
+        _add_legend(figure, [row for panel in panels.values() for row in _newest(chart, panel).values()])
+    return figure
+
+
+def _newest(chart: Chart, rows: list[Row]) -> dict[tuple[str, ...], Row]:
+    """The newest row of each bar."""
+    return {tuple(row[column] for column in (chart.x, *chart.series)): row for row in rows}
+
+
+def _draw_bars(axes: Axes, chart: Chart, rows: list[Row], labels: dict[tuple[str, ...], str]) -> None:
+    """One panel: a group of bars for each x, of the contestants that have a value there."""
+    groups = sorted({row[chart.x] for row in rows}, key=float)
+    newest = _newest(chart, rows)
+    members = [[key for key in labels if (x, *key) in newest] for x in groups]
+    width = 0.84 / max(4, *map(len, members))  # a bar alone is no wider than one of four
+    styles = _styles(list(labels.values()))
+    for center, (x, bars) in enumerate(zip(groups, members)):
+        for place, key in enumerate(bars):
+            at = center + (place - (len(bars) - 1) / 2) * width
+            heights = [_height(chart, row) for row in rows if (row[chart.x], *_key(chart, row)) == (x, *key)]
+            color, hatch = styles[labels[key]]
+            axes.bar(at, heights[-1], 0.92 * width, color=color, hatch=hatch, edgecolor="white", label=labels[key])
+            if chart.timed and len(heights) > 1:
+                axes.plot([at] * len(heights), heights, "k.", markersize=4, alpha=0.6, label="each series")
+            _write_height(axes, at, heights[-1], max(heights) if chart.timed else heights[-1])
+        if chart.limit is not None:
+            best = chart.limit.value(newest[(x, *bars[0])])
+            axes.hlines(best, center - 0.46, center + 0.46, "k", "--", linewidth=1, label=chart.limit.label)
+    if chart.reference is not None:
+        axes.axhline(1.0, color="k", linestyle="--", linewidth=1, label=chart.reference)
+    axes.set_xticks(range(len(groups)), [f"{float(x):,.10g}" for x in groups])
+    axes.set_xlim(-0.5, len(groups) - 0.5)
+    axes.margins(y=0.22)
+
+
+def _write_height(axes: Axes, x: float, height: float, top: float) -> None:
+    """Write the height of a bar above all that is drawn of it."""
+    box = dict(facecolor="white", edgecolor="none", alpha=0.8, pad=0.4)
+    options: dict[str, Any] = dict(rotation=90, ha="center", va="bottom", fontsize=7, bbox=box)
+    axes.annotate(f"{height:.3g}", (x, top), (0, 4), "data", "offset points", **options)
+
+
+def _height(chart: Chart, row: Row) -> float:
+    return float(row[chart.y]) / chart.unit
+
+
+def _key(chart: Chart, row: Row) -> tuple[str, ...]:
+    return tuple(row[column] for column in chart.series)
+
+
+def _labels(chart: Chart, rows: list[Row]) -> dict[tuple[str, ...], str]:
+    """The name of each bar in the order of drawing: its contestant, and what not all bars have in common."""
+    wrong = {row["contestant"] for row in rows if row.get("gradients") == "wrong"}
+    keys = {_key(chart, row) for row in rows}
+    differ = [len(set(values)) > 1 for values in zip(*keys)]
+
+    def label(key: tuple[str, ...]) -> str:
+        parts = [key[0] + _WRONG if key[0] in wrong else key[0]]
+        for column, value, differs in zip(chart.series[1:], key[1:], differ[1:]):
+            if differs and value:
+                parts.append(f"{column.replace('_', ' ')} {value}" if value.isdecimal() else _WORDS.get(value, value))
+        return ", ".join(parts)
+
+    ordered = sorted(keys, key=lambda key: (_FIRST.index(key[0]) if key[0] in _FIRST else len(_FIRST), _by_number(key)))
+    return {key: label(key) for key in ordered}
+
+
+def _styles(labels: list[str]) -> dict[str, tuple[str, str | None]]:
+    """Colour and hatching of each bar; wrong gradients are hatched."""
+    places = {
+        label: _FIRST.index(label.removesuffix(_WRONG)) for label in labels if label.removesuffix(_WRONG) in _FIRST
+    }
+    others = [label for label in labels if label not in places]
+    places |= {label: place for place, label in enumerate(others, len(_FIRST) if places else 0)}
+    return {label: (f"C{place % _CYCLE}", "///" if label.endswith(_WRONG) else None) for label, place in places.items()}
+
+
+def _panel_title(columns: tuple[str, ...], values: tuple[str, ...]) -> str:
+    """The title of a panel; of a model with other options than its file's, only these options, on a line of their own."""
+    parts = []
+    for column, value in zip(columns, values):
+        if column in _PANEL_NAMES:
+            parts.append(_PANEL_NAMES[column].format(float(value)))
+        elif column == "model":
+            parts.append((value.partition(" ")[2] or value) + "\n")
+        else:
+            parts.append(_WORDS.get(value, value))
+    return ", ".join(parts).replace("\n, ", "\n")
+
+
+def _by_number(values: tuple[str, ...]) -> list[tuple[float, str]]:
+    """A key to sort 8,192 before 65,536 and words after numbers."""
+    return [(float(value), "") if value.isdecimal() else (inf, value) for value in values]
+
+
+def _shared_cores(rows: list[Row]) -> list[str]:
+    """A line such as "4 and 8 ranks on 2 cores", if ranks shared cores."""
+    shared: dict[str, set[int]] = {}
+    for row in rows:
+        if row.get("ranks") and row.get("cores") and not row.get("gpu") and int(row["ranks"]) > int(row["cores"]):
+            shared.setdefault(row["cores"], set()).add(int(row["ranks"]))
+    return [f"({' and '.join(map(str, sorted(sizes)))} ranks on {cores} cores)" for cores, sizes in shared.items()]
+
+
+def _add_legend(figure: Figure, rows: Iterable[Row]) -> None:
+    """Every name once, below the axes, where it hides nothing, under the commits at which ``rows`` were measured."""
+    handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    legend = figure.legend(
+        *(handles.values(), handles),
+        title=f"measured at {commits}",
+        loc="outside lower center",
+        ncols=min(len(handles), 5 if figure.get_figwidth() > 8 else 4),
+        fontsize=8,
+        title_fontsize=7,
+        frameon=False,
+    )
+    legend.get_title().set_color("gray")
+
+
+def _draw_overhead(rows: list[Row]) -> Figure:
+    """Step time of ``lss`` against ``ddp`` on one rank: all runs of each series, their median, and the bar of 1 %."""
+    shown = [row for row in rows if row["contestant"] == "lss" and row["seconds_against_ddp"]]
+    figure = Figure(figsize=(8, 1.8 + 0.7 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvspan(-1, 1, color="gray", alpha=0.2, linewidth=0, label="within 1 %")
+    for place, row in enumerate(shown):
+        runs = [100 * (float(ratio) - 1) for ratio in row["seconds_against_ddp_by_run"].split()]
+        # in the order of time, from below, so that runs do not hide each other
+        heights = [place - 0.35 + 0.7 * (n + 0.5) / len(runs) for n in range(len(runs))]
+        axes.plot(runs, heights, "C0.", markersize=5, alpha=0.7, label="each run")
+        middle = 100 * (float(row["seconds_against_ddp"]) - 1)
+        axes.plot(middle, place, "kD", markersize=5, label="median of all steps" if place == 0 else None)
+        if len(runs) > 5:  # fewer have no such interval
+            low, high = median_interval(runs)
+            axes.plot([low, high], [place, place], "k-", linewidth=2, label="95 % interval of the median of the runs")
+    names = [
+        f"L = {row['length']}, width {row['width']}\n{row['rounds']} steps of {1e3 * float(row['seconds']):.3g} ms, {row['commit']}"
+        for row in shown
+    ]
+    axes.set_yticks(range(len(shown)), names, fontsize=8)
+    axes.axvline(0, color="k", linestyle="--", linewidth=1)
+    axes.set(xlabel="step time of lss against ddp, %", title="Overhead of the strategy on one rank")
+    axes.set_xlim(*(sign * max(map(abs, [*axes.get_xlim(), 2.0])) for sign in (-1, 1)))
+    if shown:
+        _add_legend(figure, shown)
+    return figure
+
+
+def median_interval(values: list[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Bounds of the median of what ``values`` are drawn from, two of the values themselves (order statistics).
+
+    The k-th smallest of n values lies above the median with the probability that fewer than k of n fair coins show heads.
+    Fewer than six values have no interval of 95 %: then it is the widest there is, smallest to largest.
+    """
+    ordered, n = sorted(values), len(values)
+    outside, k = 0.0, 0
+    while k < n // 2 and outside + comb(n, k) / 2**n <= (1 - confidence) / 2:
+        outside += comb(n, k) / 2**n
+        k += 1
+    k = max(k, 1)
+    return ordered[k - 1], ordered[n - k]
+
+
+def _draw_prediction(prediction: Prediction, rows: list[Row]) -> Figure:
+    newest = {tuple(row[column] for column in prediction.configuration): row for row in rows}.values()
+    measured = [float(row[prediction.measured]) for row in newest]
+    errors = [100 * (float(row[prediction.predicted]) / real - 1) for row, real in zip(newest, measured)]
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    bar = 100 * prediction.bar
+    axes.axhspan(-bar, bar, color="gray", alpha=0.2, linewidth=0, label=f"within {bar:g} %")
+    axes.axhline(0, color="k", linestyle="--", linewidth=1)
+    label = f"{len(newest)} configurations"
+    axes.plot([real / prediction.unit for real in measured], errors, "C0o", markersize=5, alpha=0.6, label=label)
+    axes.set(
+        xscale="log",
+        xlabel=prediction.x_label,
+        ylabel="predicted minus measured, % of measured",
+        title=prediction.title,
+    )
+    axes.xaxis.set_major_formatter("{x:,.4g}")
+    axes.set_ylim(*(sign * 1.3 * max([bar, *map(abs, errors)]) for sign in (-1, 1)))
+    _add_legend(figure, newest)
+    return figure

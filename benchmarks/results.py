@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parent / "results"
 
 @cache
 def environment() -> dict[str, Any]:
-    """Where and with what a figure is measured; ``load`` is the load average of the minute before."""
+    """Say where and with what a figure is measured; ``load`` is the load average of the minute before."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -36,7 +36,7 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that is measured, with a plus if tracked files differ from it."""
+    """Name the commit that is measured, with a plus if tracked files differ from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -59,24 +59,26 @@ def _processor() -> str:
 
 
 def append(figure: str, rows: Sequence[dict[str, Any]], folder: Path = FOLDER) -> Path:
-    """Add rows, all with the same columns, to the figure's CSV; the environment is added to each.
+    """Add rows, all with the same columns, to the figure's CSV, and the environment to each.
+
+    The file may have a last column ``note`` that somebody wrote by hand; new rows leave it empty.
 
     Raises:
         ValueError: if the file exists with other columns.
     """
     path = folder / f"{figure}.csv"
     folder.mkdir(parents=True, exist_ok=True)
-    columns = [*rows[0], *environment()]
-    if path.exists():
+    columns = header = [*rows[0], *environment()]
+    fresh = not path.exists()
+    if not fresh:
         with open(path, newline="") as file:
             header = next(csv.reader(file), columns)
-        if header != columns:
+        if header not in (columns, [*columns, "note"]):
             raise ValueError(
                 f"{path} has other columns: move it away first. It has {header}; the new rows have {columns}."
             )
-    fresh = not path.exists()
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, header, restval="")
         if fresh:
             writer.writeheader()
         writer.writerows({**row, **environment()} for row in rows)
@@ -84,7 +86,7 @@ def append(figure: str, rows: Sequence[dict[str, Any]], folder: Path = FOLDER) -
 
 
 def read(figure: str, folder: Path = FOLDER) -> list[dict[str, str]]:
-    """All rows of a figure, oldest first; none if there is no file."""
+    """Read all rows of a figure, oldest first; none if there is no file."""
     path = folder / f"{figure}.csv"
     if not path.exists():
         return []

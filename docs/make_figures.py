@@ -1,4 +1,4 @@
-"""Draws docs/attention-tiles.png: python docs/make_figures.py"""
+"""Draw docs/attention-tiles.png: python docs/make_figures.py (from the repository's root)."""
 
 from pathlib import Path
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import commands, counting, figures, memory, network, results
+from benchmarks import commands, counting, memory, network, results
 from benchmarks.attention import Shape, check_attention, verdict
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.harness import World, in_turn, median_ratio
@@ -165,6 +165,14 @@ def test_rows_with_other_columns_are_refused(tmp_path) -> None:
         results.append("step", [{"b": 1}], tmp_path)
 
 
+def test_a_column_of_notes_is_left_to_people(tmp_path) -> None:
+    path = results.append("step", [{"a": 1}], tmp_path)
+    header, row = path.read_text().splitlines()
+    path.write_text(f"{header},note\n{row},by hand\n")
+    results.append("step", [{"a": 2}], tmp_path)
+    assert [row["note"] for row in results.read("step", tmp_path)] == ["by hand", ""]
+
+
 def test_a_failing_rank_is_reported() -> None:
     with World(2) as world, pytest.raises(RuntimeError, match="ZeroDivisionError"):
         world.run(2, divmod, 0, group=False, timeout=60)
@@ -190,27 +198,3 @@ def test_namespaces_are_removed_also_after_a_failure() -> None:
     with pytest.raises(RuntimeError, match="failed"), network.Network(2, 100, "lsstest-too-long"):
         pass
     assert not list(Path("/run/netns").glob("lsstest*"))
-
-
-COLUMNS = {
-    **{name: (chart.x, chart.y, *chart.series, *chart.panels) for name, chart in figures.CHARTS.items()},
-    **{name: (own.measured, own.predicted, *own.configuration) for name, own in figures.PREDICTIONS.items()},
-}
-
-
-def test_a_prediction_is_drawn_as_last_measured() -> None:
-    own = figures.PREDICTIONS["planner_time"]
-    common = {"model": "{}", "size": "1", "length": "64", own.predicted: "2.0"}
-    rows = [{**common, own.measured: "9.0", "commit": "old"}, {**common, own.measured: "2.0", "commit": "new"}]
-    picture = figures.draw("planner_time", rows)
-    (axes,) = picture.axes
-    assert [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "o"] == [[2.0]]
-    assert picture.get_supxlabel() == "measured at new"
-
-
-@pytest.mark.parametrize("name", [*figures.CHARTS, *figures.PREDICTIONS])
-def test_every_figure_has_a_picture(tmp_path, name) -> None:
-    columns = [*COLUMNS[name], "commit"]
-    rows = [{column: str(2.0**n) for column in columns} for n in range(1, 4)]
-    figures.draw(name, rows).savefig(tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 0
