@@ -20,7 +20,7 @@ from benchmarks.harness import World, in_turn, median_ratio
 from benchmarks.network import Network, measured_megabits, obstacle
 from benchmarks.steps import Row, compare_single_ranks, compare_steps, who_takes_part
 from benchmarks.training import Job, model_options
-from lightning_lss.models.transformer import TransformerConfig
+from lightning_lss import LSSTransformer
 
 MIB = 2**20
 
@@ -30,7 +30,8 @@ def make_job(args: Namespace, length: int) -> Job:
     options = dict(width=args.width, num_layers=args.layers, num_heads=args.heads, num_kv_heads=args.kv_heads)
     model = model_options(args.model, seq_len=length, **options, **dict(args.set))
     try:
-        TransformerConfig(**model)
+        with torch.device("meta"):
+            LSSTransformer(**model)
     except (TypeError, ValueError) as error:
         raise SystemExit(f"{error} See --width, --layers, --heads, --kv-heads and --set.") from None
     return Job(model, steps=args.warm_up + args.steps, warm_up=args.warm_up)

@@ -16,7 +16,6 @@ from benchmarks.contestants import CONTESTANTS
 from benchmarks.harness import World, in_turn, median_ratio
 from benchmarks.network import bytes_received
 from benchmarks.training import Job, checking_job, gradient_error, gradients, time_steps, time_steps_in_turn
-from lightning_lss.models.transformer import TransformerConfig
 
 Row = dict[str, Any]
 
@@ -117,7 +116,7 @@ def _row(
 ) -> Row:
     ranks, threads = ranks_and_threads(name, size)
     median = statistics.median(seconds[name])
-    config = TransformerConfig(**job.model)
+    config = job.config
     against = {other: seconds[other] for other in ("single", "ddp", "megatron") if other in seconds}
     ratio = {other: median_ratio(own, seconds[name]) for other, own in against.items()}
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from torch.utils.data import DataLoader
 
 from benchmarks.contestants import CONTESTANTS, Contestant, attention_module
 from lightning_lss import LSSAttention, LSSStrategy, LSSTransformer
+from lightning_lss.megatron import MegatronTransformer
+from lightning_lss.models.transformer import TransformerConfig
 
 _CONF = Path(__file__).parents[1] / "conf" / "model"
 _SIZES = (
@@ -55,6 +57,12 @@ class Job:
         """Global sequence length L."""
         return self.model["seq_len"]
 
+    @property
+    def config(self) -> TransformerConfig:
+        """The sizes of the model."""
+        names = {field.name for field in fields(TransformerConfig)}
+        return TransformerConfig(**{name: value for name, value in self.model.items() if name in names})
+
     def with_model(self, **options: Any) -> Job:
         """The same job with other arguments of the model."""
         return replace(self, model={**self.model, **options})
@@ -71,7 +79,8 @@ def model_options(name: str, **options: Any) -> dict[str, Any]:
 def make_module(contestant: Contestant, job: Job) -> LSSTransformer:
     """The model, from the same seed for everyone, with the contestant's attention in it."""
     torch.manual_seed(7)
-    module = LSSTransformer(**{**job.model, **contestant.model})
+    cls = MegatronTransformer if contestant.strategy == "megatron" else LSSTransformer
+    module = cls(**{**job.model, **contestant.model})
     place_attention(module, contestant)
     return module
 
@@ -113,7 +122,7 @@ def make_strategy(contestant: Contestant, size: int) -> Any:
     if contestant.strategy == "ddp":
         return DDPStrategy(**launched)
     if contestant.strategy == "megatron":
-        from lightning_lss.megatron.strategy import MegatronStrategy
+        from lightning_lss.megatron import MegatronStrategy
 
         return MegatronStrategy(size)
     return LSSStrategy(size, contestant.layout, **launched, **contestant.options)

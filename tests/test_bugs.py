@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_lss import ShardedModule, lss_attention, sequence_shard
@@ -220,9 +221,12 @@ class TableOnTheModule(SGDTransformer, ShardedModule):
     def on_train_start(self) -> None:
         self.offset.fill_(self.shard.rank + 1.0)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         self.steps += 1
-        return super().forward(tokens) + self.bias * self.offset * torch.arange(11)
+        logits = super().forward(tokens) + self.bias * self.offset * torch.arange(11)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 def bias_and_offset(rank: int, run: Run) -> tuple[float, float]:

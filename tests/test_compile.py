@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_lss.models.lightning_module import LSSTransformer
 from lightning_lss.models.transformer import Transformer, TransformerConfig
 from lightning_lss.sequence.segment import SequenceShard, segment_modules
 from tests.training import Run, fit, make_loader, make_module, make_samples, make_trainer, worst_difference
@@ -27,7 +27,7 @@ def gradients(model: Transformer, forward: Any, tokens: Tensor) -> dict[str, Ten
 
 def compare(rank: int, layout: str, whole: bool, options: dict[str, Any]) -> tuple[float, str]:
     torch.manual_seed(0)
-    model = Transformer(replace(CONFIG, **options)).double()
+    model = LSSTransformer(CONFIG, **options).model.double()
     shard = SequenceShard(rank, dist.get_world_size(), layout, dist.group.WORLD)
     for module in segment_modules(model):
         module.set_shard(shard)

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.one_rank import GATHER, SCATTER, one_rank_of, shard_of, synchronize
 from lightning_lss import lss_attention
 from lightning_lss.attention.kernels import KERNELS, select_kernel
-from lightning_lss.models.transformer import Transformer, TransformerConfig
+from lightning_lss.models.transformer import ExecutionConfig, Transformer, TransformerConfig
 from lightning_lss.nn.loss import linear_cross_entropy
 from lightning_lss.sequence import collectives
 from lightning_lss.sequence.segment import segment_modules
@@ -142,8 +142,7 @@ class Step:
 
     def __init__(self, mode: str) -> None:
         torch.manual_seed(0)
-        options = {**vars(CONFIG), "activation_checkpointing": mode}
-        self.model = Transformer(TransformerConfig(**options)).to(CUDA, torch.bfloat16)
+        self.model = Transformer(CONFIG, ExecutionConfig(activation_checkpointing=mode)).to(CUDA, torch.bfloat16)
         tokens = torch.randint(256, (1, CONFIG.seq_len), generator=torch.Generator().manual_seed(1)).to(CUDA)
         self.run(tokens)  # libraries take their workspaces
         self.model.zero_grad(set_to_none=True)
@@ -218,18 +217,10 @@ def test_a_compiled_block_has_the_same_gradients(device, mode) -> None:
     if device == "cuda" and shutil.which("gcc") is None and shutil.which("cc") is None:
         pytest.skip("Triton needs a C compiler to launch kernels")
     dtype, limit = (torch.bfloat16, 3e-2) if device == "cuda" else (torch.float64, 1e-12)
-    config = TransformerConfig(
-        seq_len=512,
-        width=256,
-        num_layers=1,
-        num_heads=4,
-        num_kv_heads=2,
-        positions="rotary",
-        activation_checkpointing=mode,
-    )
+    config = TransformerConfig(seq_len=512, width=256, num_layers=1, num_heads=4, num_kv_heads=2, positions="rotary")
     with one_rank_of(4, torch.device(device)):
         torch.manual_seed(0)
-        model = Transformer(config).to(device, dtype)
+        model = Transformer(config, ExecutionConfig(activation_checkpointing=mode)).to(device, dtype)
         for module in segment_modules(model):
             module.set_shard(shard_of(4))
         tokens = torch.randint(256, (1, config.seq_len // 4), generator=torch.Generator().manual_seed(1)).to(device)

@@ -19,7 +19,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lss.attention.module import LSSAttention
-from lightning_lss.checkpoint import consolidate, load_folder
+from lightning_lss.checkpoint import consolidate
+from lightning_lss.checkpoint.folder import load_folder
 from lightning_lss.megatron.parallelize import (
     DATA,
     TENSOR,
@@ -28,7 +29,7 @@ from lightning_lss.megatron.parallelize import (
     parallelize,
     reduce_gradients,
 )
-from lightning_lss.models.transformer import MLPBlock, Transformer, TransformerConfig, count_parameters
+from lightning_lss.models.transformer import ExecutionConfig, MLPBlock, Transformer, TransformerConfig, count_parameters
 from tests.training import (
     LENGTH,
     VOCAB,
@@ -114,15 +115,8 @@ def test_float32_without_clipping_and_with_a_table_that_is_built_in_parts(world)
 
 def count_left_over(rank: int, checkpointing: str, tiles: int) -> int:
     """How many queries of attention, and results of the MLP, are still there when a training step is over."""
-    config = TransformerConfig(
-        vocab_size=40,
-        width=16,
-        num_heads=4,
-        positions="rotary",
-        activation_checkpointing=checkpointing,
-        mlp_tiles=tiles,
-    )
-    model = Transformer(config)
+    config = TransformerConfig(vocab_size=40, width=16, num_heads=4, positions="rotary")
+    model = Transformer(config, ExecutionConfig(activation_checkpointing=checkpointing, mlp_tiles=tiles))
     parallelize(model, init_device_mesh("cpu", (1, 2), mesh_dim_names=(DATA, TENSOR)))
     seen: dict[type[nn.Module], list[StorageWeakRef]] = {LSSAttention: [], MLPBlock: []}
     for module in model.modules():
@@ -175,7 +169,7 @@ def test_a_folder_becomes_a_file_that_any_strategy_resumes(world, tmp_path) -> N
     world.run(
         2, fit_whole, epochs(1, size=2, save=folder, strategy={"megatron": True, "save_distributed_checkpoint": True})
     )
-    with pytest.raises(ValueError, match=r"distributed_checkpoint\.consolidate\("):
+    with pytest.raises(ValueError, match=r"checkpoint\.consolidate\("):
         load_folder(Path(folder))
     consolidate(folder, file)
     unbroken = world.run(1, fit, epochs(2))[0]
@@ -293,7 +287,7 @@ def fit_under_plain_model_parallel(rank: int) -> str:
     as_rank(rank)
     trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=ModelParallelStrategy(1, 2), logger=False)
     with pytest.raises(MisconfigurationException) as refusal:
-        trainer.fit(make_module(Run()), make_samples(4))
+        trainer.fit(make_module(Run(strategy={"megatron": True})), make_samples(4))
     return str(refusal.value)
 
 

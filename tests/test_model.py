@@ -11,6 +11,7 @@ from lightning.fabric.utilities.throughput import measure_flops
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_lss.models.lightning_module import LSSTransformer
 from lightning_lss.models.transformer import MLPBlock, SelfAttention, Transformer, TransformerConfig, count_parameters
 from lightning_lss.nn.rotary import RotaryEmbedding
 
@@ -28,7 +29,7 @@ every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 def make_model(config: TransformerConfig = SMALL, **options: object) -> Transformer:
     torch.manual_seed(0)
-    return Transformer(replace(config, **options))
+    return LSSTransformer(config, **options).model
 
 
 def tokens(length: int = 16, batch: int = 2) -> Tensor:
@@ -227,7 +228,7 @@ def test_operations_can_be_counted_on_meta_tensors() -> None:
 )
 def test_a_configuration_that_does_not_fit_is_refused(options, words) -> None:
     with pytest.raises(ValueError, match=words):
-        replace(SMALL, **options)
+        LSSTransformer(SMALL, **options)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 
 from lightning_lss.attention import exchange
 from lightning_lss.attention.kernels import KERNELS
+from lightning_lss.models.lightning_module import LSSTransformer
 from lightning_lss.models.transformer import Transformer, TransformerConfig
 from lightning_lss.nn.recompute import run_in_tiles
 from lightning_lss.sequence.segment import SequenceShard, segment_modules
@@ -26,7 +26,7 @@ MODES = ["none", "full", "selective", "offload"]
 
 def make_model(**options: Any) -> tuple[Transformer, Tensor]:
     torch.manual_seed(0)
-    model = Transformer(replace(CONFIG, **options)).double()
+    model = LSSTransformer(CONFIG, **options).model.double()
     return model, torch.randint(11, (2, CONFIG.seq_len))
 
 

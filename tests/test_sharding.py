@@ -289,7 +289,7 @@ def test_the_name_is_registered() -> None:
         ({"sharding": "zero"}, "sharding='zero' is unknown: use 'fsdp'"),
         ({"sharding": "fsdp", "find_unused_parameters": True}, "find_unused_parameters: with sharding='fsdp'"),
         ({"sharding": "hybrid", "model_averaging_period": 2}, "model_averaging_period: with sharding='hybrid'"),
-        ({"save_distributed_checkpoint": True, "start_method": "spawn"}, "does not go with start_method='spawn'"),
+        ({"save_distributed_checkpoint": True, "start_method": "spawn"}, "start_method='spawn' are incompatible"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(arguments, words) -> None:

@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_lss import LSSTransformer
-from lightning_lss.checkpoint import consolidate, is_folder
+from lightning_lss.checkpoint import consolidate
+from lightning_lss.checkpoint.folder import is_folder
 from tests.test_checkpoint import AdamTransformer, epochs
 from tests.test_sharding import KINDS, sharded
 from tests.training import (

@@ -116,7 +116,7 @@ def fit_counting_collectives(rank: int, run: Run, length: int, strategy_only: bo
         (
             Run(size=2, model={"seq_len": 18}),
             18,
-            r"num_positions=18\) cannot be shared out over sequence_parallel_size=2",
+            r"num_positions=18\) cannot be divided evenly among sequence_parallel_size=2",
         ),
     ],
 )

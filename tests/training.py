@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_lss import LSSStrategy, LSSTransformer
 from lightning_lss.checkpoint.state import gather_state, tables_by_name
-from lightning_lss.megatron.strategy import MegatronStrategy
+from lightning_lss.megatron import MegatronStrategy, MegatronTransformer
 from lightning_lss.nn.loss import IGNORED
 
 VOCAB, LENGTH = 11, 16
@@ -96,7 +96,10 @@ def make_trainer(rank: int, run: Run, **more: Any) -> pl.Trainer:
 def make_module(run: Run) -> pl.LightningModule:
     torch.manual_seed(7)
     options = dict(vocab_size=VOCAB, seq_len=LENGTH, width=16, num_layers=2, num_heads=4, num_kv_heads=2)
-    return run.module(**{**options, **run.model})
+    cls = run.module
+    if run.strategy.get("megatron"):
+        cls = type(cls.__name__, (MegatronTransformer, cls), {})
+    return cls(**{**options, **run.model})
 
 
 def make_loader(trainer: pl.Trainer, samples: list[Any], batch_size: int) -> DataLoader:

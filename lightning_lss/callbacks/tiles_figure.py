@@ -23,7 +23,7 @@ def draw_attention_tiles(length: int, size: int, layout: str, causal: bool) -> F
         causal: whether the upper triangle is hidden.
 
     Raises:
-        ValueError: if the length cannot be shared out equally.
+        ValueError: if the length cannot be divided evenly.
     """
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
     paint_attention_tiles(figure.subplots(), length, size, layout, causal)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.distributed.tensor import DTensor
 
 from lightning_lss.megatron.parallelize import parallelize
+from lightning_lss.megatron.strategy import MegatronStrategy
 from lightning_lss.models.lightning_module import LSSTransformer
 
 
@@ -13,6 +15,16 @@ class MegatronTransformer(LSSTransformer):
     checkpoints are the same."""
 
     def configure_model(self) -> None:
-        """Split the model over the ranks of the tensor-parallel group; without one it is an LSSTransformer."""
-        if self.device_mesh is not None and not isinstance(self.model.head.weight, DTensor):  # it may be called again
-            parallelize(self.model, self.device_mesh)
+        """Split the model over the ranks of the tensor-parallel group; without one it is an LSSTransformer.
+
+        Raises:
+            MisconfigurationException: under a ModelParallelStrategy that would not finish the gradients.
+        """
+        if self.device_mesh is None or isinstance(self.model.head.weight, DTensor):  # Lightning may call it again
+            return
+        if not isinstance(self.trainer.strategy, MegatronStrategy):
+            raise MisconfigurationException(
+                f"{type(self.trainer.strategy).__name__} would neither split batches along the sequence nor finish the"
+                " gradients. Use lightning_lss.megatron.MegatronStrategy, which is a ModelParallelStrategy that does."
+            )
+        parallelize(self.model, self.device_mesh)

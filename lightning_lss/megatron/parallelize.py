@@ -56,7 +56,7 @@ def parallelize(model: Transformer, mesh: DeviceMesh) -> None:
             ``ModelParallelStrategy`` makes.
 
     Raises:
-        ValueError: if heads, hidden width or learned positions cannot be shared out, before anything is sent.
+        ValueError: if heads, hidden width or learned positions cannot be divided evenly, before anything is sent.
     """
     tensor = mesh[TENSOR]
     check_sizes(model.config, tensor.size())
@@ -85,7 +85,7 @@ def check_sizes(config: TransformerConfig, size: int) -> None:
         check_length(config.seq_len, size, "contiguous")
     if config.hidden_width % size:
         raise ValueError(
-            f"The MLP's hidden width of {config.hidden_width} cannot be shared out over {size} tensor-parallel ranks. Set"
+            f"The MLP's hidden width of {config.hidden_width} cannot be divided evenly among {size} tensor-parallel ranks. Set"
             f" mlp_width to a multiple of {size}, or change sequence_parallel_size."
         )
 
@@ -114,7 +114,7 @@ def _block_plan(config: TransformerConfig, rank: int, size: int) -> dict[str, Pa
         "attention_norm": SequenceParallel(use_local_output=True),
         "attention": gather(),
         "attention.query": ColwiseParallel(),
-        # heads that cannot be shared out: each rank projects only those that its query heads attend to
+        # heads that cannot be divided evenly: each rank projects only those that its query heads attend to
         "attention.key_value": _WholeWeight(own_rows) if config.kv_heads % size else ColwiseParallel(),
         "attention.out": RowwiseParallel(output_layouts=Shard(1)),
         "mlp_norm": SequenceParallel(use_local_output=True),
@@ -229,7 +229,7 @@ def reduce_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> No
     Megatron-LM finalizes its gradients.
 
     Args:
-        parameters: those of a model that :func:`parallelize` has shared out.
+        parameters: those of a model that :func:`parallelize` has split.
         mesh: the mesh it was given.
     """
     with_grad = [parameter for parameter in parameters if parameter.grad is not None]

@@ -6,7 +6,9 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
@@ -21,7 +23,7 @@ class MegatronStrategy(SequenceParallel, ModelParallelStrategy):
 
     The world is a grid of data-parallel groups x tensor-parallel groups. The ranks of a tensor-parallel group share a
     batch, of which each gets its contiguous segment; the module's ``configure_model`` shares out the model with
-    :func:`lightning_lss.megatron.parallelize.parallelize`, as :class:`~lightning_lss.LSSTransformer` does. Losses follow the rule
+    :func:`lightning_lss.megatron.parallelize`, as :class:`~lightning_lss.megatron.MegatronTransformer` does. Losses follow the rule
     of :func:`~lightning_lss.token_mean`: their average over the world is the loss of the global batch.
 
     Args:
@@ -55,6 +57,17 @@ class MegatronStrategy(SequenceParallel, ModelParallelStrategy):
     def _configure_launcher(self) -> None:
         self._tensor_parallel_size, self._data_parallel_size = self.sequence_parallel_size, self.data_parallel_size
         super()._configure_launcher()
+
+    @override
+    def setup_environment(self) -> None:
+        module = self.lightning_module
+        if module is not None and not is_overridden("configure_model", module):
+            raise MisconfigurationException(
+                f"{type(module).__name__} does not split itself over the ranks of a tensor-parallel group in configure_model."
+                " Use lightning_lss.megatron.MegatronTransformer, call lightning_lss.megatron.parallelize there, or use"
+                " strategy='lss', which needs neither."
+            )
+        super().setup_environment()
 
     @override
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -42,11 +43,11 @@ class OptimizerConfig:
         first, second = self.betas  # a configuration file has a list
         object.__setattr__(self, "betas", (first, second))
 
-    def lr_factor(self, step: int, total_steps: float) -> float:
-        """The learning rate of a step as a fraction of ``lr``."""
+    def lr_factor(self, step: int, total_steps: Callable[[], float]) -> float:
+        """The learning rate of a step as a fraction of ``lr``; ``total_steps`` is only asked after the warm-up."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
-        progress = min(1.0, (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps))  # 0 if endless
+        progress = min(1.0, (step - self.warmup_steps) / max(1, total_steps() - self.warmup_steps))  # 0 if endless
         least = self.min_lr / self.lr
         return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -151,7 +152,7 @@ class LSSTransformer(pl.LightningModule):
         groups = self.model.parameter_groups(chosen.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=chosen.lr, betas=chosen.betas)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: chosen.lr_factor(step, self.trainer.estimated_stepping_batches)
+            optimizer, lambda step: chosen.lr_factor(step, lambda: self.trainer.estimated_stepping_batches)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"}}
 

@@ -160,7 +160,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend from each local token to the whole sequence."""
         q = self.query(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, l, D]
-        # key and value of a head side by side, so that heads can be shared out over ranks (tensor parallelism)
+        # key and value of a head side by side, so that heads can be split over ranks (tensor parallelism)
         k, v = self.key_value(x).unflatten(-1, (-1, 2, self.head_dim)).permute(3, 0, 2, 1, 4)  # [B, G, l, D] each
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)

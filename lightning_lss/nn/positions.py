@@ -130,7 +130,7 @@ class SegmentPositionalEmbedding(ShardedModule):
         """Keep only the rows of ``shard``.
 
         Raises:
-            ValueError: if ``num_positions`` cannot be shared out equally.
+            ValueError: if ``num_positions`` cannot be divided evenly.
             RuntimeError: if the rows of another segment have been let go already.
         """
         wanted = position_ranges(self.num_positions, shard.rank, shard.size, shard.layout)

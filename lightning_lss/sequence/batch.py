@@ -39,7 +39,7 @@ def split_batch(batch: Any, shard: SequenceShard, sequence_dims: SequenceDims | 
 
     Raises:
         ValueError: if the tensors to be cut along the default dimension disagree on its size, if a length cannot be
-            shared out equally, or if a named dimension does not exist; before anything is cut, naming keys and shapes.
+            divided evenly, or if a named dimension does not exist; before anything is cut, naming keys and shapes.
     """
     if shard.size == 1:
         return batch

@@ -57,7 +57,7 @@ def chunks_per_rank(size: int, layout: str) -> int:
 
 
 def check_length(length: int, size: int, layout: str) -> None:
-    """Raise ``ValueError`` if ``length`` positions cannot be shared out equally, saying which lengths can."""
+    """Raise ``ValueError`` if ``length`` positions cannot be divided evenly, saying which lengths can."""
     divisor = size * chunks_per_rank(size, layout)
     if length > 0 and length % divisor == 0:
         return
@@ -82,7 +82,7 @@ def check_heads(num_heads: int, size: int) -> None:
     if num_heads % size:
         divisors = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
         raise ValueError(
-            f"num_heads={num_heads} cannot be shared out over {size} tensor-parallel ranks. Use a sequence_parallel_size of"
+            f"num_heads={num_heads} cannot be divided evenly among {size} tensor-parallel ranks. Use a sequence_parallel_size of"
             f" {', '.join(map(str, divisors))}, another number of heads, or strategy=lss, which does not split heads."
         )
 
@@ -106,7 +106,7 @@ def position_ranges(length: int, rank: int, size: int, layout: str) -> tuple[ran
     """The runs of global positions that ``rank`` holds of a sequence of ``length``, in local order.
 
     Raises:
-        ValueError: if ``length`` cannot be shared out equally.
+        ValueError: if ``length`` cannot be divided evenly.
     """
     check_length(length, size, layout)
     chunk = length // (size * chunks_per_rank(size, layout))

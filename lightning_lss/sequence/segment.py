@@ -50,7 +50,7 @@ class SequenceShard:
             )
 
     def local_length(self, length: int) -> int:
-        """Positions per rank, L / S; raises ``ValueError`` if ``length`` cannot be shared out equally."""
+        """Positions per rank, L / S; raises ``ValueError`` if ``length`` cannot be divided evenly."""
         return sum(map(len, position_ranges(length, self.rank, self.size, self.layout)))
 
     def positions(self, local_length: int, device: torch.device | str | None = None) -> Tensor:

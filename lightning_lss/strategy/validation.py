@@ -34,7 +34,7 @@ def check_module(module: pl.LightningModule, size: int, layout: str) -> None:
     """Refuse a module that cannot run on segments.
 
     Raises:
-        MisconfigurationException: if a step takes ``dataloader_iter``, or a positional table cannot be shared out over
+        MisconfigurationException: if a step takes ``dataloader_iter``, or a positional table cannot be divided evenly among
             ``size`` ranks.
     """
     for step in ("training_step", "validation_step", "test_step", "predict_step"):
