@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from lightning_lss import SequenceShard
-from lightning_lss.sequence import collectives
+from lightning_lss.testing.fake_world import fake_world, replaced_collectives
 
 GATHER, SCATTER = "copy for all-gather", "copy for reduce-scatter"  # in traces
 
@@ -86,17 +86,9 @@ class Copies:
 @contextmanager
 def one_rank_of(size: int, device: torch.device) -> Iterator[None]:
     """Within, this process is rank 0 of a world of ``size``, and the collectives of attention are copies."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     copies = Copies(device)
-    own = collectives._all_gather, collectives._reduce_scatter
-    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
-    collectives._all_gather, collectives._reduce_scatter = copies.all_gather, copies.reduce_scatter
-    try:
+    with fake_world(0, size), replaced_collectives(copies.all_gather, copies.reduce_scatter):
         yield
-    finally:
-        collectives._all_gather, collectives._reduce_scatter = own
-        dist.destroy_process_group()
 
 
 def shard_of(size: int, layout: str = "zigzag") -> SequenceShard:

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor.debug import CommDebugMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.counting import CollectiveCounter, Tally
 from lightning_lss.attention.functional import lss_attention
 from lightning_lss.attention.kernels import KERNELS
 from lightning_lss.attention.module import LSSAttention
 from lightning_lss.attention.operator import spec_fields
 from lightning_lss.attention.spec import AttentionSpec
-from lightning_lss.planner.measure import fake_world
 from lightning_lss.sequence import collectives
 from lightning_lss.sequence.layout import LAYOUTS
 from lightning_lss.sequence.segment import SequenceShard
-from tests.world import World
+from lightning_lss.testing.collectives import Collective, CollectiveCounter, Tally, kinds
+from lightning_lss.testing.compare import assert_equal, assert_equal_on_ranks
+from lightning_lss.testing.dispatch import Watch
+from lightning_lss.testing.fake_world import fake_world
+from lightning_lss.testing.world import World
 
 L, WIDTH = 32, 8
 
@@ -65,10 +66,23 @@ def attend_on_rank(rank: int, inputs: list[Tensor], layout: str, wrap: str, opti
     return [shard.gather(x.detach(), dim=2) for x in (out, *(leaf.grad for leaf in leaves))]
 
 
-def worst_error(world: World, size: int, inputs: list[Tensor], layout: str, wrap: str = "", **options: Any) -> float:
+NAMES = ("out", "dq", "dk", "dv")
+
+
+def check_ranks(
+    world: World, size: int, inputs: list[Tensor], layout: str, bound: float, wrap: str = "", **options: Any
+) -> None:
+    """Compare output and gradients on every rank with the textbook formula."""
     reference = expected(inputs, options.get("causal", True))
-    ranks = world.run(size, attend_on_rank, inputs, layout, wrap, options)
-    return max(((x - y).norm() / y.norm()).item() for tensors in ranks for x, y in zip(tensors, reference))
+    check_all(world.run(size, attend_on_rank, inputs, layout, wrap, options), reference, bound)
+
+
+def check_all(by_rank: list[list[Tensor]], reference: list[Tensor], bound: float) -> None:
+    assert_equal_on_ranks([named(tensors) for tensors in by_rank], named(reference), bound)
+
+
+def named(tensors: list[Tensor]) -> dict[str, Tensor]:
+    return dict(zip(NAMES, tensors, strict=True))
 
 
 @pytest.mark.parametrize("kernel", ["cpu_flash", "reference"])
@@ -79,7 +93,7 @@ def worst_error(world: World, size: int, inputs: list[Tensor], layout: str, wrap
 def test_output_and_gradients_match_one_process(world, size, layout, causal, heads, kernel) -> None:
     # float64 throughout, so only the order of summation differs
     inputs = make_inputs(*heads)
-    assert worst_error(world, size, inputs, layout, causal=causal, kernel=kernel) < 1e-12
+    check_ranks(world, size, inputs, layout, 1e-12, causal=causal, kernel=kernel)
 
 
 def attend_with_strides(rank: int, inputs: list[Tensor]) -> list[Tensor]:
@@ -96,10 +110,7 @@ def attend_with_strides(rank: int, inputs: list[Tensor]) -> list[Tensor]:
 
 def test_any_memory_layout_of_the_inputs(world) -> None:
     inputs = make_inputs()
-    reference = expected(inputs, causal=True)
-    for tensors in world.run(2, attend_with_strides, inputs):
-        for ours, theirs in zip(tensors, reference):
-            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    check_all(world.run(2, attend_with_strides, inputs), expected(inputs, causal=True), 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -116,46 +127,34 @@ def test_any_memory_layout_of_the_inputs(world) -> None:
 )
 @pytest.mark.parametrize("wrap", ["", "reentrant", "non_reentrant", "compile"])
 def test_variants_give_the_same_gradients(world, wrap, options) -> None:
-    assert worst_error(world, 2, make_inputs(), "zigzag", wrap, causal=True, **options) < 1e-12
+    check_ranks(world, 2, make_inputs(), "zigzag", 1e-12, wrap, causal=True, **options)
 
 
 def travel(
     rank: int, inputs: list[Tensor], layout: str, options: dict[str, Any]
-) -> tuple[list[Tensor], set[torch.dtype]]:
+) -> tuple[dict[str, Tensor], set[torch.dtype]]:
     shard = SequenceShard(rank, dist.get_world_size(), layout, dist.group.WORLD, torch.bfloat16)
     q, k, v, grad = (shard.split(x, dim=2).clone().requires_grad_() for x in inputs)
-    with CollectiveDtypes() as seen:
+    with CollectiveCounter() as counter:
         out = lss_attention(q, k, v, shard, **options)
         out.backward(grad)
-    return [shard.gather(x.detach(), dim=2) for x in (out, q.grad, k.grad, v.grad)], seen.dtypes
-
-
-class CollectiveDtypes(TorchDispatchMode):
-    """Notes the dtypes of what is gathered and scattered."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtypes: set[torch.dtype] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self.dtypes |= {x.dtype for x in tree_leaves(args[:2]) if isinstance(x, Tensor)}
-        return func(*args, **(kwargs or {}))
+    whole = named([shard.gather(x.detach(), dim=2) for x in (out, q.grad, k.grad, v.grad)])
+    return whole, {collective.dtype for collective in counter.tally}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("options", [{}, {"keep_gathered": True}, {"head_chunks": 4}])
+@pytest.mark.parametrize("options", [{}, {"keep_gathered": True}, {"head_chunks": 4}, {"as_operator": True}])
 def test_keys_and_values_may_travel_in_another_dtype(world, options, layout) -> None:
     inputs = make_inputs(dtype=torch.float32)
     rounded = [x.bfloat16().float() if i in (1, 2) else x for i, x in enumerate(inputs)]
-    out, grad_q, *grads = expected(rounded, causal=True)  # as if they had been rounded before
-    for (own_out, own_grad_q, *own_grads), dtypes in world.run(2, travel, inputs, layout, options):
+    reference = named(expected(rounded, causal=True))  # as if they had been rounded before
+    for own, dtypes in world.run(2, travel, inputs, layout, options):
         assert dtypes == {torch.bfloat16}
-        for ours, theirs in zip((own_out, own_grad_q), (out, grad_q)):
-            torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
-        for ours, theirs in zip(own_grads, grads):  # two summands of bfloat16, rounded at 4e-3 each
-            assert ours.dtype == torch.float32
-            assert (ours - theirs).norm() / theirs.norm() < 1e-2
+        assert {x.dtype for x in own.values()} == {torch.float32}
+        assert_equal(
+            {name: own[name] for name in ("out", "dq")}, {name: reference[name] for name in ("out", "dq")}, 1e-5
+        )
+        assert_equal(own, reference, 1e-2)  # dk and dv are two summands of bfloat16, rounded at 4e-3 each
 
 
 def check_operator(rank: int, keep_gathered: bool) -> None:
@@ -171,68 +170,49 @@ def test_the_operator_is_what_its_registration_says(world, keep_gathered) -> Non
     world.run(2, check_operator, keep_gathered)
 
 
-class Zeros(TorchDispatchMode):
-    """Counts the bytes of tensors that are made of zeros."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in (torch.ops.aten.zeros, torch.ops.aten.zeros_like, torch.ops.aten.new_zeros):
-            self.bytes += out.nbytes
-        return out
-
-
 def test_backward_of_the_operator_is_not_handed_gradients_of_what_it_keeps() -> None:
     q, k, v, grad = make_inputs()
-    with fake_world(0, 2) as group, Zeros() as zeros:
+    zeros: list[Any] = []
+
+    def see(func: Any, args: Any, result: Any) -> None:
+        if func.overloadpacket in (torch.ops.aten.zeros, torch.ops.aten.zeros_like, torch.ops.aten.new_zeros):
+            zeros.append(func)
+
+    with fake_world(0, 2) as group, Watch(see):
         shard = SequenceShard(0, 2, "zigzag", group)
         lss_attention(q.requires_grad_(), k, v, shard, as_operator=True, keep_gathered=True).backward(grad)
-    assert zeros.bytes == 0
+    assert not zeros
 
 
 # float32 rounds at 6e-8 and bfloat16, float16 at 4e-3 and 5e-4 per operation, a few of which add up in a softmax row
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("kernel", ["cpu_flash", "reference"])
 def test_lower_precisions(world, dtype, bound, kernel) -> None:
-    assert worst_error(world, 2, make_inputs(dtype=dtype), "zigzag", causal=True, kernel=kernel) < bound
+    check_ranks(world, 2, make_inputs(dtype=dtype), "zigzag", bound, causal=True, kernel=kernel)
 
 
-def count_collectives(rank: int, options: dict[str, Any]) -> tuple[int, dict[str, int], dict[str, int]]:
-    shard = SequenceShard(rank, dist.get_world_size(), "zigzag", dist.group.WORLD)
-    q, k, v, grad = (shard.split(x, dim=2).clone().requires_grad_() for x in make_inputs())
-    with CommDebugMode() as forward:
-        out = lss_attention(q, k, v, shard, **options)
-    with CommDebugMode() as backward:
-        out.backward(grad)
-    forward, backward = ({op.__name__: n for op, n in mode.get_comm_counts().items()} for mode in (forward, backward))
-    return forward, backward
-
-
-def test_keep_gathered_has_exactly_two_collectives(world) -> None:
-    for forward, backward in world.run(2, count_collectives, {"keep_gathered": True}):
-        assert forward == {"allgather_into_tensor_coalesced_": 1}
-        assert backward == {"reduce_scatter_tensor_coalesced_": 1}
-
-
-def count_by_phase(rank: int) -> Tally:
+def count_by_phase(rank: int, options: dict[str, Any]) -> Tally:
     shard = SequenceShard(rank, dist.get_world_size(), "zigzag", dist.group.WORLD)
     q, k, v, grad = (shard.split(x, dim=2).clone().requires_grad_() for x in make_inputs())
     with CollectiveCounter() as counter:
-        out = lss_attention(q, k, v, shard, head_chunks=2)
+        out = lss_attention(q, k, v, shard, **options)
         counter.phase = "backward"
         out.backward(grad)
     return counter.tally
 
 
+def test_keep_gathered_has_exactly_two_collectives(world) -> None:
+    for tally in world.run(2, count_by_phase, {"keep_gathered": True}):
+        assert kinds(tally, "forward") == {"all_gather": 1}
+        assert kinds(tally, "backward") == {"reduce_scatter": 1}
+
+
 def test_regathering_has_one_more_gather_a_chunk(world) -> None:
     # over gloo in messages, an early and a late one from the other rank, and an all-to-all, summed on arrival
     chunk = 2 * make_inputs()[1].nbytes // 2 // 2  # of K and V, half of the heads, half of the sequence
-    gathers = {(phase, "receive", chunk // 2): 2 * 2 for phase in ("forward", "backward")}
-    for tally in world.run(2, count_by_phase):
-        assert tally == gathers | {("backward", "all_to_all", chunk): 2}
+    gathers = {Collective(phase, "receive", torch.float64, chunk // 2): 2 * 2 for phase in ("forward", "backward")}
+    for tally in world.run(2, count_by_phase, {"head_chunks": 2}):
+        assert tally == gathers | {Collective("backward", "all_to_all", torch.float64, chunk): 2}
 
 
 def go_on_after_an_error(rank: int, inputs: list[Tensor]) -> list[Tensor]:
@@ -262,35 +242,33 @@ def attend_to_segment(shard: SequenceShard, inputs: list[Tensor]) -> list[Tensor
 
 def test_an_error_between_chunks_does_not_spoil_the_group(world) -> None:
     inputs = make_inputs()
-    for found in world.run(2, go_on_after_an_error, inputs, timeout=60):
-        for ours, theirs in zip(found, expected(inputs, causal=True)):
-            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    check_all(world.run(2, go_on_after_an_error, inputs), expected(inputs, causal=True), 1e-10)
 
 
-class CopiedElements(TorchDispatchMode):
+MOVES = ("copy_", "stack", "cat", "clone", "_to_copy", "zero_", "zeros", "zeros_like", "fill_")
+
+
+@contextmanager
+def copied_elements() -> Iterator[list[int]]:
     """How many elements are written by operators that only move or fill."""
+    elements: list[int] = []
 
-    MOVES = ("copy_", "stack", "cat", "clone", "_to_copy", "zero_", "zeros", "zeros_like", "fill_")
+    def see(func: Any, args: Any, result: Any) -> None:
+        if func.namespace == "aten" and func.overloadpacket.__name__ in MOVES:
+            elements.append(result.numel())
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.namespace == "aten" and func.overloadpacket.__name__ in self.MOVES:
-            self.elements += result.numel()
-        return result
+    with Watch(see):
+        yield elements
 
 
 def count_copies(rank: int, layout: str, options: dict[str, Any]) -> tuple[int, int]:
     shard = SequenceShard(rank, dist.get_world_size(), layout, dist.group.WORLD)
     q, k, v, grad = (shard.split(x, dim=2).clone().requires_grad_() for x in make_inputs())
-    with CopiedElements() as forward:
+    with copied_elements() as forward:
         out = lss_attention(q, k, v, shard, **options)
-    with CopiedElements() as backward:
+    with copied_elements() as backward:
         torch.autograd.grad(out, (q, k, v), grad)
-    return forward.elements, backward.elements
+    return sum(forward), sum(backward)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -327,7 +305,7 @@ def test_without_a_shard_it_is_plain_attention(kernel) -> None:
     inputs = make_inputs(4, 2)
     out, *_ = expected(inputs, causal=True)
     for module in (LSSAttention(), LSSAttention(kernel=kernel)):
-        torch.testing.assert_close(module(*inputs[:3]), out, rtol=1e-12, atol=1e-12)
+        assert_equal([module(*inputs[:3])], [out], 1e-12)
 
 
 @pytest.mark.parametrize(

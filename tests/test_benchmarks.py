@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import commands, counting, memory, network, results
 from benchmarks.attention import Shape, check_attention, verdict
 from benchmarks.contestants import CONTESTANTS
-from benchmarks.harness import World, in_turn, median_ratio
 from benchmarks.training import Job, model_options
+from benchmarks.turns import in_turn, median_ratio, start_ranks
+from lightning_lss.testing.collectives import Collective, Tally
 
 JOB = Job(model_options("tiny", seq_len=64, width=32, num_heads=4, dropout=0.1), steps=4, warm_up=3)
 ENVIRONMENT = ["date", "commit", "torch", "lightning", "python", "processor", "cores", "load"]
@@ -23,7 +25,7 @@ ENVIRONMENT = ["date", "commit", "torch", "lightning", "python", "processor", "c
 
 @pytest.fixture(scope="module")
 def ranks():
-    with World(2) as world:
+    with start_ranks(2) as world:
         yield partial(world.run, timeout=60)
 
 
@@ -105,13 +107,16 @@ def test_longest_length() -> None:
 
 
 def test_per_layer_tells_activations_from_parameters() -> None:
-    def tally(job: Job) -> counting.Tally:
+    def gather(received: int) -> Collective:
+        return Collective("forward", "all_gather", torch.float32, received)
+
+    def tally(job: Job) -> Tally:
         layers, length = job.model["num_layers"], job.length
-        gathers = {("forward", "all_gather", 10 * length): layers, ("forward", "all_gather", 700): layers}
-        return Counter({**gathers, ("backward", "all_reduce", 300 + 500 * layers): 1})
+        all_reduce = Collective("backward", "all_reduce", torch.float32, 300 + 500 * layers)
+        return Counter({gather(10 * length): layers, gather(700): layers, all_reduce: 1})
 
     activations, parameter_bytes = counting.per_layer(tally, JOB)
-    assert activations == {("forward", "all_gather", 10 * 64): 1}
+    assert activations == {gather(10 * 64): 1}
     assert parameter_bytes == 700 + 500
 
 
@@ -171,11 +176,6 @@ def test_a_column_of_notes_is_left_to_people(tmp_path) -> None:
     path.write_text(f"{header},note\n{row},by hand\n")
     results.append("step", [{"a": 2}], tmp_path)
     assert [row["note"] for row in results.read("step", tmp_path)] == ["by hand", ""]
-
-
-def test_a_failing_rank_is_reported() -> None:
-    with World(2) as world, pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        world.run(2, divmod, 0, group=False, timeout=60)
 
 
 def test_who_cannot_take_part_says_why() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_lss import SegmentPositionalEmbedding
 from lightning_lss.nn.positions import TableSpec
+from lightning_lss.testing.compare import assert_equal_on_ranks
 from tests.training import (
     LENGTH,
     Run,
@@ -21,7 +22,6 @@ from tests.training import (
     make_module,
     make_samples,
     make_trainer,
-    worst_difference,
 )
 
 TABLE = "model.positions.weight"
@@ -67,8 +67,7 @@ def fit_with_ema(rank: int, run: Run) -> dict[str, Tensor]:
 
 def test_weight_averaging_averages_own_rows(world) -> None:
     reference = world.run(1, fit_with_ema, Run(steps=4))[0]
-    for state in world.run(2, fit_with_ema, Run(size=2, steps=4)):
-        assert worst_difference(state, reference)[0] < 1e-5
+    assert_equal_on_ranks(world.run(2, fit_with_ema, Run(size=2, steps=4)), reference, 1e-5)
 
 
 def load_on_rank_zero(rank: int, run: Run, table: Tensor) -> dict[str, Tensor]:
@@ -99,8 +98,7 @@ def print_parameters_on_rank_zero(rank: int, run: Run) -> dict[str, Tensor]:
 
 def test_looking_at_parameters_on_one_rank_changes_nothing(world) -> None:
     reference = world.run(1, fit, Run())[0]
-    for state in world.run(2, print_parameters_on_rank_zero, Run(size=2)):
-        assert worst_difference(state, reference)[0] < 1e-5
+    assert_equal_on_ranks(world.run(2, print_parameters_on_rank_zero, Run(size=2)), reference, 1e-5)
 
 
 def fit_and_test_with_two_trainers(rank: int, run: Run) -> float:

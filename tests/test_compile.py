@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lightning_lss.models.transformer import Transformer, TransformerConfig
 from lightning_lss.sequence.segment import SequenceShard, segment_modules
-from tests.training import Run, fit, make_loader, make_module, make_samples, make_trainer, worst_difference
+from lightning_lss.testing.compare import assert_equal
+from tests.training import Run, fit, make_loader, make_module, make_samples, make_trainer
 
 CONFIG = TransformerConfig(vocab_size=11, seq_len=32, width=32, num_layers=2, num_heads=4, num_kv_heads=2)
 
@@ -22,10 +23,10 @@ CONFIG = TransformerConfig(vocab_size=11, seq_len=32, width=32, num_layers=2, nu
 def gradients(model: Transformer, forward: Any, tokens: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     forward(tokens).square().sum().backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def compare(rank: int, layout: str, whole: bool, options: dict[str, Any]) -> tuple[float, str]:
+def compare(rank: int, layout: str, whole: bool, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = Transformer(replace(CONFIG, **options)).double()
     shard = SequenceShard(rank, dist.get_world_size(), layout, dist.group.WORLD)
@@ -34,12 +35,12 @@ def compare(rank: int, layout: str, whole: bool, options: dict[str, Any]) -> tup
     tokens = shard.split(torch.randint(11, (2, CONFIG.seq_len)))
     expected = gradients(model, model, tokens)
     if whole:
-        return worst_difference(
-            gradients(model, torch.compile(model, backend="aot_eager", fullgraph=True), tokens), expected
-        )
-    for block in model.blocks:
-        block.compile_forward(backend="aot_eager", fullgraph=True)
-    return worst_difference(gradients(model, model, tokens), expected)
+        forward = torch.compile(model, backend="aot_eager", fullgraph=True)
+    else:
+        forward = model
+        for block in model.blocks:
+            block.compile_forward(backend="aot_eager", fullgraph=True)
+    assert_equal(gradients(model, forward, tokens), expected, 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -54,8 +55,7 @@ def compare(rank: int, layout: str, whole: bool, options: dict[str, Any]) -> tup
     ],
 )
 def test_compiled_models_have_no_graph_break_and_the_same_gradients(world, layout, whole, options) -> None:
-    for difference, name in world.run(2, compare, layout, whole, options, timeout=200):
-        assert difference < 1e-12, name
+    world.run(2, compare, layout, whole, options, timeout=200)
 
 
 NEEDS_COMPILER = pytest.mark.skipif(
@@ -71,8 +71,7 @@ def test_blocks_are_compiled_by_configuration(world, dropout) -> None:
         world.run(2, fit, Run(size=2, model={"dropout": dropout, "compile_blocks": compile_blocks}), timeout=200)[0]
         for compile_blocks in (False, True)
     )
-    difference, name = worst_difference(compiled, plain)
-    assert difference < 1e-5, name
+    assert_equal(compiled, plain, 1e-5)
 
 
 @NEEDS_COMPILER
@@ -85,8 +84,7 @@ def test_compiled_blocks_may_be_sharded_and_validated_before(world) -> None:
         )[0]
         for own in (False, True)
     )
-    difference, name = worst_difference(compiled, plain)
-    assert difference < 1e-5, name
+    assert_equal(compiled, plain, 1e-5)
 
 
 def fit_after_validation(rank: int, run: Run) -> dict[str, Tensor]:

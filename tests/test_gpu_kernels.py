@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_lss.attention.kernels import KERNELS, select_kernel
-from tests.test_kernels import ROUNDING, Inputs, compute, make_inputs, textbook, worst_error
-from tests.test_kernels_cuda import laid_out_as_in_attention
+from tests.kernel_checks import ROUNDING, Inputs, check, compute, laid_out_as_in_attention, make_inputs, textbook
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,10 +35,9 @@ def bound(dtype: torch.dtype) -> float:
     return (60 if dtype == torch.float32 else 8) * ROUNDING[dtype]
 
 
-def check(name: str, inputs: Inputs, causal: bool) -> None:
+def check_kernel(name: str, inputs: Inputs, causal: bool) -> None:
     takes_it(name, inputs.q)
-    error, which = worst_error(compute(name, inputs, causal), textbook(inputs, causal))
-    assert error < bound(inputs.q.dtype), which
+    check(compute(name, inputs, causal), textbook(inputs, causal), bound(inputs.q.dtype))
 
 
 def takes_it(name: str, q: Tensor) -> None:
@@ -60,21 +58,21 @@ def no_tf32_in_the_reference(monkeypatch) -> None:
 @pytest.mark.parametrize("rows", [256, 200])
 @pytest.mark.parametrize("causal", [True, False])
 def test_square_tiles(name, dtype, causal, rows, width, kv_heads) -> None:
-    check(name, make_inputs(rows, rows, 8, kv_heads, width, dtype, "cuda"), causal)
+    check_kernel(name, make_inputs(rows, rows, 8, kv_heads, width, dtype, "cuda"), causal)
 
 
 @kernels
 @pytest.mark.parametrize("kv_heads", [8, 2, 1])
 @pytest.mark.parametrize(("m", "n"), [(64, 256), (100, 333), (256, 64), (2, 130)])
 def test_rectangles(name, dtype, m, n, kv_heads) -> None:
-    check(name, make_inputs(m, n, 8, kv_heads, 64, dtype, "cuda"), causal=False)
+    check_kernel(name, make_inputs(m, n, 8, kv_heads, 64, dtype, "cuda"), causal=False)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [pair for pair in COMBINATIONS if KERNELS[pair[0]].offset_diagonal])
 @pytest.mark.parametrize("kv_heads", [8, 2, 1])
 @pytest.mark.parametrize(("m", "n"), [(64, 256), (100, 333), (129, 130), (1, 77)])
 def test_offset_diagonals_end_in_the_bottom_right_corner(name, dtype, m, n, kv_heads) -> None:
-    check(name, make_inputs(m, n, 8, kv_heads, 64, dtype, "cuda"), causal=True)
+    check_kernel(name, make_inputs(m, n, 8, kv_heads, 64, dtype, "cuda"), causal=True)
 
 
 @kernels
@@ -82,8 +80,7 @@ def test_offset_diagonals_end_in_the_bottom_right_corner(name, dtype, m, n, kv_h
 def test_heads_and_rows_of_larger_tensors(name, dtype, causal) -> None:
     inputs = make_inputs(128, 128, 8, 2, 64, dtype, "cuda")
     takes_it(name, inputs.q)
-    error, which = worst_error(compute(name, laid_out_as_in_attention(inputs), causal), textbook(inputs, causal))
-    assert error < bound(dtype), which
+    check(compute(name, laid_out_as_in_attention(inputs), causal), textbook(inputs, causal), bound(dtype))
 
 
 @kernels
@@ -97,8 +94,7 @@ def test_the_same_shapes_in_another_layout_of_the_gradient(name, dtype) -> None:
         inverse = torch.tensor(order).argsort().tolist()
         others = [x.permute(order).contiguous().permute(inverse) for x in (grad, out)]
         own = KERNELS[name].backward(others[0], q, k, v, others[1], lse, True, 0.3)
-        error, which = worst_error([*own, out, lse], [*expected, out.double(), lse.double()])
-        assert error < bound(dtype), (order, which)
+        check([*own, out, lse], [*expected, out.double(), lse.double()], bound(dtype))
 
 
 @kernels
@@ -111,16 +107,15 @@ def test_backward_of_parts_of_the_keys_adds_up_to_the_whole(name, dtype) -> None
         kernel.backward(grad, q, k[:, :, keys], v[:, :, keys], out, lse, False, 0.3)
         for keys in (slice(0, 32), slice(32, None))
     ]
-    summed = [parts[0][0] + parts[1][0], *(torch.cat([p[i] for p in parts], 2) for i in (1, 2))]
-    error, which = worst_error(summed, [x.double() for x in whole])
-    assert error < bound(dtype), which
+    summed = [out, lse, parts[0][0] + parts[1][0], *(torch.cat([p[i] for p in parts], 2) for i in (1, 2))]
+    check(summed, [out, lse, *whole], bound(dtype))
 
 
 @kernels
 def test_a_long_row_of_keys(name, dtype) -> None:
     # 16,384 keys: the log-sum-exp is about log(16,384) + 1, and a probability about 6e-5
     inputs = make_inputs(64, 16_384, 2, 1, 64, dtype, "cuda")
-    check(name, inputs, causal=False)
+    check_kernel(name, inputs, causal=False)
 
 
 def test_float32_and_wide_heads_do_not_fall_back_to_the_reference() -> None:
@@ -139,6 +134,6 @@ def test_newer_flash_attention_where_it_is_installed(impl) -> None:
     try:
         for kv_heads in (8, 2):
             for m, n, causal in ((256, 256, True), (100, 333, False), (100, 333, True)):
-                check("cuda_flash", make_inputs(m, n, 8, kv_heads, 64, torch.bfloat16, "cuda"), causal)
+                check_kernel("cuda_flash", make_inputs(m, n, 8, kv_heads, 64, torch.bfloat16, "cuda"), causal)
     finally:
         attention.restore_flash_attention_impl()

@@ -3,77 +3,15 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 
 from lightning_lss.attention.kernels import KERNELS, reference, select_kernel
+from lightning_lss.testing.compare import assert_equal
+from tests.kernel_checks import ROUNDING, SCALE, Inputs, check, compute, make_inputs, textbook
 
 CPU_KERNELS = ["cpu_flash", "reference"]
-SCALE = 0.3
-
-# How much one rounding of each dtype changes a number. Results are sums of some tens of products of numbers around 1,
-# so a right kernel is off by ten roundings or so (by fewer in the short types, which it sums up in float32), a wrong
-# one by 1e-1 and more.
-ROUNDING = {torch.float64: 1.1e-16, torch.float32: 6e-8, torch.float16: 4.9e-4, torch.bfloat16: 3.9e-3}
-NAMES = ("out", "lse", "dq", "dk", "dv")
-
-
-class Inputs(NamedTuple):
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    grad: Tensor
-
-
-def make_inputs(
-    m: int,
-    n: int,
-    heads: int = 2,
-    kv_heads: int = 2,
-    width: int = 8,
-    dtype: torch.dtype = torch.float64,
-    device: str = "cpu",
-) -> Inputs:
-    generator = torch.Generator().manual_seed(m * 1000 + n)
-    shapes = [(2, heads, m, width), (2, kv_heads, n, width), (2, kv_heads, n, width), (2, heads, m, width)]
-    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    return Inputs(*(x.to(device, dtype) for x in tensors))
-
-
-def textbook(inputs: Inputs, causal: bool) -> list[Tensor]:
-    """Out, lse, dq, dk, dv from softmax(scale q k^T) v in float64, the causal diagonal ending in the bottom right
-    corner."""
-    q, k, v, grad = (x.double() for x in inputs)
-    q, k, v = (x.requires_grad_() for x in (q.clone(), k.clone(), v.clone()))
-    repeat = q.size(1) // k.size(1)
-    scores = q @ k.repeat_interleave(repeat, 1).mT * SCALE
-    m, n = scores.shape[-2:]
-    if causal:
-        hidden = torch.ones(m, n, device=q.device).triu(n - m + 1).bool()
-        scores = scores.masked_fill(hidden, float("-inf"))
-    out = scores.softmax(-1) @ v.repeat_interleave(repeat, 1)
-    return [out.detach(), scores.logsumexp(-1).detach(), *torch.autograd.grad(out, (q, k, v), grad)]
-
-
-def compute(name: str, inputs: Inputs, causal: bool) -> list[Tensor]:
-    """The same five by the kernel, checked for their shapes and dtypes."""
-    q, k, v, grad = inputs
-    kernel = KERNELS[name]
-    out, lse = kernel.forward(q, k, v, causal, SCALE)
-    grads = kernel.backward(grad, q, k, v, out, lse, causal, SCALE)
-    assert out.dtype == q.dtype
-    assert lse.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
-    assert [x.shape for x in (out, lse, *grads)] == [q.shape, q.shape[:3], q.shape, k.shape, v.shape]
-    assert all(x.dtype == q.dtype for x in grads)
-    return [out, lse, *grads]
-
-
-def worst_error(results: list[Tensor], expected: list[Tensor]) -> tuple[float, str]:
-    errors = [((x.double() - y).norm() / y.norm().clamp(min=1e-30)).item() for x, y in zip(results, expected)]
-    return max(zip(errors, NAMES))
 
 
 @pytest.mark.parametrize("width", [4, 5, 64])
@@ -83,19 +21,16 @@ def worst_error(results: list[Tensor], expected: list[Tensor]) -> tuple[float, s
 def test_square_tiles_of_even_and_odd_sizes(name, causal, rows, width) -> None:
     inputs = make_inputs(rows, rows, width=width)
     if rows == 1:  # one key: the gradient of a softmax over it is 0, up to rounding, which has no relative error
-        for result, value in zip(compute(name, inputs, causal), textbook(inputs, causal)):
-            torch.testing.assert_close(result, value, rtol=1e-14, atol=1e-14)
+        assert_equal(compute(name, inputs, causal), textbook(inputs, causal), 1e-14, floor=1)
         return
-    error, which = worst_error(compute(name, inputs, causal), textbook(inputs, causal))
-    assert error < 30 * ROUNDING[torch.float64], which
+    check(compute(name, inputs, causal), textbook(inputs, causal), 30 * ROUNDING[torch.float64])
 
 
 @pytest.mark.parametrize(("m", "n"), [(3, 17), (17, 3), (1, 40), (33, 34), (64, 200)])
 @pytest.mark.parametrize("name", CPU_KERNELS)
 def test_rectangles_without_a_mask(name, m, n) -> None:
     inputs = make_inputs(m, n)
-    error, which = worst_error(compute(name, inputs, False), textbook(inputs, False))
-    assert error < 30 * ROUNDING[torch.float64], which
+    check(compute(name, inputs, False), textbook(inputs, False), 30 * ROUNDING[torch.float64])
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
@@ -103,8 +38,7 @@ def test_rectangles_without_a_mask(name, m, n) -> None:
 @pytest.mark.parametrize("name", CPU_KERNELS)
 def test_grouped_query_heads(name, causal, kv_heads) -> None:
     inputs = make_inputs(24, 24, heads=6, kv_heads=kv_heads)
-    error, which = worst_error(compute(name, inputs, causal), textbook(inputs, causal))
-    assert error < 30 * ROUNDING[torch.float64], which
+    check(compute(name, inputs, causal), textbook(inputs, causal), 30 * ROUNDING[torch.float64])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -113,8 +47,9 @@ def test_grouped_query_heads(name, causal, kv_heads) -> None:
 def test_lower_precisions_are_off_by_a_few_roundings(name, causal, dtype) -> None:
     # rounded first, so that the formula sees the same numbers
     inputs = make_inputs(40, 40, heads=4, kv_heads=2, dtype=dtype)
-    error, which = worst_error(compute(name, inputs, causal), textbook(inputs, causal))
-    assert error < (10 if dtype == torch.float32 else 4) * ROUNDING[dtype], which
+    check(
+        compute(name, inputs, causal), textbook(inputs, causal), (10 if dtype == torch.float32 else 4) * ROUNDING[dtype]
+    )
 
 
 @pytest.mark.parametrize("name", CPU_KERNELS)
@@ -123,17 +58,15 @@ def test_inputs_of_any_stride(name) -> None:
     whole = make_inputs(20, 20, heads=4, kv_heads=4)
     strided = Inputs(*(x.transpose(1, 2).contiguous().transpose(1, 2)[:, 1:3, 4:13] for x in whole))
     plain = Inputs(*(x.contiguous() for x in strided))
-    error, which = worst_error(compute(name, strided, True), textbook(plain, True))
-    assert error < 30 * ROUNDING[torch.float64], which
+    check(compute(name, strided, True), textbook(plain, True), 30 * ROUNDING[torch.float64])
 
 
 @pytest.mark.parametrize("name", CPU_KERNELS)
 def test_large_scores_do_not_overflow(name) -> None:
     inputs = make_inputs(16, 16)
     inputs = inputs._replace(q=inputs.q * 1000)  # scores of about 1,000, whose exponentials exceed float64
-    for result, expected in zip(compute(name, inputs, True), textbook(inputs, True)):
-        # a probability carries the roundings of its score, 1,000 x 1e-16, and dk multiplies it by the 1,000 of q
-        torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
+    # a probability carries the roundings of its score, 1,000 x 1e-16, and dk multiplies it by the 1,000 of q
+    assert_equal(compute(name, inputs, True), textbook(inputs, True), 1e-9, floor=1)
 
 
 @pytest.mark.parametrize(("m", "n"), [(5, 12), (12, 12), (1, 9)])
@@ -143,10 +76,8 @@ def test_an_offset_diagonal_gives_the_last_rows_of_the_square(m, n) -> None:
     last_rows = Inputs(square.q[:, :, n - m :], square.k, square.v, square.grad[:, :, n - m :])
     out, lse, dq, dk, dv = compute("reference", square, True)
     expected = [*(x[:, :, n - m :] for x in (out, lse, dq)), dk, dv]
-    error, which = worst_error(compute("reference", last_rows, True), expected)
-    assert error < 10 * ROUNDING[torch.float64], which
-    error, which = worst_error(compute("reference", last_rows, True), textbook(last_rows, True))
-    assert error < 30 * ROUNDING[torch.float64], which
+    check(compute("reference", last_rows, True), expected, 10 * ROUNDING[torch.float64])
+    check(compute("reference", last_rows, True), textbook(last_rows, True), 30 * ROUNDING[torch.float64])
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -154,15 +85,15 @@ def test_an_offset_diagonal_gives_the_last_rows_of_the_square(m, n) -> None:
 def test_the_reference_works_in_blocks_of_rows(monkeypatch, m, n, causal) -> None:
     monkeypatch.setattr(reference, "_ROWS", 8)
     inputs = make_inputs(m, n)
-    error, which = worst_error(compute("reference", inputs, causal), textbook(inputs, causal))
-    assert error < 30 * ROUNDING[torch.float64], which
+    check(compute("reference", inputs, causal), textbook(inputs, causal), 30 * ROUNDING[torch.float64])
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_more_rows_than_one_block_of_the_reference(causal) -> None:
     inputs = make_inputs(reference._ROWS + 1, 600, heads=1, kv_heads=1, width=2)
-    error, which = worst_error(compute("reference", inputs, causal), textbook(inputs, causal))
-    assert error < 100 * ROUNDING[torch.float64], which  # sums of hundreds
+    check(
+        compute("reference", inputs, causal), textbook(inputs, causal), 100 * ROUNDING[torch.float64]
+    )  # sums of hundreds
 
 
 @pytest.mark.parametrize("cut", [1, 8, 20])
@@ -176,8 +107,7 @@ def test_backward_of_parts_of_the_keys_adds_up_to_the_whole(name, cut) -> None:
         for keys in (slice(0, cut), slice(cut, None))
     ]
     summed = [out, lse, parts[0][0] + parts[1][0], *(torch.cat([p[i] for p in parts], 2) for i in (1, 2))]
-    error, which = worst_error(summed, [out, lse, dq, dk, dv])
-    assert error < 10 * ROUNDING[torch.float64], which
+    check(summed, [out, lse, dq, dk, dv], 10 * ROUNDING[torch.float64])
 
 
 # -- which kernel ------------------------------------------------------------------------------------------------------

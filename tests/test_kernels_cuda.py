@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lss.attention.exchange import empty_chunk, heads_first
 from lightning_lss.attention.kernels import KERNELS
 from lightning_lss.attention.kernels import cuda as kernels_cuda
-from tests.test_kernels import ROUNDING, Inputs, compute, make_inputs, textbook, worst_error
+from tests.kernel_checks import ROUNDING, Inputs, check, compute, laid_out_as_in_attention, make_inputs, textbook
 
 CUDA_KERNELS = ["cuda_flash", "cudnn", "efficient"]
 FORWARD, BACKWARD = KERNELS["reference"].forward, KERNELS["reference"].backward
@@ -116,16 +115,6 @@ def operators(request, monkeypatch) -> None:
     kernels_cuda._cudnn_keeps_last_dimension.cache_clear()
 
 
-def laid_out_as_in_attention(inputs: Inputs) -> Inputs:
-    """The same numbers as parts of larger tensors: heads and rows of [B, l, H, D], keys and values of a head chunk."""
-    q, k, v, grad = inputs
-    chunk = heads_first(empty_chunk(k.new_zeros(k.size(0), k.size(1), k.size(2) + 3, k.size(3)), 1))
-    keys_values = chunk.zero_()[..., 2:-1, :].copy_(torch.stack((k, v)))
-    larger = [x.new_zeros(x.size(0), x.size(2) + 3, x.size(1) + 2, x.size(3)) for x in (q, grad)]
-    q, grad = [whole.transpose(1, 2)[:, 1:-1, 2:-1].copy_(x) for whole, x in zip(larger, (q, grad))]
-    return Inputs(q, *keys_values, grad)
-
-
 @pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("width", [8, 12])
@@ -135,8 +124,9 @@ def test_operators_are_given_what_they_rely_on(name, m, n, causal, width, kv_hea
     if causal and m != n and not KERNELS[name].offset_diagonal:
         n = m
     inputs = make_inputs(m, n, heads=4, kv_heads=kv_heads, width=width)
-    error, which = worst_error(compute(name, laid_out_as_in_attention(inputs), causal), textbook(inputs, causal))
-    assert error < 30 * ROUNDING[torch.float64], which
+    check(
+        compute(name, laid_out_as_in_attention(inputs), causal), textbook(inputs, causal), 30 * ROUNDING[torch.float64]
+    )
 
 
 @pytest.mark.usefixtures("operators")

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_lss.nn.loss import IGNORED, linear_cross_entropy, token_mean
+from lightning_lss.testing.compare import assert_equal
+from lightning_lss.testing.dispatch import Watch
 
 
 def mean_on_rank(rank: int, sums: list[float], counts: list[int], dtype: torch.dtype, as_tensor: bool) -> Tensor:
@@ -62,7 +63,7 @@ def test_averaged_gradients_are_those_of_the_mean_over_all_tokens(world, counts)
     losses = [linear_loss(weight, rank, count) for rank, count in enumerate(counts)]
     (reduce(operator.add, losses) / sum(counts)).backward()
     average = torch.stack(world.run(len(counts), gradient_on_rank, counts)).mean(0)
-    torch.testing.assert_close(average, weight.grad, rtol=1e-14, atol=0)
+    assert_equal([average], [weight.grad], 1e-14)
 
 
 def masked_on_rank(rank: int) -> float:
@@ -145,8 +146,7 @@ def test_cross_entropy_and_gradients_are_those_of_logits(implementation, vocabul
     wide = [x.detach().double().requires_grad_() for x in (features, weight)]
     plain = F.cross_entropy(F.linear(*wide), targets, ignore_index=IGNORED, reduction="sum")
     assert ours[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    for x, y in zip(ours, loss_and_gradients(plain, *wide)):
-        assert ((x.double() - y).norm() / y.norm()).item() < bound
+    assert_equal(ours, loss_and_gradients(plain, *wide), bound)
 
 
 def test_cross_entropy_of_nothing_that_counts_is_zero(implementation) -> None:
@@ -170,23 +170,17 @@ def test_cross_entropy_in_autocast_and_without_gradients(implementation) -> None
     assert torch.autograd.grad(lower, features)[0].dtype == torch.float32
 
 
-class LargestTensor(TorchDispatchMode):
-    """The most elements of any tensor that was made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.elements = max([self.elements, *(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))])
-        return result
-
-
 def test_cross_entropy_never_holds_all_logits(monkeypatch) -> None:
     monkeypatch.delattr(F, "linear_cross_entropy", raising=False)  # its inside is not visible
     features, weight, targets = head_inputs(50, torch.float32)
-    with LargestTensor() as largest:
+    elements: list[int] = []
+
+    def see(func: Any, args: Any, result: Any) -> None:
+        elements.extend(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))
+
+    with Watch(see):
         linear_cross_entropy(features, weight, targets).backward()
-    assert largest.elements < ROWS * 50 / 2
+    assert max(elements) < ROWS * 50 / 2
 
 
 def test_gradients_of_a_sum_that_float16_cannot_say(implementation) -> None:
@@ -203,16 +197,12 @@ def test_gradients_of_a_sum_that_float16_cannot_say(implementation) -> None:
 def test_evaluation_computes_no_gradients(monkeypatch) -> None:
     monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
     features, weight, targets = head_inputs(50, torch.float32)
-    with torch.no_grad(), CountedProducts() as counted:
+    products: list[Any] = []
+
+    def see(func: Any, args: Any, result: Any) -> None:
+        if func.overloadpacket.__name__ in ("mm", "addmm"):
+            products.append(func)
+
+    with torch.no_grad(), Watch(see):
         linear_cross_entropy(features, weight, targets)
-    assert counted.products == -(-ROWS // 256)
-
-
-class CountedProducts(TorchDispatchMode):
-    """How many matrix products are computed."""
-
-    products = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.products += func.overloadpacket.__name__ in ("mm", "addmm")
-        return func(*args, **(kwargs or {}))
+    assert len(products) == -(-ROWS // 256)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_lss.sequence.grid import SequenceGrid, build_grid, data_group_ranks, sequence_group_ranks
+from lightning_lss.testing.fake_world import fake_world
 
 GRIDS = [(world_size, size) for world_size in (1, 2, 4, 6, 12) for size in range(1, 13) if world_size % size == 0]
 
@@ -111,15 +111,14 @@ def test_a_world_of_one_has_no_groups() -> None:
 
 
 def build_in_a_fake_world(_: int, world_size: int, rank: int, size: int) -> tuple[Any, ...]:
-    dist.destroy_process_group()  # the worker's own; at the end it destroys the fake one in its place
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    mesh = build_grid(world_size, rank, size)
-    return *as_lists(mesh), tuple(mesh.device_mesh("cpu").shape)
+    with fake_world(rank, world_size):
+        mesh = build_grid(world_size, rank, size)
+        return *as_lists(mesh), tuple(mesh.device_mesh("cpu").shape)
 
 
 @pytest.mark.parametrize("rank", [0, 1_000, 3_455])
 def test_the_grid_of_the_papers_largest_run(world, rank) -> None:
-    ((sequence, replica, shape),) = world.run(1, build_in_a_fake_world, 3_456, rank, 6)
+    ((sequence, replica, shape),) = world.run(1, build_in_a_fake_world, 3_456, rank, 6, group=False)
     assert sequence == list(range(rank - rank % 6, rank - rank % 6 + 6))
     assert replica == list(range(rank % 6, 3_456, 6))
     assert shape == (576, 6)

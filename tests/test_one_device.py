@@ -18,8 +18,8 @@ from lightning_lss import SequenceShard, lss_attention
 from lightning_lss.attention.kernels import KERNELS, select_kernel
 from lightning_lss.attention.tiles import pairs_of_rank
 from lightning_lss.sequence import collectives
-from tests.recorded_ranks import RecordedRanks
-from tests.test_kernels import ROUNDING, Inputs, make_inputs, worst_error
+from lightning_lss.testing.recorded_ranks import RecordedRanks
+from tests.kernel_checks import ROUNDING, Inputs, check, make_inputs
 
 LENGTH = 256
 GPU = [
@@ -59,11 +59,10 @@ def plain(inputs: Inputs, causal: bool) -> list[Tensor]:
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 @pytest.mark.parametrize(("size", "causal"), [(4, True), (8, True), (4, False)])
 def test_all_ranks_together_are_plain_attention(
-    monkeypatch, size, causal, layout, kv_heads, options, device, kernel, dtype, limit
+    size, causal, layout, kv_heads, options, device, kernel, dtype, limit
 ) -> None:
     inputs = make_inputs(LENGTH, LENGTH, 8, kv_heads, 64, dtype, device)
-    error, which = error_of_all_ranks(monkeypatch, inputs, size, layout, causal, kernel=kernel, **options)
-    assert error < limit * ROUNDING[dtype], which
+    check_all_ranks(inputs, size, layout, causal, limit * ROUNDING[dtype], kernel=kernel, **options)
 
 
 @pytest.mark.parametrize("keys", [1, 40, LENGTH])
@@ -74,14 +73,13 @@ def test_a_kernel_may_take_any_number_of_keys_at_a_time(monkeypatch, causal, lay
         KERNELS, "cpu_flash", KERNELS["cpu_flash"]._replace(backward_keys=keys, forward_keys=lambda rows: keys)
     )
     inputs = make_inputs(LENGTH, LENGTH, 4, 2, 16, torch.float64, "cpu")
-    error, which = error_of_all_ranks(monkeypatch, inputs, 4, layout, causal, kernel="cpu_flash")
-    assert error < 100 * ROUNDING[torch.float64], which
+    check_all_ranks(inputs, 4, layout, causal, 100 * ROUNDING[torch.float64], kernel="cpu_flash")
 
 
-def error_of_all_ranks(
-    monkeypatch: pytest.MonkeyPatch, inputs: Inputs, size: int, layout: str, causal: bool, **options: Any
-) -> tuple[float, str]:
-    """The largest error of output and gradients, and whose it is."""
+def check_all_ranks(
+    inputs: Inputs, size: int, layout: str, causal: bool, bound: float, late: bool = False, **options: Any
+) -> None:
+    """Compare output and gradients with those of the whole sequence."""
 
     def work(shard: SequenceShard) -> list[Tensor]:
         q, k, v, grad = (shard.split(x, 2).transpose(1, 2).contiguous().transpose(1, 2) for x in inputs)
@@ -89,10 +87,11 @@ def error_of_all_ranks(
         out = lss_attention(*leaves, shard, causal, **options)
         return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
-    by_rank = RecordedRanks(size, layout, monkeypatch).run(work)
+    with RecordedRanks(size, layout, late) as ranks:
+        by_rank = ranks.run(work)
     order = torch.cat([SequenceShard(r, size, layout).positions(LENGTH // size) for r in range(size)]).argsort()
     whole = [torch.cat(parts, 2)[:, :, order.to(inputs[0].device)] for parts in zip(*by_rank)]
-    return worst_error(whole, plain(inputs, causal))
+    check(whole, plain(inputs, causal), bound, names=("out", "dq", "dk", "dv"))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])

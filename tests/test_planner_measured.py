@@ -6,14 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lss.models.transformer import TransformerConfig, count_parameters
 from lightning_lss.planner import Options, Setup, rank_memory, step_traffic
-from lightning_lss.planner.measure import fake_world, make_model, make_step, measure_memory
+from lightning_lss.planner.measure import make_model, make_step, measure_memory
 from lightning_lss.planner.parameters import count
+from lightning_lss.testing.collectives import CollectiveCounter
+from lightning_lss.testing.fake_world import fake_world
 
 BARE = Options(ddp=False)
 
@@ -92,25 +92,6 @@ def test_what_cannot_be_measured_is_refused() -> None:
 # -- bytes -------------------------------------------------------------------------------------------------------------
 
 
-class Received(TorchDispatchMode):
-    """Calls and bytes received of all-gathers and reduce-scatters, by the sizes of their tensors."""
-
-    def __init__(self, ranks: int) -> None:
-        super().__init__()
-        self.ranks = ranks
-        self.calls = {"gather": 0, "scatter": 0}
-        self.bytes = {"gather": 0, "scatter": 0}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        names = {"_allgather_base_": "gather", "_reduce_scatter_base_": "scatter"}
-        name = names.get(func._schema.name.removeprefix("c10d::"))
-        if name is not None:
-            whole = max(x.nbytes for x in args[:2] if isinstance(x, torch.Tensor))
-            self.calls[name] += 1
-            self.bytes[name] += whole * (self.ranks - 1) // self.ranks
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("sizes", [{}, {"keep_gathered": True}, {"num_kv_heads": 2}])
 @pytest.mark.parametrize("chunks", [None, 2])
 def test_bytes_of_attention_are_those_that_travel(sizes, chunks) -> None:
@@ -119,8 +100,10 @@ def test_bytes_of_attention_are_those_that_travel(sizes, chunks) -> None:
     setup = setup_of(4, 1024, replace(BARE, head_chunks=chunks), **sizes)
     with fake_world(1, 4) as group:
         model = make_model(setup, group)
-        with Received(4) as received:
+        with CollectiveCounter() as counter:
             make_step(model, setup)()
-    predicted = {name: [t for t in step_traffic(setup) if t.name.startswith(name)] for name in ("gather", "scatter")}
-    assert {name: sum(t.calls for t in entries) for name, entries in predicted.items()} == received.calls
-    assert {name: sum(t.received for t in entries) for name, entries in predicted.items()} == received.bytes
+    for name, kind in (("gather", "all_gather"), ("scatter", "reduce_scatter")):
+        predicted = [traffic for traffic in step_traffic(setup) if traffic.name.startswith(name)]
+        counted = {x: number for x, number in counter.tally.items() if x.kind == kind}
+        assert sum(traffic.calls for traffic in predicted) == sum(counted.values())
+        assert sum(traffic.received for traffic in predicted) == sum(x.received * n for x, n in counted.items())

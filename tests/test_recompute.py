@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
 
-from lightning_lss.attention import exchange
 from lightning_lss.attention.kernels import KERNELS
 from lightning_lss.models.transformer import Transformer, TransformerConfig
 from lightning_lss.nn.recompute import run_in_tiles
 from lightning_lss.sequence.segment import SequenceShard, segment_modules
+from lightning_lss.testing.collectives import CollectiveCounter, kinds
+from lightning_lss.testing.compare import assert_equal
 from tests.training import Run, fit
 
 CONFIG = TransformerConfig(vocab_size=11, seq_len=64, width=32, num_layers=3, num_heads=4)
@@ -38,9 +39,8 @@ def gradients(model: Transformer, tokens: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("tiles", [1, 3])
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_are_those_without(mode, tiles) -> None:
-    expected = gradients(*make_model())
-    for name, grad in gradients(*make_model(activation_checkpointing=mode, mlp_tiles=tiles)).items():
-        torch.testing.assert_close(grad, expected[name], rtol=1e-12, atol=1e-12, msg=name)
+    own = gradients(*make_model(activation_checkpointing=mode, mlp_tiles=tiles))
+    assert_equal(own, gradients(*make_model()), 1e-12)
 
 
 def activations(model: Transformer, tokens: Tensor) -> tuple[int, int]:
@@ -80,42 +80,40 @@ def test_tiles_that_do_not_divide_the_sequence() -> None:
     torch.testing.assert_close(run_in_tiles(layer, x, 64), layer(x), rtol=1e-14, atol=1e-14)
 
 
-def count_work(rank: int, mode: str) -> tuple[int, int]:
-    """How often the kernel runs forward, and how often keys and values are gathered, in a step."""
-    counts = {"kernel": 0, "gather": 0}
-    kernel, gather = KERNELS["cpu_flash"], exchange.all_gather
+def count_work(rank: int, mode: str) -> tuple[int, dict[str, int]]:
+    """How often the kernel runs forward, and the collectives, in a step."""
+    calls = []
+    kernel = KERNELS["cpu_flash"]
 
     def forward(*args: Any) -> Any:
-        counts["kernel"] += 1
+        calls.append(args)
         return kernel.forward(*args)
 
-    def all_gather(*args: Any) -> Any:
-        counts["gather"] += 1
-        return gather(*args)
-
-    KERNELS["cpu_flash"], exchange.all_gather = kernel._replace(forward=forward), all_gather
+    KERNELS["cpu_flash"] = kernel._replace(forward=forward)
     try:
         model, tokens = make_model(activation_checkpointing=mode, positions="rotary")
         shard = SequenceShard(rank, dist.get_world_size(), "contiguous", dist.group.WORLD)
         for module in segment_modules(model):
             module.set_shard(shard)
-        model(shard.split(tokens)).sum().backward()
+        with CollectiveCounter() as counter:
+            model(shard.split(tokens)).sum().backward()
     finally:
-        KERNELS["cpu_flash"], exchange.all_gather = kernel, gather
-    return counts["kernel"], counts["gather"]
+        KERNELS["cpu_flash"] = kernel
+    return len(calls), kinds(counter.tally)
 
 
 def test_selective_computes_attention_once(world) -> None:
     # rank 0 has one tile a layer, rank 1 two; a gather forward and one backward, and one more to compute again
     layers = CONFIG.num_layers
+    once = {"all_gather": 2 * layers, "reduce_scatter": layers}
     for mode in ("none", "selective"):
-        assert world.run(2, count_work, mode) == [(layers, 2 * layers), (2 * layers, 2 * layers)], mode
-    assert world.run(2, count_work, "full") == [(2 * layers, 3 * layers), (4 * layers, 3 * layers)]
+        assert world.run(2, count_work, mode) == [(layers, once), (2 * layers, once)], mode
+    twice = {**once, "all_gather": 3 * layers}
+    assert world.run(2, count_work, "full") == [(2 * layers, twice), (4 * layers, twice)]
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_dropout_draws_the_same_masks_again(world, mode) -> None:
     runs = [Run(size=2, model={"activation_checkpointing": m, "dropout": 0.5}) for m in ("none", mode)]
     expected, own = (world.run(2, fit, run)[0] for run in runs)
-    for name, value in expected.items():
-        torch.testing.assert_close(own[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    assert_equal(own, expected, 1e-5)

@@ -18,10 +18,12 @@ from torch.distributed.tensor import DTensor
 from lightning_lss import LSSStrategy, LSSTransformer
 from lightning_lss.parallel.fsdp import units_of
 from lightning_lss.parallel.segment_local import SegmentGradScaler
-from tests.test_checkpoint import AdamTransformer
-from tests.test_parity import OwnModule, assert_parity
-from tests.test_strategy import Recorder, TransformerBuiltLate, gradient_norms
+from lightning_lss.testing.compare import assert_equal, assert_equal_on_ranks
+from lightning_lss.testing.world import WorkerError, World
+from tests.modules import OwnModule, Recorder, TransformerBuiltLate, gradient_norms
 from tests.training import (
+    KINDS,
+    AdamTransformer,
     Run,
     SGDTransformer,
     fit,
@@ -29,16 +31,8 @@ from tests.training import (
     make_module,
     make_samples,
     make_trainer,
-    worst_difference,
+    sharded,
 )
-from tests.world import WorkerError, World
-
-KINDS = ["fsdp", "hybrid"]
-
-
-def sharded(kind: str | None = "fsdp", **more: Any) -> dict[str, Any]:
-    return {"sharding": kind, **more}
-
 
 # -- what a rank holds -------------------------------------------------------------------------------------------------
 
@@ -124,7 +118,7 @@ def test_users_modules(world: World, module, kind) -> None:
     trainer = {"gradient_clip_val": 0.3, "precision": "64-true"}
     reference = world.run(1, fit, Run(module=module, trainer=trainer))[0]
     run = Run(size=2, module=module, trainer=trainer, strategy=sharded(kind))
-    assert_parity(world.run(4, fit, run), reference, 1e-10)
+    assert_equal_on_ranks(world.run(4, fit, run), reference, 1e-10)
 
 
 class WithBatchNorm(OwnModule):
@@ -140,7 +134,7 @@ def test_buffers_are_those_of_ddp(world: World, kind) -> None:
     plain = world.run(4, fit, Run(size=2, module=WithBatchNorm, trainer=trainer))
     ours = world.run(4, fit, Run(size=2, module=WithBatchNorm, trainer=trainer, strategy=sharded(kind)))
     for states in zip(ours, plain):
-        assert worst_difference(*states)[0] < 1e-10
+        assert_equal(*states, 1e-10)
 
 
 class TwoPlayers(pl.LightningModule):
@@ -182,7 +176,7 @@ def test_manual_optimization(world: World, kind, units) -> None:
     trainer = {"precision": "64-true"}
     reference = world.run(1, fit, Run(module=TwoPlayers, trainer=trainer, steps=6))[0]
     run = Run(size=2, module=TwoPlayers, trainer=trainer, steps=6, strategy=sharded(kind, sharding_units=units))
-    assert_parity(world.run(4, fit, run), reference, 1e-10)
+    assert_equal_on_ranks(world.run(4, fit, run), reference, 1e-10)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -190,7 +184,7 @@ def test_accumulation_over_two_batches_in_flight(world: World, kind) -> None:
     trainer = {"precision": "64-true", "accumulate_grad_batches": 3, "gradient_clip_val": 0.3}
     reference = world.run(1, fit, Run(trainer=trainer))[0]
     run = Run(size=2, trainer=trainer, strategy=sharded(kind))
-    assert_parity(world.run(4, fit, run), reference, 1e-10)
+    assert_equal_on_ranks(world.run(4, fit, run), reference, 1e-10)
 
 
 class Unequal(SGDTransformer):
@@ -205,7 +199,7 @@ class Unequal(SGDTransformer):
 
 def test_ranks_start_from_rank_zero(world: World) -> None:
     reference = world.run(1, fit, Run(module=Unequal))[0]
-    assert_parity(world.run(4, fit, Run(size=2, module=Unequal, strategy=sharded())), reference, 1e-4)
+    assert_equal_on_ranks(world.run(4, fit, Run(size=2, module=Unequal, strategy=sharded())), reference, 1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -244,7 +238,7 @@ def test_precisions(world: World, precision) -> None:
     trainer = {"precision": precision, "gradient_clip_val": 0.3}
     plain = world.run(4, fit, Run(size=2, trainer=trainer))
     for states in zip(world.run(4, fit, Run(size=2, trainer=trainer, strategy=sharded())), plain):
-        assert worst_difference(*states)[0] < 0.02
+        assert_equal(*states, 0.02)
 
 
 def step_with_overflow(rank: int, overflowing: int) -> bool:

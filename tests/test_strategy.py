@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,6 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_lss import LSSStrategy, SequenceShard, sequence_shard
+from lightning_lss.testing.collectives import CollectiveCounter
+from lightning_lss.testing.compare import assert_equal, assert_equal_on_ranks
+from lightning_lss.testing.world import WorkerError, World
+from tests.modules import Recorder, TransformerBuiltLate, gradient_norms
 from tests.training import (
     LENGTH,
     Run,
@@ -28,9 +34,7 @@ from tests.training import (
     make_module,
     make_samples,
     make_trainer,
-    worst_difference,
 )
-from tests.world import WorkerError, World
 
 
 @pytest.mark.parametrize(
@@ -90,23 +94,16 @@ class TakesIterator(SGDTransformer):
         raise AssertionError("never reached")
 
 
-def fit_counting_collectives(rank: int, run: Run, length: int, strategy_only: bool) -> str:
-    """The error that a run ends with, and that nothing was sent before it."""
-    from torch.distributed.tensor.debug import CommDebugMode
-
+def fit_counting_collectives(rank: int, run: Run, length: int) -> tuple[str, int]:
+    """The error that a run ends with, and how many collectives there were before it."""
     module, trainer = make_module(run), make_trainer(rank, run)
     samples = make_samples(8, length)
-    with CommDebugMode() as mode:
+    with CollectiveCounter() as counter:
         try:
             trainer.fit(module, make_loader(trainer, samples, 2))
         except Exception as error:
-            attention = mode.get_total_counts()
-            return (
-                f"{type(error).__name__}: {error}"
-                if attention == 0 or not strategy_only
-                else f"{attention} collectives"
-            )
-    return "nothing was raised"
+            return f"{type(error).__name__}: {error}", counter.tally.total()
+    return "nothing was raised", 0
 
 
 @pytest.mark.parametrize(
@@ -121,7 +118,8 @@ def fit_counting_collectives(rank: int, run: Run, length: int, strategy_only: bo
     ],
 )
 def test_modules_that_cannot_be_split_are_refused_before_any_collective(world, run, length, words) -> None:
-    for message in world.run(2, fit_counting_collectives, run, length, True):
+    for message, collectives in world.run(2, fit_counting_collectives, run, length):
+        assert collectives == 0
         assert message.startswith("MisconfigurationException")
         assert re.search(words, message)
 
@@ -136,7 +134,7 @@ def test_modules_that_cannot_be_split_are_refused_before_any_collective(world, r
 )
 def test_lengths_that_cannot_be_split_are_refused_on_every_rank(world, length, layout, words) -> None:
     run = Run(size=2, layout=layout, model={"positions": "rotary", "seq_len": length})
-    for message in world.run(2, fit_counting_collectives, run, length, False):
+    for message, _ in world.run(2, fit_counting_collectives, run, length):
         assert message.startswith("ValueError: Batch entry inputs (2,")
         assert re.search(words, message)
 
@@ -149,25 +147,6 @@ class ZeroTransformer(SGDTransformer):
 def test_optimizers_that_copy_parameters_between_ranks_are_refused(world) -> None:
     with pytest.raises(WorkerError, match="ZeroRedundancyOptimizer copies parameters between ranks"):
         world.run(2, fit, Run(size=2, module=ZeroTransformer))
-
-
-class Recorder(SGDTransformer):
-    """Checks in every stage that batches are split, and collects metrics."""
-
-    def check(self, batch: dict[str, Tensor]) -> None:
-        assert batch["inputs"].size(1) * sequence_shard(self).size == LENGTH
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        self.check(batch)
-        return super().training_step(batch, batch_idx)
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.check(batch)
-        return super().validation_step(batch, batch_idx)
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        self.check(batch)
-        return super().predict_step(batch, batch_idx)
 
 
 def all_stages(rank: int, run: Run) -> dict[str, Any]:
@@ -192,10 +171,10 @@ def test_fit_validate_test_and_predict_agree_with_one_process(world, size) -> No
     reference = world.run(1, all_stages, Run(**run))[0]
     for results in world.run(size, all_stages, Run(size=size, **run)):
         assert results.keys() == reference.keys()
-        torch.testing.assert_close(results["after"], reference["after"], rtol=1e-4, atol=1e-5)
+        assert_equal([results["after"]], [reference["after"]], 1e-4)
         for key, value in reference.items():
             if key == "predict":
-                assert all(torch.equal(ours, theirs) for ours, theirs in zip(results[key], value))
+                assert_equal(results[key], value, 0)
             elif key != "after":
                 assert results[key] == pytest.approx(value, rel=1e-5), key
 
@@ -205,15 +184,13 @@ def test_precisions(world, precision) -> None:
     # bfloat16 keeps 8 bits, so one step in it agrees to a few thousandths
     bound = {"64-true": 1e-10, "16-true": 5e-3}.get(precision, 3e-2)
     reference = world.run(1, fit, Run(steps=1, trainer={"precision": precision}))[0]
-    for state in world.run(2, fit, Run(size=2, steps=1, trainer={"precision": precision})):
-        assert worst_difference(state, reference)[0] < bound
+    assert_equal_on_ranks(world.run(2, fit, Run(size=2, steps=1, trainer={"precision": precision})), reference, bound)
 
 
 @pytest.mark.parametrize("trainer", [{"overfit_batches": 2, "max_epochs": 2}, {"fast_dev_run": 2}])
 def test_trainer_modes(world, trainer) -> None:
     reference = world.run(1, fit, Run(trainer=trainer))[0]
-    for state in world.run(2, fit, Run(size=2, trainer=trainer)):
-        assert worst_difference(state, reference)[0] < 1e-5
+    assert_equal_on_ranks(world.run(2, fit, Run(size=2, trainer=trainer)), reference, 1e-5)
 
 
 class SplitsItself(SGDTransformer):
@@ -232,49 +209,15 @@ def fit_with_labels(rank: int, run: Run) -> dict[str, Tensor]:
 @pytest.mark.parametrize("more", [{"module": SplitsItself}, {"strategy": {"sequence_dims": {"label": None}}}])
 def test_batches_with_entries_that_are_not_sequences(world, more) -> None:
     reference = world.run(1, fit_with_labels, Run())[0]
-    for state in world.run(2, fit_with_labels, Run(size=2, **more)):
-        assert worst_difference(state, reference)[0] < 1e-5
+    assert_equal_on_ranks(world.run(2, fit_with_labels, Run(size=2, **more)), reference, 1e-5)
     with pytest.raises(WorkerError, match=r"disagree on the sequence length.*label \(4, 3\)"):
         world.run(2, fit_with_labels, Run(size=2))
-
-
-def gradient_norms(rank: int, run: Run) -> list[float]:
-    norms = []
-
-    class Spy(pl.Callback):
-        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-            grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            norm = getattr(trainer.strategy, "gradient_norm", lambda: torch.nn.utils.get_total_norm(grads))()
-            norms.append(norm.item())
-
-    trainer = make_trainer(rank, run, callbacks=[Spy()])
-    trainer.fit(make_module(run), make_loader(trainer, make_samples(16), 4))
-    return norms
 
 
 def test_gradient_norm_is_that_of_the_whole_model(world) -> None:
     reference = world.run(1, gradient_norms, Run())[0]
     for norms in world.run(4, gradient_norms, Run(size=4)):
         assert norms == pytest.approx(reference, rel=1e-4)
-
-
-class TransformerBuiltLate(SGDTransformer):
-    """Makes its layers in ``configure_model`` or in ``setup``, when the strategy has handed out shards already."""
-
-    late_hook = "configure_model"
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.kwargs = kwargs
-        self.model = None  # type: ignore[assignment]
-
-    def build(self) -> None:
-        if self.model is None:
-            torch.manual_seed(7)
-            self.model = SGDTransformer(**self.kwargs).model
-
-    def configure_model(self) -> None:
-        self.build()
 
 
 class TransformerBuiltInSetup(TransformerBuiltLate):
@@ -288,8 +231,7 @@ class TransformerBuiltInSetup(TransformerBuiltLate):
 @pytest.mark.parametrize("module", [TransformerBuiltLate, TransformerBuiltInSetup])
 def test_modules_made_late_get_their_shard(world: World, module) -> None:
     reference = world.run(1, fit, Run(module=module))[0]
-    for state in world.run(2, fit, Run(size=2, module=module)):
-        assert worst_difference(state, reference)[0] < 1e-5
+    assert_equal_on_ranks(world.run(2, fit, Run(size=2, module=module)), reference, 1e-5)
 
 
 class BatchNormed(SGDTransformer):
@@ -332,8 +274,7 @@ class ReentrantTransformer(CheckpointedTransformer):
 @pytest.mark.parametrize("module", [CheckpointedTransformer, ReentrantTransformer])
 def test_activation_checkpointing(world, module) -> None:
     reference = world.run(1, fit, Run())[0]
-    for state in world.run(2, fit, Run(size=2, module=module)):
-        assert worst_difference(state, reference)[0] < 1e-5
+    assert_equal_on_ranks(world.run(2, fit, Run(size=2, module=module)), reference, 1e-5)
 
 
 def fit_compiled(rank: int, run: Run) -> dict[str, Tensor]:
@@ -347,8 +288,7 @@ def fit_compiled(rank: int, run: Run) -> dict[str, Tensor]:
 def test_a_compiled_module(world, positions) -> None:
     run = {"model": {"positions": positions}}
     reference = world.run(1, fit, Run(samples=16, **run))[0]
-    for state in world.run(2, fit_compiled, Run(size=2, **run), timeout=120):
-        assert worst_difference(state, reference)[0] < 1e-5
+    assert_equal_on_ranks(world.run(2, fit_compiled, Run(size=2, **run), timeout=120), reference, 1e-5)
 
 
 class CutAtBorders(SGDTransformer):
@@ -389,7 +329,9 @@ def test_pytorch_lightning_is_refused(tmp_path) -> None:
         "    except Exception as error:\n"
         "        print(error)\n"
     )
-    process = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, str(script)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     by_name, by_object = process.stdout.splitlines()
     assert "lightning_lss works with `lightning`" in by_name
     assert "for lightning.pytorch.Trainer" in by_object
