@@ -1,6 +1,6 @@
 """What only a GPU can show: streams, pinned memory, peaks of the caching allocator, NCCL, compiled kernels. The checks
-that do not depend on the device run on CPU too. Kernels are in test_gpu_kernels.py, whole attention in
-test_one_device.py.
+that do not depend on the device run on CPU too. Kernels are in attention/test_gpu_kernels.py, whole attention
+in attention/test_one_device.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.one_rank import GATHER, SCATTER, one_rank_of, shard_of, synchronize
 from lightning_lss import lss_attention
 from lightning_lss.attention.kernels import KERNELS, select_kernel
 from lightning_lss.models.transformer import Transformer, TransformerConfig
@@ -26,6 +25,7 @@ from lightning_lss.nn.loss import linear_cross_entropy
 from lightning_lss.sequence import collectives
 from lightning_lss.sequence.segment import segment_modules
 from lightning_lss.testing.compare import assert_equal
+from lightning_lss.testing.one_rank import GATHER, SCATTER, one_rank_of, shard_of, synchronize
 from tests.kernel_checks import make_inputs
 from tests.traces import read_trace, streams, windows
 

@@ -319,6 +319,7 @@ def test_recall_is_learned_across_segments_and_only_there(world) -> None:
     assert min(world.run(2, fit_recall, cut, timeout=200)) > 1.8  # ln 8 = 2.08 is chance
 
 
+@pytest.mark.slow
 def test_pytorch_lightning_is_refused(tmp_path) -> None:
     script = tmp_path / "other.py"
     script.write_text(
@@ -329,7 +330,7 @@ def test_pytorch_lightning_is_refused(tmp_path) -> None:
         "    except Exception as error:\n"
         "        print(error)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, str(script)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     by_name, by_object = process.stdout.splitlines()

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_lss.testing.compare import assert_equal
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
@@ -44,6 +44,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tenso
     return torch.load(path, weights_only=False)["state_dict"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "strategy"),
     [([], "lss"), ([], "lss_spawn"), ([], "lss_fork"), (TORCHRUN, "lss")],
@@ -56,6 +57,7 @@ def test_launchers_train_what_one_process_trains(reference, tmp_path, launcher, 
     assert_equal(state, reference, 1e-5)
 
 
+@pytest.mark.slow
 def test_the_readmes_example_runs_and_is_the_one_in_examples(tmp_path) -> None:
     example = ROOT / "examples/own_module.py"
     assert example.read_text() in (ROOT / "README.md").read_text()
@@ -73,6 +75,7 @@ def test_links_in_documents_lead_somewhere() -> None:
             assert (document.parent / link).exists(), f"{document.name}: {link}"
 
 
+@pytest.mark.slow
 def test_a_failing_rank_shows_its_error_and_ends_the_run(tmp_path) -> None:
     script = tmp_path / "fail.py"
     script.write_text(
@@ -93,6 +96,7 @@ def train(folder: Path, *overrides: str, launcher: tuple[str, ...] = (), code: i
     return python(*launcher, ROOT / "train.py", "experiment=debug", f"hydra.run.dir={folder}", *overrides, code=code)
 
 
+@pytest.mark.slow
 def test_train_py_from_start_to_prediction(tmp_path) -> None:
     output = train(tmp_path / "fit")
     for words in ("val bits per byte", "tokens per second", "checkpoint", "tensorboard --logdir"):
@@ -146,12 +150,14 @@ def check_tensorboard(folder: Path) -> None:
     assert "_hparams_/experiment" in events.summary_metadata
 
 
+@pytest.mark.slow
 def test_train_py_under_torchrun(tmp_path) -> None:
     output = train(tmp_path / "run", launcher=tuple(TORCHRUN))
     assert "val bits per byte" in output
     assert (tmp_path / "run/checkpoints/last.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_multirun_gives_each_run_a_folder(tmp_path) -> None:
     sweep = f"hydra.sweep.dir={tmp_path}"
     python(ROOT / "train.py", "-m", "experiment=debug", "seq_len=64,128", sweep, "data.batch_size=1", timeout=280)
@@ -160,6 +166,7 @@ def test_multirun_gives_each_run_a_folder(tmp_path) -> None:
         assert (tmp_path / str(index) / "checkpoints/last.ckpt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

