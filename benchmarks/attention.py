@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from benchmarks.contestants import CONTESTANTS, attention_module
 from lightning_lss import SequenceShard, ShardedModule
+from lightning_lss.testing.compare import worst_difference
 
 RIGHT = 1e-4  # relative error in float32 up to which a gradient counts as right
 
@@ -60,16 +61,13 @@ def check_attention(rank: int, name: str, size: int, shape: Shape) -> dict[str, 
     out = _attention(rank, name, size, shape.causal)(*leaves)
     out.backward(shard.split(grad, 2).contiguous())
     pairs = [(out, expected), *((leaf.grad, x.grad) for leaf, x in zip(leaves, whole))]
-    return {name: _error(own, shard.split(x, 2)) for name, (own, x) in zip(("out", "dq", "dk", "dv"), pairs)}
+    named = zip(("out", "dq", "dk", "dv"), pairs)
+    return {name: worst_difference([own], [shard.split(x, 2)]).error for name, (own, x) in named}
 
 
 def verdict(error: float) -> str:
     """What the column ``gradients`` says."""
     return "right" if error <= RIGHT else "wrong"
-
-
-def _error(own: Any, expected: Any) -> float:
-    return ((own - expected).norm() / expected.norm()).item()
 
 
 def _attention(rank: int, name: str, size: int, causal: bool) -> torch.nn.Module:

@@ -16,11 +16,13 @@ from torch.nn import functional as F
 import lightning_lss.nn.loss
 from benchmarks import attention, counting, memory
 from benchmarks.contestants import CONTESTANTS, Contestant
-from benchmarks.harness import World, in_turn, median_ratio
 from benchmarks.network import Network, measured_megabits, obstacle
 from benchmarks.steps import Row, compare_single_ranks, compare_steps, who_takes_part
 from benchmarks.training import Job, model_options
+from benchmarks.turns import in_turn, median_ratio, start_ranks
 from lightning_lss import LSSTransformer
+from lightning_lss.testing.collectives import Tally, describe, total_bytes
+from lightning_lss.testing.world import World
 
 MIB = 2**20
 
@@ -43,7 +45,7 @@ def run_attention(args: Namespace) -> list[Row]:
     shape = attention.Shape(
         args.length, args.heads, args.kv_heads or args.heads, args.head_width, not args.bidirectional
     )
-    with World(max(args.ranks)) as world:
+    with start_ranks(max(args.ranks)) as world:
         for size in args.ranks:
             names = _only(args.contestants, lambda c: c.splits_sequence, "whose ranks have no segment to attend from")
             names = who_takes_part(names, size, shape.heads, shape.kv_heads)
@@ -84,7 +86,7 @@ def _attention_errors(world: World, name: str, size: int, shape: attention.Shape
 
 def run_steps(args: Namespace) -> list[Row]:
     """Whole training steps on sequences of the same length; also strong scaling."""
-    with World(max(args.ranks)) as world:
+    with start_ranks(max(args.ranks)) as world:
         return _flat(
             compare_steps(world, args.contestants, s, make_job(args, args.length), args.rounds) for s in args.ranks
         )
@@ -94,13 +96,13 @@ def run_overhead(args: Namespace) -> list[Row]:
     """Whole training steps of one rank, in turn step by step."""
     if args.ranks != [1]:
         raise SystemExit(f"overhead is that of one rank: leave out --ranks {' '.join(map(str, args.ranks))}.")
-    with World(len(args.contestants)) as world:
+    with start_ranks(len(args.contestants)) as world:
         return compare_single_ranks(world, args.contestants, make_job(args, args.length), args.rounds)
 
 
 def run_weak_scaling(args: Namespace) -> list[Row]:
     """Whole training steps on ``length`` positions a rank; efficiency is in FLOP/s a rank, against the fewest ranks."""
-    with World(max(args.ranks)) as world:
+    with start_ranks(max(args.ranks)) as world:
         jobs = {size: make_job(args, args.length * size) for size in args.ranks}
         rows = _flat(compare_steps(world, args.contestants, size, jobs[size], args.rounds) for size in args.ranks)
     first = {row["contestant"]: row for row in sorted(rows, key=lambda row: -row["ranks"])}
@@ -120,7 +122,7 @@ def run_slow_network(args: Namespace) -> list[Row]:
     rows = []
     for size in args.ranks:
         for megabits in args.megabits:
-            with Network(size, megabits) as network, World(size, network) as world:
+            with Network(size, megabits) as network, start_ranks(size, network) as world:
                 rate = round(world.run(size, measured_megabits, megabits)[0], 1)
                 for kv_heads in args.kv_heads_list:
                     own = Namespace(**{**vars(args), "kv_heads": kv_heads})
@@ -135,16 +137,16 @@ def run_slow_network(args: Namespace) -> list[Row]:
 def run_communication(args: Namespace) -> list[Row]:
     """Collectives and bytes that a layer adds to a rank's step."""
     rows: list[Row] = []
-    with World(max(args.ranks)) as world:
+    with start_ranks(max(args.ranks)) as world:
         for size in args.ranks:
             job = replace(make_job(args, args.length), steps=4, warm_up=3)  # DDP arranges its buckets in the first two
             heads, kv_heads = job.model["num_heads"], job.model.get("num_kv_heads") or job.model["num_heads"]
             found = {}
             for name in who_takes_part(args.contestants, size, heads, kv_heads):
                 found[name] = counting.per_layer(partial(_count, world, name, size), job)
-            reference = counting.total_bytes(found["megatron"][0]) if "megatron" in found else None
+            reference = total_bytes(found["megatron"][0]) if "megatron" in found else None
             for name, (activations, parameter_bytes) in found.items():
-                received = counting.total_bytes(activations)
+                received = total_bytes(activations)
                 rows.append(
                     {
                         "contestant": name,
@@ -153,11 +155,11 @@ def run_communication(args: Namespace) -> list[Row]:
                         "width": job.model["width"],
                         "heads": heads,
                         "kv_heads": kv_heads,
-                        "forward": counting.describe(activations, "forward"),
-                        "backward": counting.describe(activations, "backward"),
+                        "forward": describe(activations, "forward"),
+                        "backward": describe(activations, "backward"),
                         "bytes_per_layer": received,
-                        "bytes_forward": counting.total_bytes(activations, "forward"),
-                        "bytes_backward": counting.total_bytes(activations, "backward"),
+                        "bytes_forward": total_bytes(activations, "forward"),
+                        "bytes_backward": total_bytes(activations, "backward"),
                         "bytes_against_megatron": round(received / reference, 4) if reference else "",
                         "parameter_bytes_per_layer": parameter_bytes,
                     }
@@ -165,7 +167,7 @@ def run_communication(args: Namespace) -> list[Row]:
     return rows
 
 
-def _count(world: World, name: str, size: int, job: Job) -> counting.Tally:
+def _count(world: World, name: str, size: int, job: Job) -> Tally:
     return world.run(size, counting.count_step, name, size, job)[0]
 
 
@@ -176,7 +178,7 @@ def run_memory(args: Namespace) -> list[Row]:
     heads, kv_heads = job.model["num_heads"], job.model.get("num_kv_heads") or job.model["num_heads"]
     if args.shapes:
         args.contestants = _on_shapes(args.contestants)
-    with World(1 if args.shapes else max(args.ranks)) as world:
+    with start_ranks(1 if args.shapes else max(args.ranks)) as world:
         alone = memory.measure(world, "single", 1, job, args.shapes)
         rows.append(_memory_row("single", 1, job, args.shapes, alone, alone, None))
         for size in args.ranks:
@@ -225,7 +227,7 @@ def run_longest(args: Namespace) -> list[Row]:
     rows: list[Row] = []
     heads = make_job(args, 2 * max(args.ranks)).model["num_heads"]
     args.contestants = _on_shapes(args.contestants)
-    with World(max(args.ranks)) as world:
+    with start_ranks(max(args.ranks)) as world:
         whole: int | None = None
         for size in args.ranks:
             names = [n for n in args.contestants if (CONTESTANTS[n].strategy == "single") == (size == 1)]
@@ -262,7 +264,7 @@ def run_loss(args: Namespace) -> list[Row]:
     cases = [("plain", args.tokens, True), ("plain", args.tokens_checked, True), ("plain", args.tokens_checked, False)]
     if hasattr(lightning_lss.nn.loss, "linear_cross_entropy"):
         cases += [("chunked", args.tokens, False), ("chunked", args.tokens_checked, False)]
-    with World(1) as world:
+    with start_ranks(1) as world:
         sizes = args.width, args.vocabulary
         run = partial(world.run, 1, _loss_peak, group=False, threads=os.cpu_count() or 1)
         peaks = {(name, tokens, shapes): run(name, tokens, *sizes, shapes)[0] for name, tokens, shapes in cases}

@@ -37,9 +37,9 @@ if not __package__:
 from benchmarks import figures, results
 from benchmarks.gpu_attention import BACKENDS, CONTEXT_PARALLEL, Call, compare
 from benchmarks.gpu_step import time_steps
-from benchmarks.one_rank import one_rank_of
 from benchmarks.training import model_options
 from lightning_lss.attention.kernels import select_kernel
+from lightning_lss.testing.one_rank import one_rank_of
 
 _COLUMNS = [
     *(

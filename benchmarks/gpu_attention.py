@@ -16,10 +16,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.harness import in_turn
-from benchmarks.one_rank import Timed, shard_of, time_call
+from benchmarks.one_rank import Timed, time_call
+from benchmarks.turns import in_turn
 from lightning_lss import lss_attention
 from lightning_lss.attention.tiles import pairs_of_rank
+from lightning_lss.testing.one_rank import shard_of
 
 BACKENDS = {
     "cuda_flash": SDPBackend.FLASH_ATTENTION,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,8 +10,9 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from torch.utils.data import DataLoader
 
-from benchmarks.one_rank import OneOfMany, copy_bucket, synchronize
+from benchmarks.one_rank import OneOfMany, copy_bucket
 from lightning_lss import LSSStrategy, LSSTransformer
+from lightning_lss.testing.clock import StepClock
 
 # Dense bfloat16. Lightning knows the chip under another name and with sparsity: NVIDIA's H200 data sheet has 1,979 with
 # sparsity, half of that without.
@@ -26,13 +26,12 @@ def peak_flops(device: torch.device) -> float | None:
     return _PEAK_FLOPS.get(torch.cuda.get_device_name(device)) or get_available_flops(device, torch.bfloat16)
 
 
-class _Clock(pl.Callback):
-    """Seconds of each step, and the bytes on the device at the peak of the steps after the first."""
+class _Clock(StepClock):
+    """Also notes the bytes on the device at the peak of the steps after the first."""
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self.device = device
-        self.seconds: list[float] = []
-        self._start = 0.0
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         trainer.strategy.model.register_comm_hook(None, copy_bucket)  # Lightning's argument for it is for CUDA only
@@ -40,12 +39,7 @@ class _Clock(pl.Callback):
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
         if index == 1 and self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # the first has made the optimizer's state
-        synchronize(self.device)
-        self._start = time.perf_counter()
-
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        synchronize(self.device)
-        self.seconds.append(time.perf_counter() - self._start)
+        super().on_train_batch_start(trainer, module, batch, index)
 
     @property
     def peak(self) -> int:

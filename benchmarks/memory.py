@@ -26,14 +26,15 @@ from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
 from benchmarks.contestants import CONTESTANTS, Contestant
-from benchmarks.harness import World
 from benchmarks.steps import ranks_and_threads
 from benchmarks.training import Job, fit, make_module
 from lightning_lss import LSSTransformer, SequenceShard
 from lightning_lss.megatron.parallelize import DATA, TENSOR, parallelize
 from lightning_lss.nn.dropout import SegmentDropout
-from lightning_lss.planner.seeing import is_own_operator, run_inside
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, segment_local_names, segment_modules
+from lightning_lss.testing.dispatch import is_own_operator, run_inside
+from lightning_lss.testing.fake_world import fake_world
+from lightning_lss.testing.world import World
 
 _PARTS = {
     "parameters": (_MemRefType.PARAM, _MemRefType.BUFFER),
@@ -158,10 +159,7 @@ def track_shapes(_: int, name: str, size: int, job: Job) -> Peak:
 
     A step without the Trainer; for ``single``, ``megatron`` and those that run under LSSStrategy without options.
     """
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
-    try:
+    with fake_world(0, size):
         module = _split_module(CONTESTANTS[name], size, job)
         mode = FakeTensorMode()
         _make_fake(module, mode)
@@ -169,8 +167,6 @@ def track_shapes(_: int, name: str, size: int, job: Job) -> Peak:
             peak = _fake_step(module, job.length // size)
             buckets = 0 if CONTESTANTS[name].strategy in ("single", "megatron") else _bucket_bytes(module)
             return peak._replace(gradients=peak.gradients + buckets, total=peak.total + buckets)
-    finally:
-        dist.destroy_process_group()
 
 
 def _bucket_bytes(module: nn.Module) -> int:

@@ -1,109 +1,16 @@
-"""One rank of S on one device: its real kernels and its real memory, with copies in the place of collectives.
-
-torch's fake process group (``backend="fake"``) makes this process rank 0 of S without any other. Its all-gather copies
-the local tensor into every slot, but its reduce-scatter reads only one of the S parts that a real one reads, and both
-run on the stream of the computation, so both collectives of :mod:`lightning_lss.sequence.collectives` are replaced here: on a
-stream of their own they read and write as many bytes of the device's memory as a real one (an all-gather writes S
-times the local tensor, a reduce-scatter reads S times and writes once). What a real one adds is the time on the links,
-and waiting for the slowest rank. The all-reduce of DistributedDataParallel becomes a copy of each bucket there and back.
-
-Numbers that come out are those of S ranks that all hold the same segment. They are finite, and mean nothing else.
-"""
+"""One rank of S on one device under the Trainer, and timed; see :mod:`lightning_lss.testing.one_rank`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from torch import Tensor
-from torch.profiler import record_function
 
-from lightning_lss import SequenceShard
-from lightning_lss.sequence import collectives
-
-GATHER, SCATTER = "copy for all-gather", "copy for reduce-scatter"  # in traces
-
-
-class Copy:
-    """A copy under way, as a handle of torch's to wait on. It keeps its tensors until then, as NCCL's does."""
-
-    def __init__(self, event: torch.cuda.Event | None, *tensors: Tensor) -> None:
-        self._event = event
-        self._tensors = tensors
-
-    def wait(self) -> bool:
-        """Let the current stream wait."""
-        if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
-        self._tensors = ()
-        return True
-
-
-class Copies:
-    """The two collectives as copies.
-
-    Args:
-        device: where the tensors are; on CUDA copies run on a stream of their own.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def all_gather(self, out: Tensor, local: Tensor, group: dist.ProcessGroup, async_op: bool) -> Copy:
-        """``local`` [n] into every slot of ``out`` [S n]; it may lie in one of them."""
-        slots = out.view(-1, local.numel())
-        own = (local.data_ptr() - out.data_ptr()) // local.nbytes  # of no slot where it lies elsewhere
-
-        def copy() -> None:
-            if 0 <= own < len(slots):
-                slots[:own].copy_(local)
-                slots[own + 1 :].copy_(local)
-            else:
-                slots.copy_(local)
-
-        return self._start(GATHER, copy, out, local)
-
-    def reduce_scatter(self, out: Tensor, stacked: Tensor, group: dist.ProcessGroup, async_op: bool) -> Copy:
-        """The sum of the S parts of ``stacked`` [S n] into ``out`` [n]."""
-        return self._start(SCATTER, lambda: torch.sum(stacked.view(-1, out.numel()), 0, out=out), out, stacked)
-
-    def _start(self, name: str, copy: Callable[[], Any], *tensors: Tensor) -> Copy:
-        with record_function(name):
-            if self._stream is None:
-                copy()
-                return Copy(None)
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                copy()
-                return Copy(self._stream.record_event(), *tensors)
-
-
-@contextmanager
-def one_rank_of(size: int, device: torch.device) -> Iterator[None]:
-    """Within, this process is rank 0 of a world of ``size``, and the collectives of attention are copies."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    copies = Copies(device)
-    own = collectives._all_gather, collectives._reduce_scatter
-    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
-    collectives._all_gather, collectives._reduce_scatter = copies.all_gather, copies.reduce_scatter
-    try:
-        yield
-    finally:
-        collectives._all_gather, collectives._reduce_scatter = own
-        dist.destroy_process_group()
-
-
-def shard_of(size: int, layout: str = "zigzag") -> SequenceShard:
-    """The shard with the most work: all have the same in zigzag, the last has in contiguous. For :func:`one_rank_of`."""
-    if size == 1:
-        return SequenceShard()
-    return SequenceShard(0 if layout == "zigzag" else size - 1, size, layout, dist.group.WORLD)
+from lightning_lss.testing.one_rank import synchronize
 
 
 class OneOfMany(LightningEnvironment):
@@ -150,12 +57,6 @@ class Timed(NamedTuple):
     def seconds(self) -> float:
         """Of both."""
         return self.forward + self.backward
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def time_call(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Timed:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,18 +19,19 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn import functional as F
 
 from benchmarks import figures, results
 from benchmarks.contestants import CONTESTANTS
-from benchmarks.harness import World
 from benchmarks.memory import measure
 from benchmarks.training import Job
+from benchmarks.turns import start_ranks
 from lightning_lss.models.transformer import TransformerConfig
 from lightning_lss.planner import Hardware, Link, Options, Setup, load_hardware, rank_memory, step_time
-from lightning_lss.planner.measure import fake_world, make_model, make_step, measure_memory
+from lightning_lss.planner.measure import make_model, make_step, measure_memory
 from lightning_lss.sequence.collectives import all_gather
+from lightning_lss.testing.fake_world import fake_world
+from lightning_lss.testing.world import World
 
 CPU = Path(__file__).parents[1] / "conf" / "hardware" / "cpu.yaml"
 
@@ -154,7 +154,7 @@ RANKS: list[tuple[str, str, int, int, dict[str, Any]]] = [
 
 def trained_memory(entries: Sequence[tuple[str, str, int, int, dict[str, Any]]]) -> list[dict[str, Any]]:
     """Measure and predict ``entries`` of ``RANKS``."""
-    with World(max(size for _, _, size, *_ in entries)) as world:
+    with start_ranks(max(size for _, _, size, *_ in entries)) as world:
         return [_trained(world, *entry) for entry in entries]
 
 
@@ -221,21 +221,8 @@ def _time_rank(rank: int, setup: Setup, rounds: int) -> list[float]:
 
 def on_ranks(size: int, function: Callable[..., Any], *args: Any) -> Any:
     """What ``function(rank, *args)`` returns on rank 0 of ``size`` single-threaded ranks of a gloo group."""
-    with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn")
-        queue = context.SimpleQueue()
-        mp.spawn(_serve, args=(size, os.path.join(folder, "meeting"), queue, function, args), nprocs=size)
-        return queue.get()
-
-
-def _serve(rank: int, size: int, meeting: str, queue: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
-    result = function(rank, *args)
-    if rank == 0:
-        queue.put(result)
-    dist.barrier()
-    dist.destroy_process_group()
+    with start_ranks(size) as world:
+        return world.run(size, function, *args)[0]
 
 
 # -- calibration -------------------------------------------------------------------------------------------------------

@@ -13,9 +13,10 @@ from typing import Any
 
 from benchmarks.attention import verdict
 from benchmarks.contestants import CONTESTANTS
-from benchmarks.harness import World, in_turn, median_ratio
 from benchmarks.network import bytes_received
 from benchmarks.training import Job, checking_job, gradient_error, gradients, time_steps, time_steps_in_turn
+from benchmarks.turns import in_turn, median_ratio
+from lightning_lss.testing.world import World
 
 Row = dict[str, Any]
 

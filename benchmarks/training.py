@@ -23,6 +23,8 @@ from benchmarks.contestants import CONTESTANTS, Contestant, attention_module
 from lightning_lss import LSSAttention, LSSStrategy, LSSTransformer
 from lightning_lss.megatron import MegatronTransformer
 from lightning_lss.models.transformer import TransformerConfig
+from lightning_lss.testing.clock import StepClock
+from lightning_lss.testing.compare import worst_difference
 
 _CONF = Path(__file__).parents[1] / "conf" / "model"
 _SIZES = (
@@ -143,21 +145,11 @@ def fit(name: str, size: int, job: Job, *callbacks: pl.Callback) -> pl.Trainer:
     return trainer
 
 
-class _Clock(pl.Callback):
-    """The time at which each step ended."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self.ends.append(time.perf_counter())
-
-
 def time_steps(rank: int, name: str, size: int, job: Job) -> list[float]:
     """Seconds from the end of one step to the end of the next, data loading included; without the warm-up."""
-    clock = _Clock()
+    clock = StepClock()
     fit(name, size, job, clock)
-    return [end - start for start, end in zip(clock.ends[job.warm_up - 1 :], clock.ends[job.warm_up :])]
+    return clock.seconds_between_ends[job.warm_up - 1 :]
 
 
 class _Turns(pl.Callback):
@@ -226,10 +218,8 @@ def gradients(rank: int, name: str, size: int, job: Job) -> dict[str, Tensor]:
 
 
 def gradient_error(own: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest relative error of a parameter's gradient; infinite if one is missing."""
-    if own.keys() != expected.keys():
-        return float("inf")
-    return max(((own[name] - x).norm() / x.norm()).item() for name, x in expected.items() if x.norm() > 0)
+    """The largest relative error of a parameter's gradient; infinite if one is missing or not finite."""
+    return worst_difference(own, expected).error
 
 
 def checking_job(job: Job, size: int) -> Job:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.world import World
+from lightning_lss.testing.world import World
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

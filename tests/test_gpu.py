@@ -1,6 +1,6 @@
 """What only a GPU can show: streams, pinned memory, peaks of the caching allocator, NCCL, compiled kernels. The checks
-that do not depend on the device run on CPU too. Kernels are in test_gpu_kernels.py, whole attention in
-test_one_device.py.
+that do not depend on the device run on CPU too. Kernels are in attention/test_gpu_kernels.py, whole attention
+in attention/test_one_device.py.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.one_rank import GATHER, SCATTER, one_rank_of, shard_of, synchronize
 from lightning_lss import lss_attention
 from lightning_lss.attention.kernels import KERNELS, select_kernel
 from lightning_lss.models.transformer import ExecutionConfig, Transformer, TransformerConfig
 from lightning_lss.nn.loss import linear_cross_entropy
 from lightning_lss.sequence import collectives
 from lightning_lss.sequence.segment import segment_modules
-from tests.test_kernels import make_inputs
+from lightning_lss.testing.compare import assert_equal
+from lightning_lss.testing.one_rank import GATHER, SCATTER, one_rank_of, shard_of, synchronize
+from tests.kernel_checks import make_inputs
 from tests.traces import read_trace, streams, windows
-from tests.training import worst_difference
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="computes on a CUDA device, and there is none")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
@@ -175,8 +175,7 @@ def test_activation_checkpointing_moves_and_frees_what_it_says() -> None:
     assert steps["offload"].peak < steps["full"].peak
     for mode, step in steps.items():
         # the flash kernel adds up the gradient of the queries in any order: some roundings of bfloat16
-        difference, name = worst_difference(step.gradients, steps["none"].gradients)
-        assert difference < 2e-2, (mode, name)
+        assert_equal(step.gradients, steps["none"].gradients, 2e-2, what=mode)
 
 
 @pytest.mark.gpu
@@ -204,8 +203,7 @@ def test_the_loss_never_holds_all_logits(dtype, limit) -> None:
     run(plain)
     peaks = [peak_of(lambda loss=loss: run(loss)) for loss in (plain, lambda x, w: linear_cross_entropy(x, w, targets))]
     assert peaks[1] <= 0.25 * peaks[0]  # 256 of 4,096 rows of logits at a time, and the gradients
-    for own, expected in zip(results[2], results[1]):
-        assert ((own - expected).float().norm() / expected.float().norm()).item() < limit
+    assert_equal(results[2], results[1], limit)
 
 
 # -- compiled ----------------------------------------------------------------------------------------------------------
@@ -233,5 +231,4 @@ def test_a_compiled_block_has_the_same_gradients(device, mode) -> None:
         expected = gradients()
         for block in model.blocks:
             block.compile(backend="inductor" if device == "cuda" else "aot_eager", fullgraph=True)
-        difference, name = worst_difference(gradients(), expected)
-    assert difference < limit, name
+        assert_equal(gradients(), expected, limit)

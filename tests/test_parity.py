@@ -13,12 +13,11 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lightning_lss import LSSAttention, RotaryEmbedding, sequence_shard, token_mean
-from tests.training import Run, fit, make_loader, make_module, make_samples, make_trainer, worst_difference
-from tests.world import World
+from lightning_lss.testing.compare import assert_equal, assert_equal_on_ranks, worst_difference
+from lightning_lss.testing.world import World
+from tests.modules import OwnModule
+from tests.training import Run, fit, make_loader, make_module, make_samples, make_trainer
 
 GRIDS = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]  # (W, S)
 CLIPS: dict[str, dict[str, Any]] = {
@@ -95,17 +94,11 @@ def one_process(world: World) -> Any:
     return cache(lambda *options: world.run(1, fit, make_run(*options))[0])
 
 
-def assert_parity(states: list[dict[str, Tensor]], reference: dict[str, Tensor], bound: float) -> None:
-    for rank, state in enumerate(states):
-        difference, name = worst_difference(state, reference)
-        assert difference <= bound, f"rank {rank}: {name} differs by {difference:.1e}"
-
-
 def test_float64(world, one_process, combination) -> None:
     # the order of summation is all that differs
     (world_size, size), layout, sharding, *options = combination
     run = make_run(*options, size=size, layout=layout, strategy={"check_batches": 1, "sharding": sharding})
-    assert_parity(world.run(world_size, fit, run), one_process(*options), 1e-10)
+    assert_equal_on_ranks(world.run(world_size, fit, run), one_process(*options), 1e-10)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +119,7 @@ def test_options_in_float64(world, one_process_by_vocabulary, options) -> None:
         strategy={"check_batches": 1, "sharding": sharding},
         **options_run(vocabulary, activation_checkpointing=checkpointing, mlp_tiles=tiles, **GATHERING[gathering]),
     )
-    assert_parity(world.run(world_size, fit, run), one_process_by_vocabulary(vocabulary), 1e-10)
+    assert_equal_on_ranks(world.run(world_size, fit, run), one_process_by_vocabulary(vocabulary), 1e-10)
 
 
 @pytest.mark.parametrize("sharding", [None, "fsdp"])
@@ -145,33 +138,7 @@ def test_float32(world, one_process, grid, layout) -> None:
     world_size, size = grid
     options = ("learned", 3, "clip_by_norm", True, "32-true")
     run = make_run(*options, size=size, layout=layout, strategy={"check_batches": 1})
-    assert_parity(world.run(world_size, fit, run), one_process(*options), 1e-5)
-
-
-class OwnModule(pl.LightningModule):
-    """A module as a user would write it, with nothing of ours but attention, positions and loss."""
-
-    def __init__(self, vocab_size: int, width: int, num_heads: int, **_: Any) -> None:
-        super().__init__()
-        self.heads = num_heads
-        self.embedding = nn.Embedding(vocab_size, width)
-        self.scale = nn.Parameter(torch.ones(width))  # directly on the LightningModule
-        self.qkv = nn.Linear(width, 3 * width)
-        self.rotary = RotaryEmbedding(width // num_heads)
-        self.attention = LSSAttention(causal=True)
-        self.out = nn.Linear(width, vocab_size)
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        x = self.embedding(batch["inputs"]) * self.scale
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = self.attention(self.rotary(q), self.rotary(k), v).transpose(1, 2).flatten(2)
-        targets = batch["targets"].flatten()
-        loss = F.cross_entropy(self.out(x + y).flatten(0, 1), targets, reduction="sum")
-        assert sequence_shard(self).size * batch["inputs"].size(1) == 16
-        return token_mean(loss, (targets >= 0).sum())
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.5)
+    assert_equal_on_ranks(world.run(world_size, fit, run), one_process(*options), 1e-5)
 
 
 @pytest.mark.parametrize("grid", GRIDS[1:], ids=lambda grid: f"W{grid[0]}S{grid[1]}")
@@ -179,14 +146,13 @@ def test_a_users_own_module(world, grid) -> None:
     world_size, size = grid
     common = {"module": OwnModule, "steps": 5, "trainer": {"gradient_clip_val": 0.3}}
     reference = world.run(1, fit, Run(**common))[0]
-    assert_parity(world.run(world_size, fit, Run(size=size, **common)), reference, 1e-5)
+    assert_equal_on_ranks(world.run(world_size, fit, Run(size=size, **common)), reference, 1e-5)
 
 
 def test_one_rank_a_sequence_is_bit_identical_to_ddp(world) -> None:
     common = {"steps": 10, "size": 1, "trainer": {"gradient_clip_val": 0.3}}
     lss, ddp = (world.run(2, fit, Run(**common, strategy=kind))[0] for kind in ({"check_batches": 2}, {"ddp": True}))
-    for name, value in ddp.items():
-        assert torch.equal(value, lss[name]), name
+    assert_equal(lss, ddp, 0)
 
 
 class _Operators(pl.Callback):

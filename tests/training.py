@@ -1,4 +1,4 @@
-"""Runs of the real Trainer inside the ranks of a :class:`tests.world.World`, and their comparison by parameter name."""
+"""Runs of the real Trainer inside the ranks of a :class:`lightning_lss.testing.world.World`."""
 
 from __future__ import annotations
 
@@ -43,6 +43,13 @@ class SGDTransformer(LSSTransformer):
         return torch.optim.SGD(self.parameters(), lr=0.5, momentum=0.9)
 
 
+class AdamTransformer(SGDTransformer):
+    """Adam has two moments for each parameter; a large eps keeps tiny gradients from being blown up to a step."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.05, eps=1e-2)
+
+
 @dataclass
 class Run:
     """What a run is made of; everything in it can be sent to a worker."""
@@ -58,6 +65,18 @@ class Run:
     samples: int = 64
     resume: str | None = None
     save: str | None = None
+
+
+def epochs(count: int, size: int = 1, **more: Any) -> Run:
+    """Epochs of five steps each; Lightning resumes at the start of an epoch."""
+    return Run(size=size, trainer={"max_epochs": count}, steps=-1, samples=20, **more)
+
+
+KINDS = ["fsdp", "hybrid"]
+
+
+def sharded(kind: str | None = "fsdp", **more: Any) -> dict[str, Any]:
+    return {"sharding": kind, **more}
 
 
 def as_rank(rank: int) -> None:
@@ -126,13 +145,7 @@ def whole_state(module: pl.LightningModule) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in state.items()}
 
 
-def worst_difference(state: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest relative difference of a tensor, and its name."""
-    assert state.keys() == reference.keys()
-    differences = {
-        name: ((state[name].double() - x.double()).norm() / x.double().norm().clamp(min=1e-30)).item()
-        for name, x in reference.items()
-        if x.is_floating_point() and x.numel() and x.norm() > 0
-    }
-    worst = max(differences, key=differences.__getitem__)
-    return differences[worst], worst
+def moments(file: dict[str, Any]) -> dict[str, Tensor]:
+    """The optimizers' state by optimizer, parameter and moment."""
+    states = enumerate(file["optimizer_states"])
+    return {f"{o}.{i}.{key}": x for o, s in states for i, own in s["state"].items() for key, x in own.items()}

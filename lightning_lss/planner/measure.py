@@ -15,24 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_lss.models.transformer import Transformer
 from lightning_lss.nn.loss import chunked_cross_entropy, linear_cross_entropy
 from lightning_lss.parallel.replicated import ignore_in_ddp
-from lightning_lss.planner.seeing import is_own_operator, run_inside
 from lightning_lss.planner.setup import Setup
 from lightning_lss.sequence.dtypes import in_autocast_dtype, resolve_communication_dtype
 from lightning_lss.sequence.segment import SequenceShard, segment_local_names, segment_modules
-
-
-@contextmanager
-def fake_world(rank: int, size: int) -> Iterator[dist.ProcessGroup]:
-    """A process group in which this process is ``rank`` of ``size`` and the others do not exist: collectives return at once
-    and leave their outputs as they are."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
-    try:
-        assert dist.group.WORLD is not None
-        yield dist.group.WORLD
-    finally:
-        dist.destroy_process_group()
+from lightning_lss.testing.dispatch import is_own_operator, run_inside
 
 
 def measure_memory(setup: Setup, group: dist.ProcessGroup, fake_tensors: bool = False) -> dict[str, int]:
@@ -40,7 +26,7 @@ def measure_memory(setup: Setup, group: dist.ProcessGroup, fake_tensors: bool = 
 
     Args:
         setup: what to train, with ``scheme="lss"``.
-        group: the sequence group, of ``setup.size`` ranks: real or of :func:`fake_world`.
+        group: the sequence group, of ``setup.size`` ranks: real or of :func:`~lightning_lss.testing.fake_world.fake_world`.
         fake_tensors: whether to work with tensors that have sizes but no contents, for models and sequences that this
             machine could not hold. It needs ``ddp=False``, and a model with rotary positions and without dropout, whose
             generators want numbers.

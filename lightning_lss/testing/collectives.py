@@ -1,0 +1,136 @@
+"""Count what a rank sends and receives: every collective that torch dispatches, by phase, operation, dtype and bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from lightning_lss.testing.dispatch import Watch
+
+# Names in the c10d namespace (collectives in place) and in _c10d_functional (DTensor's), torch 2.11 to 2.13.
+_KINDS = {
+    "allgather_": "all_gather",
+    "_allgather_base_": "all_gather",
+    "allgather_into_tensor_coalesced_": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+    "all_gather_into_tensor_out": "all_gather",
+    "all_gather_into_tensor_coalesced": "all_gather",
+    "reduce_scatter_": "reduce_scatter",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "reduce_scatter_tensor_out": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced": "reduce_scatter",
+    "allreduce_": "all_reduce",
+    "allreduce_coalesced_": "all_reduce",
+    "all_reduce": "all_reduce",
+    "all_reduce_": "all_reduce",
+    "all_reduce_coalesced": "all_reduce",
+    "all_reduce_coalesced_": "all_reduce",
+    "alltoall_": "all_to_all",
+    "alltoall_base_": "all_to_all",
+    "all_to_all_single": "all_to_all",
+    "shard_dim_alltoall": "all_to_all",
+    "broadcast_": "broadcast",
+    "broadcast": "broadcast",
+    "recv_": "receive",
+    "irecv": "receive",
+}
+_NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
+_SILENT = {
+    "send",
+    "isend",
+    "barrier",
+    "monitored_barrier_",
+    "wait_tensor",
+    "_wrap_tensor_autograd",
+}  # what receives no payload
+
+
+class Collective(NamedTuple):
+    """What is told apart."""
+
+    phase: str
+    """Of the step, as the counter was told."""
+    kind: str
+    """``all_gather``, ``reduce_scatter``, ``all_reduce``, ``all_to_all``, ``broadcast`` or ``receive``."""
+    dtype: torch.dtype
+    """Of what is sent."""
+    received: int
+    """Bytes that this rank receives."""
+
+
+Tally = Counter[Collective]
+"""How many collectives of each sort there were."""
+
+
+class CollectiveCounter(Watch):
+    """Counts the collectives that are dispatched while it is active. A barrier is not counted, nor what a rank sends to
+    one other: the other receives it. A collective that is not in the table raises ``RuntimeError``.
+
+    Bytes are the payload that a rank has to receive from others in a ring: (n - 1) / n of an all-gather's output, a
+    reduce-scatter's input or an all-to-all's input, and twice that of an all-reduce's tensor, of n ranks. They are right
+    where all groups are the whole world.
+
+    Args:
+        phase: what is counted first; set the attribute to go on to another.
+    """
+
+    def __init__(self, phase: str = "forward") -> None:
+        super().__init__(self._count)
+        self.phase = phase
+        self.tally: Tally = Counter()
+
+    def _count(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace not in _NAMESPACES or name in _SILENT:
+            return
+        if name not in _KINDS:
+            raise RuntimeError(f"The counter does not know the collective {func}: add it to its table.")
+        kind, sent = _KINDS[name], _tensors((*args, result))
+        self.tally[Collective(self.phase, kind, sent[0].dtype, _received(kind, args, result))] += 1
+
+
+def kinds(tally: Tally, phase: str | None = None) -> dict[str, int]:
+    """How many collectives of each kind there were, in one phase or all."""
+    numbers: Counter[str] = Counter()
+    for collective, number in tally.items():
+        if phase in (None, collective.phase):
+            numbers[collective.kind] += number
+    return dict(numbers)
+
+
+def total_bytes(tally: Tally, phase: str | None = None) -> int:
+    """Bytes received, in one phase or all."""
+    return sum(x.received * number for x, number in tally.items() if phase in (None, x.phase))
+
+
+def describe(tally: Tally, phase: str) -> str:
+    """The collectives of a phase, such as ``1 all_gather + 1 reduce_scatter``."""
+    return " + ".join(f"{number} {kind}" for kind, number in sorted(kinds(tally, phase).items()))
+
+
+def _received(kind: str, args: tuple[Any, ...], result: Any) -> int:
+    """Bytes of payload that this rank receives.
+
+    For gathers and scatters the larger of output and input is the whole, in whatever order the operation takes them.
+    """
+    ranks = dist.get_world_size()
+    if kind == "all_reduce":
+        return 2 * _nbytes(args[0]) * (ranks - 1) // ranks
+    if kind in ("receive", "broadcast"):
+        return _nbytes(args[0])
+    return max(_nbytes(part) for part in (*args, result)) * (ranks - 1) // ranks
+
+
+def _nbytes(part: Any) -> int:
+    return sum(x.nbytes for x in _tensors(part))
+
+
+def _tensors(part: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(part) if isinstance(x, Tensor)]

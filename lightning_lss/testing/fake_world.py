@@ -1,0 +1,46 @@
+"""Worlds of many ranks in one process: the other ranks do not exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch.distributed as dist
+
+from lightning_lss.sequence import collectives
+
+
+@contextmanager
+def fake_world(rank: int, size: int) -> Iterator[dist.ProcessGroup]:
+    """A process group in which this process is ``rank`` of ``size`` and the others do not exist: collectives return at once,
+    and leave outputs as they are or fill them with what this rank sends.
+
+    Raises:
+        ValueError: if this process is in a process group already (torch's own error).
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        assert dist.group.WORLD is not None
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def replaced_collectives(all_gather: Callable[..., Any], reduce_scatter: Callable[..., Any]) -> Iterator[None]:
+    """Within, :mod:`lightning_lss.sequence.collectives` calls these two in the place of torch's.
+
+    Groups of gloo are not affected; within a :func:`fake_world` everything is.
+
+    Args:
+        all_gather: called as ``all_gather(out, local, group=..., async_op=True)`` with tensors [S n] and [n]; returns a
+            handle with ``wait()``.
+        reduce_scatter: called as ``reduce_scatter(out, stacked, group=..., async_op=True)`` with tensors [n] and [S n];
+            likewise.
+    """
+    with patch.multiple(collectives, _all_gather=all_gather, _reduce_scatter=reduce_scatter):
+        yield

@@ -1,0 +1,170 @@
+"""The kernels for CUDA on a machine without one: stand-ins for torch's operators check what the real ones rely on
+without a check of their own, and compute with the reference. The numbers of the real ones are in test_gpu_kernels.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_lss.attention.kernels import KERNELS
+from lightning_lss.attention.kernels import cuda as kernels_cuda
+from tests.kernel_checks import ROUNDING, Inputs, check, compute, laid_out_as_in_attention, make_inputs, textbook
+
+CUDA_KERNELS = ["cuda_flash", "cudnn", "efficient"]
+FORWARD, BACKWARD = KERNELS["reference"].forward, KERNELS["reference"].backward
+
+
+def rows_contiguous(*tensors: Tensor) -> None:
+    for x in tensors:
+        assert x.stride(-1) == 1
+        assert x.size(-1) % 8 == 0
+
+
+class Operators:
+    """In the place of ``torch.ops.aten``."""
+
+    cudnn_dims = 4  # of the log-sum-exp
+
+    def _scaled_dot_product_flash_attention(self, q, k, v, dropout, causal, debug, *, scale) -> tuple[Any, ...]:
+        rows_contiguous(q, k, v)
+        assert not debug
+        return *FORWARD(q, k, v, causal, scale), *(None for _ in range(7))
+
+    def _scaled_dot_product_flash_attention_backward(
+        self, grad, q, k, v, out, lse, cum_q, cum_k, rows, keys, dropout, causal, seed, offset, *, scale
+    ) -> tuple[Tensor, ...]:
+        rows_contiguous(grad, q, k, v, out)
+        assert lse.is_contiguous()
+        assert (rows, keys) == (q.size(2), k.size(2))
+        assert (seed.shape, seed.dtype) == ((2,), torch.uint64)
+        return BACKWARD(grad, q, k, v, out, lse, causal, scale)
+
+    def _scaled_dot_product_cudnn_attention(
+        self, q, k, v, bias, with_lse, dropout=0.0, causal=False, *, scale=1.0
+    ) -> tuple[Any, ...]:
+        rows_contiguous(q, k, v)
+        assert with_lse
+        out, lse = FORWARD(q, k, v, causal, scale)
+        return out, lse.unsqueeze(-1) if self.cudnn_dims == 4 else lse, *(None for _ in range(7))
+
+    def _scaled_dot_product_cudnn_attention_backward(
+        self, grad, q, k, v, out, lse, seed, offset, bias, cum_q, cum_k, rows, keys, dropout, causal, *, scale
+    ) -> tuple[Tensor, ...]:
+        rows_contiguous(q, k, v)
+        assert grad.is_contiguous()
+        assert out.is_contiguous()
+        assert lse.is_contiguous()
+        assert lse.dim() == self.cudnn_dims
+        assert (rows, keys) == (q.size(2), k.size(2))
+        return BACKWARD(grad, q, k, v, out, lse.view(q.shape[:3]), causal, scale)
+
+    def _efficient_attention_forward(
+        self, q, k, v, bias, seqs_q, seqs_k, rows, keys, dropout, mask, with_lse, *, scale
+    ) -> tuple[Any, ...]:
+        rows_contiguous(q, k, v)
+        assert q.size(2) == k.size(2)
+        assert with_lse
+        out, lse = FORWARD(*(x.transpose(1, 2) for x in (q, k, v)), {0: False, 2: True}[mask], scale)
+        padded = lse.new_full((*lse.shape[:2], -(-lse.size(2) // 32) * 32), float("inf"))
+        padded[..., : lse.size(2)] = lse
+        return out.transpose(1, 2).contiguous(), padded, *(None for _ in range(4))
+
+    def _efficient_attention_backward(
+        self,
+        grad,
+        q,
+        k,
+        v,
+        bias,
+        out,
+        seqs_q,
+        seqs_k,
+        rows,
+        keys,
+        lse,
+        dropout,
+        seed,
+        offset,
+        mask,
+        bias_grad,
+        *,
+        scale,
+    ) -> tuple[Any, ...]:
+        rows_contiguous(grad, q, k, v)
+        assert out.is_contiguous()
+        assert lse.is_contiguous()
+        assert lse.size(2) % 32 == 0
+        assert torch.isposinf(lse[..., rows:]).all()
+        assert (rows, keys) == (q.size(1), k.size(1))
+        heads_first = [x.transpose(1, 2) for x in (grad, q, k, v, out)]
+        grads = BACKWARD(*heads_first, lse[..., :rows], {0: False, 2: True}[mask], scale)
+        return *(x.transpose(1, 2).contiguous() for x in grads), None
+
+
+@pytest.fixture(params=[3, 4])
+def operators(request, monkeypatch) -> None:
+    stand_ins = Operators()
+    stand_ins.cudnn_dims = request.param
+    monkeypatch.setattr(kernels_cuda, "aten", stand_ins)
+    kernels_cuda._cudnn_keeps_last_dimension.cache_clear()
+    yield
+    kernels_cuda._cudnn_keeps_last_dimension.cache_clear()
+
+
+@pytest.mark.usefixtures("operators")
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("width", [8, 12])
+@pytest.mark.parametrize(("m", "n", "causal"), [(33, 33, True), (32, 32, False), (20, 45, False), (20, 45, True)])
+@pytest.mark.parametrize("name", CUDA_KERNELS)
+def test_operators_are_given_what_they_rely_on(name, m, n, causal, width, kv_heads) -> None:
+    if causal and m != n and not KERNELS[name].offset_diagonal:
+        n = m
+    inputs = make_inputs(m, n, heads=4, kv_heads=kv_heads, width=width)
+    check(
+        compute(name, laid_out_as_in_attention(inputs), causal), textbook(inputs, causal), 30 * ROUNDING[torch.float64]
+    )
+
+
+@pytest.mark.usefixtures("operators")
+@pytest.mark.parametrize("name", CUDA_KERNELS)
+def test_backward_takes_results_laid_out_otherwise(name) -> None:
+    q, k, v, grad = inputs = make_inputs(24, 24, heads=4, kv_heads=2)
+    out, lse, *expected = compute(name, inputs, True)
+    others = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (grad, out)]
+    # attention passes the log-sum-exp of some rows and heads
+    room = lse.new_zeros(*lse.shape[:2], 40)
+    room[..., 5:29] = lse
+    own = KERNELS[name].backward(others[0], q, k, v, others[1], room[..., 5:29], True, 0.3)
+    for x, y in zip(own, expected):
+        torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("width", [64, 12])
+@pytest.mark.parametrize(("m", "n"), [(16, 16), (16, 40)])
+@pytest.mark.parametrize("name", ["cuda_flash", "cudnn"])
+def test_the_operators_take_the_arguments_as_they_are_passed(name, m, n, width) -> None:
+    # on meta tensors torch checks schemas and gives the shapes without a GPU
+    inputs = make_inputs(m, n, heads=4, kv_heads=2, width=width, dtype=torch.bfloat16)
+    compute(name, Inputs(*(x.to("meta") for x in inputs)), causal=m == n)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_efficient_operators_take_the_arguments_as_they_are_passed(causal) -> None:
+    # the backward operator's meta function lacks an argument in torch 2.13; dispatch comes after the schema's check
+    q, k, v, grad = make_inputs(16, 40, heads=4, kv_heads=2, dtype=torch.bfloat16)
+    with pytest.raises(NotImplementedError, match="_efficient_attention_forward' with arguments from the 'CPU'"):
+        KERNELS["efficient"].forward(q, k, v, causal, 0.3)
+    with pytest.raises(NotImplementedError, match="_efficient_attention_backward' with arguments from the 'CPU'"):
+        KERNELS["efficient"].backward(grad, q, k, v, q, q[..., 0].float(), causal, 0.3)
+    out, lse = KERNELS["efficient"].forward(*(x.to("meta") for x in (q, k, v)), causal, 0.3)
+    assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
+
+
+def test_heads_of_a_width_that_fits_are_not_copied() -> None:
+    x = torch.empty(1, 2, 8, 16)
+    assert kernels_cuda._padded(x)[0] is x
+    assert kernels_cuda._padded(x[..., :12])[0].shape == x.shape

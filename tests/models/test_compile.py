@@ -1,0 +1,108 @@
+"""``torch.compile`` of whole models and of single blocks, without a graph break, on split sequences."""
+
+from __future__ import annotations
+
+import shutil
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_lss.models.lightning_module import LSSTransformer
+from lightning_lss.models.transformer import Transformer, TransformerConfig
+from lightning_lss.sequence.segment import SequenceShard, segment_modules
+from lightning_lss.testing.compare import assert_equal
+from tests.training import Run, fit, make_loader, make_module, make_samples, make_trainer
+
+CONFIG = TransformerConfig(vocab_size=11, seq_len=32, width=32, num_layers=2, num_heads=4, num_kv_heads=2)
+
+
+def gradients(model: Transformer, forward: Any, tokens: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    forward(tokens).square().sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def compare(rank: int, layout: str, whole: bool, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = LSSTransformer(CONFIG, **options).model.double()
+    shard = SequenceShard(rank, dist.get_world_size(), layout, dist.group.WORLD)
+    for module in segment_modules(model):
+        module.set_shard(shard)
+    tokens = shard.split(torch.randint(11, (2, CONFIG.seq_len)))
+    expected = gradients(model, model, tokens)
+    if whole:
+        forward = torch.compile(model, backend="aot_eager", fullgraph=True)
+    else:
+        forward = model
+        for block in model.blocks:
+            block.compile_forward(backend="aot_eager", fullgraph=True)
+    assert_equal(gradients(model, forward, tokens), expected, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("layout", "whole", "options"),
+    [
+        ("zigzag", True, {"positions": "rotary"}),
+        ("contiguous", True, {"positions": "learned", "keep_gathered": True}),
+        ("zigzag", True, {"positions": "rotary", "activation_checkpointing": "selective"}),
+        ("zigzag", True, {"activation_checkpointing": "full", "mlp_tiles": 2}),
+        ("zigzag", False, {"positions": "rotary", "activation_checkpointing": "selective", "mlp_tiles": 2}),
+        ("zigzag", False, {"activation_checkpointing": "offload"}),
+    ],
+)
+def test_compiled_models_have_no_graph_break_and_the_same_gradients(world, layout, whole, options) -> None:
+    world.run(2, compare, layout, whole, options, timeout=200)
+
+
+NEEDS_COMPILER = pytest.mark.skipif(
+    shutil.which("c++") is None, reason="torch.compile's default backend needs a C++ compiler"
+)
+
+
+@pytest.mark.slow
+@NEEDS_COMPILER
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_blocks_are_compiled_by_configuration(world, dropout) -> None:
+    # with dropout random numbers are drawn outside of the graph, in the same order
+    plain, compiled = (
+        world.run(2, fit, Run(size=2, model={"dropout": dropout, "compile_blocks": compile_blocks}), timeout=200)[0]
+        for compile_blocks in (False, True)
+    )
+    assert_equal(compiled, plain, 1e-5)
+
+
+@pytest.mark.slow
+@NEEDS_COMPILER
+def test_compiled_blocks_may_be_sharded_and_validated_before(world) -> None:
+    # FSDP's hooks around a block cannot be traced, and angles of a validation must not be kept for training
+    common = {"size": 2, "strategy": {"sharding": "fsdp"}}
+    plain, compiled = (
+        world.run(
+            2, fit_after_validation, Run(**common, model={"positions": "rotary", "compile_blocks": own}), timeout=200
+        )[0]
+        for own in (False, True)
+    )
+    assert_equal(compiled, plain, 1e-5)
+
+
+def fit_after_validation(rank: int, run: Run) -> dict[str, Tensor]:
+    module, trainer = make_module(run), make_trainer(rank, run)
+    loader = make_loader(trainer, make_samples(run.samples), 4)
+    trainer.validate(module, loader, verbose=False)
+    assert not trainer.validate_loop.inference_mode  # room that FSDP makes in inference mode cannot be trained with
+    trainer.fit(module, loader)
+    return {name: x.clone() for name, x in trainer.strategy.lightning_module_state_dict().items() if x is not None}
+
+
+def test_a_copy_of_a_compiled_block_is_its_own() -> None:
+    block = Transformer(CONFIG).blocks[0]
+    block.compile_forward(backend="eager")
+    copy = deepcopy(block)
+    with torch.no_grad():
+        copy.mlp.out.weight.zero_()
+        x = torch.randn(1, 4, CONFIG.width)
+        assert not torch.equal(copy(x), block(x))
