@@ -17,8 +17,8 @@ from lightning_lss.sequence.segment import sequence_shard
 class PredictionWriter(BasePredictionWriter):
     """Writes what ``predict_step`` returned on the first rank of each sequence group to ``predictions-<data rank>.pt``.
 
-    The file holds a dict: ``"predictions"`` has what Lightning passes on, a list of batches; ``"indices"`` has the
-    samples' places in the dataset, batch by batch.
+    The file holds a dict of what Lightning passes on: ``"predictions"`` is a list of batches (of several loaders, a
+    list of such lists), ``"indices"`` lists for each loader, batch by batch, the samples' places in the dataset.
 
     Args:
         folder: where to write; the first rank's, should ranks name different ones.

@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_lss.attention.module import LSSAttention
 from lightning_lss.callbacks.tiles_figure import draw_attention_tiles
 from lightning_lss.models.transformer import count_parameters
+from lightning_lss.sequence.dtypes import in_autocast_dtype
 from lightning_lss.sequence.segment import SequenceShard, sequence_shard
 
 
@@ -50,9 +51,7 @@ class RunLayout(pl.Callback):
         assert isinstance(module, LSSAttention)
         queries = kwargs["q"] if "q" in kwargs else args[0]
         keys = kwargs["k"] if "k" in kwargs else args[1]
-        autocast = torch.is_autocast_enabled(keys.device.type)
-        dtype = torch.get_autocast_dtype(keys.device.type) if autocast else keys.dtype
-        dtype = module.shard.communication_dtype or dtype
+        dtype = module.shard.communication_dtype or in_autocast_dtype(keys.new_empty(0))[0].dtype
         self._calls.append(_AttentionCall(module, queries.shape, keys.shape, dtype))
 
     @override
@@ -76,7 +75,8 @@ class RunLayout(pl.Callback):
         self._hyperparameters_written = True
         metrics = {monitored: trainer.callback_metrics[monitored].item()}
         for logger in _tensorboard_loggers(trainer):
-            logger.log_hyperparams(logger.hparams, metrics, step=trainer.global_step)
+            # The step is the one of Lightning's own point, so the second one lies on it.
+            logger.log_hyperparams(logger.hparams, metrics, step=trainer.global_step - 1)
 
 
 @rank_zero_only
