@@ -25,7 +25,7 @@ ENWIK8 = ZipSource(
     member_bytes=100_000_000,
     member_sha256="2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
 )
-SHARES = (0.9, 0.05, 0.05)  # 90, 5 and 5 million bytes, as everyone splits it
+SHARES = (0.9, 0.05, 0.05)  # the customary 90, 5 and 5 million bytes
 
 
 class Enwik8DataModule(SequenceDataModule):
@@ -41,7 +41,7 @@ class Enwik8DataModule(SequenceDataModule):
         cache_dir: where the download is kept; None for ``lightning_lss/enwik8`` in the user's cache folder
             (``$XDG_CACHE_HOME`` or ``~/.cache`` on Linux, ``~/Library/Caches`` on macOS).
         url: another http or https address of the same archive.
-        num_workers: processes that load ahead, per rank.
+        num_workers: number of loading processes per rank.
         source: the archive's address, and the sizes and hashes to expect.
 
     Raises:
@@ -80,7 +80,7 @@ class Enwik8DataModule(SequenceDataModule):
             fetch(self.source, self.cache_dir, archive=self.copy)
 
     def dataset(self, split: Split) -> SampleDataset:
-        """Windows of the part of the file that belongs to ``split``."""
+        """Return windows of the part of the file that belongs to ``split``."""
         if not is_unpacked(self.source, self.text_path):
             raise FileNotFoundError(f"{self.text_path} is missing or incomplete. Call prepare_data() first.")
         tokens = TokenFiles([self.text_path])
