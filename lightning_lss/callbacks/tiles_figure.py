@@ -9,12 +9,11 @@ from matplotlib.patches import Patch, Polygon
 from lightning_lss.attention.tiles import Tile, attention_tiles
 from lightning_lss.sequence.layout import position_ranges
 
-_COLORS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb"]  # Paul Tol's bright scheme
-_MOST_NAMED = 16  # ranks in the legend
+_MOST_NAMED = 16  # more ranks than this do not fit the legend
 
 
 def draw_attention_tiles(length: int, size: int, layout: str, causal: bool) -> Figure:
-    """The attention matrix of a sequence, with the tiles that each rank computes in the rank's color.
+    """Draw the attention matrix of a sequence: the tiles of each rank have its colour.
 
     Args:
         length: global sequence length L.
@@ -23,7 +22,7 @@ def draw_attention_tiles(length: int, size: int, layout: str, causal: bool) -> F
         causal: whether the upper triangle is hidden.
 
     Raises:
-        ValueError: if the length cannot be divided evenly.
+        ValueError: if the layout cannot divide the length evenly among the ranks.
     """
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
     paint_attention_tiles(figure.subplots(), length, size, layout, causal)
@@ -31,12 +30,12 @@ def draw_attention_tiles(length: int, size: int, layout: str, causal: bool) -> F
 
 
 def paint_attention_tiles(axes: Axes, length: int, size: int, layout: str, causal: bool) -> None:
-    """The same onto existing axes."""
+    """Draw what :func:`draw_attention_tiles` draws onto existing axes."""
     tiles = [attention_tiles(length, rank, size, layout, causal) for rank in range(size)]
     pairs = [sum(tile.pairs for tile in own) for own in tiles]
     handles = []
     for rank, own in enumerate(tiles):
-        color = _COLORS[rank % len(_COLORS)]
+        color = f"C{rank}"  # matplotlib's cycle of colours, which starts again when it ends
         for tile in own:
             for corners in _outlines(tile, position_ranges(length, rank, size, layout)):
                 axes.add_patch(Polygon(corners, facecolor=color, edgecolor="white", linewidth=0.8))
@@ -48,7 +47,7 @@ def paint_attention_tiles(axes: Axes, length: int, size: int, layout: str, causa
 
 
 def _outlines(tile: Tile, runs: tuple[range, ...]) -> list[list[tuple[int, int]]]:
-    """Corners (key, query) of a tile, one outline for each run of positions that its local rows cover."""
+    """Return the corners (key, query) of a tile, one outline for each run of positions that its rows cover."""
     outlines, row = [], 0
     for run in runs:
         if tile.q_start <= row < tile.q_stop:

@@ -1,5 +1,4 @@
-"""LightningDataModules: whole sequences for the ranks of a sequence group, which the strategy then cuts into
-segments."""
+"""LightningDataModules. They load whole sequences; the strategy then cuts these into segments."""
 
 from lightning_lss.data.enwik8 import Enwik8DataModule
 from lightning_lss.data.recall import RecallDataModule

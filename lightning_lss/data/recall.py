@@ -14,16 +14,16 @@ _STREAM: dict[Split, int] = {"train": 0, "val": 1, "test": 2}
 class RecallDataset(SampleDataset):
     """Random tokens whose second half repeats the first.
 
-    Of a sample, ``targets[L/2:]`` equals ``inputs[:L/2]``: the token to predict at position i >= L/2 stood L/2
-    positions before i. The targets before are random, so they are -100 and do not count.
+    In each sample ``targets[L/2:]`` equals ``inputs[:L/2]``: at position i >= L/2 the token to predict is the one at
+    i - L/2. Earlier targets would be random; they are -100, so the loss ignores them.
 
     Args:
         seq_len: length L of a sample, even.
         vocab_size: number of token values.
         num_samples: number of samples.
-        seed: two integers or more, each at least 0; another seed, another dataset.
+        seed: two or more integers, each at least 0; different seeds give different datasets.
 
-    Each sample is drawn from the seed and its index alone, so it is the same in every process.
+    A sample depends only on the seed and its index, so it is the same in every process.
     """
 
     def __init__(self, seq_len: int, vocab_size: int, num_samples: int, seed: tuple[int, ...]) -> None:
@@ -39,7 +39,7 @@ class RecallDataset(SampleDataset):
         if not 0 <= index < len(self):
             raise IndexError(f"Sample {index} does not exist: there are {len(self)}.")
         half = self.seq_len // 2
-        # One more than half is random: the token on which the repetition starts has nothing to repeat.
+        # L + 1 tokens are needed. The first L/2 + 1 are random; the others repeat the first L/2.
         drawn = np.random.default_rng((*self.seed, index)).integers(self.vocab_size, size=half + 1)
         tokens = torch.from_numpy(np.concatenate((drawn, drawn[:half])))  # int64 [L + 1]
         targets = tokens[1:].clone()
@@ -48,9 +48,9 @@ class RecallDataset(SampleDataset):
 
 
 class RecallDataModule(SequenceDataModule):
-    """Random tokens whose second half repeats the first; only the second half counts.
+    """Random tokens whose second half repeats the first; only the second half counts in the loss.
 
-    A model that sees the whole sequence reaches a loss of 0; one that sees less than half of it is left with
+    A model that sees the whole sequence reaches a loss of 0. A model that sees less than half of it stays at
     ln(vocab_size). Batches are those of :class:`~lightning_lss.data.sequences.SequenceDataModule`, with -100 as the
     targets of the first half.
 
@@ -58,10 +58,10 @@ class RecallDataModule(SequenceDataModule):
         seq_len: global sequence length L, even.
         batch_size: sequences B per sequence group and step.
         vocab_size: number of token values.
-        train_samples: samples in an epoch.
-        val_samples: samples for validation, and as many others for test.
-        seed: another seed, another set of samples.
-        num_workers: processes that load ahead, per rank.
+        train_samples: number of samples in an epoch.
+        val_samples: number of samples for validation, and of others for test.
+        seed: different seeds give different samples.
+        num_workers: number of loading processes per rank.
 
     Raises:
         ValueError: if a number is out of range or ``seq_len`` is odd.
@@ -90,5 +90,5 @@ class RecallDataModule(SequenceDataModule):
         self.seed = seed
 
     def dataset(self, split: Split) -> SampleDataset:
-        """The samples of ``split``; no split repeats another's draws."""
+        """Return the samples of ``split``; each split has a random stream of its own."""
         return RecallDataset(self.seq_len, self.vocab_size, self.num_samples[split], (self.seed, _STREAM[split]))

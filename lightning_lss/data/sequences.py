@@ -1,4 +1,4 @@
-"""What the data modules share: tokens on disk, samples cut from them, and the loaders."""
+"""The common part of the data modules: tokens on disk, samples cut from them, and the loaders."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _SPLITS_OF_STAGE: dict[str | None, tuple[Split, ...]] = {
 
 
 class TokenFiles:
-    """The tokens of one or several files, laid end to end as one stream.
+    """The tokens of one or several files, joined end to end into one stream.
 
-    Reading maps only the piece that is asked for, so the files may be larger than memory, and an object of this class
-    holds paths and sizes only: sent to the workers of a DataLoader it takes no data along.
+    Reading maps only the requested piece, so the files may be larger than memory. The object itself holds only paths and
+    sizes, so it can be sent to the workers of a DataLoader at no cost.
 
     Args:
         paths: the files, in the order of the stream.
-        dtype: the type of a token in the files, one of :data:`TOKEN_DTYPES`, in the byte order of this machine.
+        dtype: a token's type in the files, one of :data:`TOKEN_DTYPES`, in this machine's byte order.
 
     Raises:
-        ValueError: if ``dtype`` is unknown or the size of a file is no multiple of a token's.
+        ValueError: if ``dtype`` is unknown, or the size of a file is not a multiple of a token's.
         OSError: if a file cannot be found.
     """
 
@@ -56,20 +56,20 @@ class TokenFiles:
         return self._starts[-1]
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Tokens ``start`` to ``stop`` (exclusive) of the stream, int64 [stop - start].
+        """Return tokens ``start`` to ``stop`` (exclusive) of the stream, int64 [stop - start].
 
         Raises:
-            IndexError: if they are not all in the stream.
+            IndexError: if the stream does not hold all of them.
         """
         if not 0 <= start < stop <= len(self):
-            raise IndexError(f"Tokens {start} to {stop} are not in a stream of {len(self)}.")
+            raise IndexError(f"Tokens {start} to {stop} are out of range for a stream of {len(self)}.")
         first = bisect.bisect_right(self._starts, start) - 1
         last = bisect.bisect_left(self._starts, stop) - 1
         pieces = [self._read_file(file, start, stop) for file in range(first, last + 1)]
         return torch.from_numpy(np.concatenate(pieces, dtype=np.int64))
 
     def _read_file(self, file: int, start: int, stop: int) -> np.ndarray:
-        """The part of ``start`` to ``stop`` that lies in one file."""
+        """Return those of tokens ``start`` to ``stop`` that lie in one file."""
         begin, end = max(start, self._starts[file]), min(stop, self._starts[file + 1])
         offset = (begin - self._starts[file]) * self.dtype.itemsize
         return np.memmap(self.paths[file], self.dtype, mode="r", offset=offset, shape=(end - begin,))
@@ -79,14 +79,14 @@ def _tokens_in(path: Path, dtype: np.dtype) -> int:
     size = path.stat().st_size
     if size % dtype.itemsize:
         raise ValueError(
-            f"{path} has {size} bytes, no multiple of the {dtype.itemsize} bytes of a token of dtype={dtype.name!r}. "
-            "Give the dtype with which the file was written."
+            f"{path} has {size} bytes, which is not a multiple of the {dtype.itemsize} bytes of a token of dtype={dtype.name!r}."
+            " Give the dtype that the file was written with."
         )
     return size // dtype.itemsize
 
 
 class SampleDataset(Dataset[Sample], ABC):
-    """A map-style dataset of samples ``{"inputs": int64 [L], "targets": int64 [L]}``, targets shifted already."""
+    """A map-style dataset of samples ``{"inputs": int64 [L], "targets": int64 [L]}``; targets are already shifted."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -96,14 +96,14 @@ class SampleDataset(Dataset[Sample], ABC):
 
 
 class WindowDataset(SampleDataset):
-    """Windows of a token stream: sample i is made of its tokens i*L to i*L + L + 1, so no two share a target.
+    """Windows of a token stream. Sample i consists of tokens i*L to i*L + L + 1 (exclusive), so no two share a target.
 
     Args:
         tokens: the stream.
         seq_len: length L of a sample.
         vocab_size: every token must be in [0, vocab_size).
         span: the part of the stream to use; None for all of it.
-        name: what error messages call that part.
+        name: the name of that part in error messages.
 
     Raises:
         ValueError: if the part is shorter than L + 1; on reading, if a token is out of range.
@@ -131,38 +131,38 @@ class WindowDataset(SampleDataset):
         start = self.span.start + index * self.seq_len
         tokens = self.tokens.read(start, start + self.seq_len + 1)  # [L + 1]
         least, most = (int(x) for x in tokens.aminmax())
-        if least < 0 or most >= self.vocab_size:  # else the embedding fails, on CUDA without saying why
+        if least < 0 or most >= self.vocab_size:  # the embedding would fail, on CUDA without a reason
             raise ValueError(
-                f"Tokens {start} to {start + self.seq_len} range from {least} to {most}, outside of "
-                f"[0, {self.vocab_size}). Give the vocab_size and dtype with which the text was written."
+                f"Tokens {start} to {start + self.seq_len} range from {least} to {most}, outside "
+                f"[0, {self.vocab_size}). Give the vocab_size and dtype that the text was written with."
             )
         return {"inputs": tokens[:-1], "targets": tokens[1:]}
 
 
 def spans_by_position(length: int, shares: Sequence[float]) -> dict[Split, range]:
-    """Cut a stream of ``length`` tokens in three: training first, then validation, then test.
+    """Cut a stream of ``length`` tokens into three parts: training, then validation, then test.
 
     Raises:
-        ValueError: unless ``shares`` are three positive numbers that sum to 1.
+        ValueError: if ``shares`` are not three positive numbers that sum to 1.
     """
     if len(shares) != 3 or min(shares) <= 0 or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
         raise ValueError(
-            f"splits={tuple(shares)} must be three positive shares, of training, validation and test, that sum to 1."
+            f"splits={tuple(shares)} must be three positive shares (training, validation, test) that sum to 1."
         )
     val, test = (round(length * share) for share in (shares[0], shares[0] + shares[1]))
     return {"train": range(val), "val": range(val, test), "test": range(test, length)}
 
 
 class SequenceDataModule(pl.LightningDataModule, ABC):
-    """Loaders of batches ``{"inputs": int64 [B, L], "targets": int64 [B, L]}``; prediction runs on the test split.
+    """Loaders of batches ``{"inputs": int64 [B, L], "targets": int64 [B, L]}``. Prediction uses the test split.
 
-    Loaders are plain ones, in which Lightning puts a sampler by the strategy's data rank. A subclass sets what differs
-    from ``vocab_size = 256`` and ``bytes_per_token = 1.0``, those of bytes, and says what a split consists of.
+    The loaders have no distributed sampler: Lightning adds one for the strategy's data rank. A subclass defines
+    :meth:`dataset`, and sets ``vocab_size`` and ``bytes_per_token`` if its tokens are not bytes.
 
     Args:
         seq_len: global sequence length L.
         batch_size: sequences B per sequence group and step.
-        num_workers: processes that load ahead, per rank.
+        num_workers: number of loading processes per rank.
 
     Raises:
         ValueError: if a number is out of range; in ``setup``, if a split is too short.
@@ -187,11 +187,14 @@ class SequenceDataModule(pl.LightningDataModule, ABC):
 
     @abstractmethod
     def dataset(self, split: Split) -> SampleDataset:
-        """The samples of one split."""
+        """Return the samples of one split."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Make the datasets that ``stage`` needs: ``"fit"``, ``"validate"``, ``"test"``, ``"predict"``, None for
-        all."""
+        """Make the datasets of ``stage``: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``; None makes all.
+
+        Raises:
+            ValueError: if a split is too short for one sample, or the training split for one batch.
+        """
         for split in _SPLITS_OF_STAGE[stage]:
             self.datasets[split] = self.dataset(split)
         if "train" in self.datasets and len(self.datasets["train"]) < self.batch_size:
@@ -201,25 +204,25 @@ class SequenceDataModule(pl.LightningDataModule, ABC):
             )
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Shuffled; a last batch that is not full is left out."""
+        """Return the training samples, shuffled; an incomplete last batch is dropped."""
         return self._loader("train", shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Sample]:
-        """In order."""
+        """Return the validation samples in order."""
         return self._loader("val")
 
     def test_dataloader(self) -> DataLoader[Sample]:
-        """In order."""
+        """Return the test samples in order."""
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Sample]:
-        """The test split, in order."""
+        """Return the test samples in order."""
         return self._loader("test")
 
     def _loader(self, split: Split, shuffle: bool = False, drop_last: bool = False) -> DataLoader[Sample]:
         return DataLoader(
             self.datasets[split],
-            batch_size=self.batch_size,  # by name, as Lightning gives another when it rebuilds the loader to predict
+            batch_size=self.batch_size,  # by name, because Lightning passes another when it rebuilds the loader for prediction
             shuffle=shuffle,
             drop_last=drop_last,
             num_workers=self.num_workers,

@@ -1,4 +1,4 @@
-"""The default data: the source of Python's standard library, which is there without a download."""
+"""The default data: the source of Python's standard library. It needs no download."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _LEFT_OUT = {
     "idle_test",  # as much as all the rest together
     "pydoc_data",  # one generated file, larger than a split
 }
-_EVERY = 20  # of so many files one is for validation and the next one for test
+_EVERY = 20  # of this many files one is for validation and the next for test
 
 
 class StdlibDataModule(SequenceDataModule):
-    """About 11 MB of Python, as bytes: the standard library of the interpreter that runs, without its tests.
+    """About 11 MB of Python source, as bytes: the running interpreter's standard library, without its tests.
 
     Of every 20 files, in the order of their paths, 18 are for training, one for validation and one for test, so the
-    splits are alike and share no file. The text depends on the version of Python, and so do losses: compare only runs
-    with the same one. Batches are those of :class:`~lightning_lss.data.sequences.SequenceDataModule`.
+    splits are alike and share no file. The text, and with it the loss, depends on the version of Python: compare only
+    runs with the same one. Batches are those of :class:`~lightning_lss.data.sequences.SequenceDataModule`.
 
     Args:
         seq_len: global sequence length L.
         batch_size: sequences B per sequence group and step.
-        num_workers: processes that load ahead, per rank.
+        num_workers: number of loading processes per rank.
 
     Raises:
-        FileNotFoundError: if the interpreter comes without the source of its library.
+        FileNotFoundError: if the interpreter comes without its library's source.
         ValueError: if a number is out of range; in ``setup``, if a split is too short.
     """
 
@@ -43,7 +43,7 @@ class StdlibDataModule(SequenceDataModule):
         self.files = _find_sources(Path(sysconfig.get_path("stdlib")))
 
     def dataset(self, split: Split) -> SampleDataset:
-        """Windows of the files of ``split``, one after another."""
+        """Return windows of the files of ``split``, joined end to end."""
         files = [file for index, file in enumerate(self.files) if _split_of(index) == split]
         return WindowDataset(TokenFiles(files), self.seq_len, self.vocab_size, name=f"{split} split")
 
@@ -54,7 +54,7 @@ def _split_of(index: int) -> Split:
 
 
 def _find_sources(root: Path) -> list[Path]:
-    """All source files below ``root`` but those left out, sorted by their paths."""
+    """Return all source files below ``root`` that are not left out, sorted by path."""
     names = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _LEFT_OUT]
@@ -62,6 +62,6 @@ def _find_sources(root: Path) -> list[Path]:
     if len(names) < MIN_FILES:
         raise FileNotFoundError(
             f"{root} holds {len(names)} source files of Python's standard library, fewer than {MIN_FILES}: this "
-            "interpreter comes without them (zipped or stripped). Train on a text of yours: data=text data.path=..."
+            "interpreter comes without them (zipped or stripped). Use a text of your own: data=text data.path=..."
         )
     return [root / name for name in sorted(names)]

@@ -16,26 +16,26 @@ from lightning_lss.data.sequences import (
 
 
 class TextDataModule(SequenceDataModule):
-    """A file, or the files of a folder one after another (sorted by name), split by position: training comes first.
+    """A file, or a folder's files joined in the order of their names, split by position: training comes first.
 
     Batches are those of :class:`~lightning_lss.data.sequences.SequenceDataModule`. The files are memory-mapped.
 
     Args:
-        path: the file or folder. In a folder, hidden files and folders do not count.
+        path: the file or folder. Hidden files and folders in it are ignored.
         seq_len: global sequence length L.
         batch_size: sequences B per sequence group and step.
         dtype: ``"uint8"`` for bytes; ``"uint16"``, ``"uint32"``, ``"int32"`` or ``"int64"`` for raw token files.
         splits: shares of training, validation and test.
-        vocab_size: number of token values; None for 256 with bytes.
+        vocab_size: number of token values; None means 256 and is allowed for bytes only.
         bytes_per_token: mean number of bytes of text in a token.
-        pattern: which files of a folder to use, a glob; ``**`` for any folders.
-        num_workers: processes that load ahead, per rank.
+        pattern: a glob for the files of a folder; ``**`` stands for any number of folders.
+        num_workers: number of loading processes per rank.
 
     Raises:
         FileNotFoundError: if there is no such file or folder.
-        ValueError: if the folder holds no such files, if a file's size is no multiple of a token's, if ``vocab_size``
-            is missing, or a number is out of range; in ``setup``, if a split is too short; on reading, if a token is
-            not in [0, vocab_size).
+        ValueError: if no file in the folder matches, if a file's size is not a multiple of a token's, if
+            ``vocab_size`` is missing, or if a number is out of range; in ``setup``, if a split is too short; on
+            reading, if a token is not in [0, vocab_size).
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class TextDataModule(SequenceDataModule):
         self.bytes_per_token = bytes_per_token
 
     def dataset(self, split: Split) -> SampleDataset:
-        """Windows of the part of the stream that belongs to ``split``."""
+        """Return windows of the part of the stream that belongs to ``split``."""
         return WindowDataset(self.tokens, self.seq_len, self.vocab_size, self.spans[split], f"{split} split")
 
 

@@ -52,7 +52,7 @@ class TestTokenFiles:
 
     @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (0, 4), (2, 2), (3, 2)])
     def test_refuses_what_is_not_there(self, tmp_path: Path, start: int, stop: int) -> None:
-        with pytest.raises(IndexError, match=f"Tokens {start} to {stop} are not in a stream of 3"):
+        with pytest.raises(IndexError, match=f"Tokens {start} to {stop} are out of range for a stream of 3"):
             TokenFiles([write(tmp_path / "text", [1, 2, 3])]).read(start, stop)
 
     def test_a_file_larger_than_memory_works_and_pickles_without_its_data(self, tmp_path: Path) -> None:
@@ -68,7 +68,9 @@ class TestTokenFiles:
         assert samples.tokens.read(size - 3, size).tolist() == [0, 5, 6]
 
     def test_refuses_a_size_that_is_no_multiple_of_a_token(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"text has 3 bytes, no multiple of the 2 bytes .* dtype='uint16'"):
+        with pytest.raises(
+            ValueError, match=r"text has 3 bytes, which is not a multiple of the 2 bytes .* dtype='uint16'"
+        ):
             TokenFiles([write(tmp_path / "text", [1, 2, 3])], "uint16")
 
     def test_refuses_an_unknown_dtype(self, tmp_path: Path) -> None:
@@ -100,7 +102,7 @@ class TestWindowDataset:
     @pytest.mark.parametrize(("values", "limits"), [([3, 10, 4], "3 to 10"), ([3, -1, 4], "-1 to 4")])
     def test_refuses_a_token_that_the_model_does_not_know(self, tmp_path: Path, values: list[int], limits: str) -> None:
         samples = WindowDataset(TokenFiles([write(tmp_path / "text", values, "int32")], "int32"), 2, 10)
-        with pytest.raises(ValueError, match=rf"Tokens 0 to 2 range from {limits}, outside of \[0, 10\)"):
+        with pytest.raises(ValueError, match=rf"Tokens 0 to 2 range from {limits}, outside \[0, 10\)"):
             samples[0]
 
 
