@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,7 @@ def test_the_table_says_how_the_run_is_split(world, tmp_path) -> None:
     ids=["one", "float32", "autocast", "float32 under autocast", "communication_dtype", "megatron"],
 )
 def test_the_table_counts_the_bytes_that_a_rank_receives(world, tmp_path, ranks, run, received) -> None:
-    run.steps = 1
-    world.run(ranks, fit, run, str(tmp_path))
+    world.run(ranks, fit, replace(run, steps=1), str(tmp_path))
     assert read_table(tmp_path)["bytes received per layer and rank, forward"] == f"{received:,}"
 
 
