@@ -9,7 +9,8 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning_lss.attention.functional import lss_attention
 from lightning_lss.attention.module import LSSAttention
 from lightning_lss.models.lightning_module import LSSTransformer
-from lightning_lss.nn.loss import token_mean
+from lightning_lss.nn.dropout import SegmentDropout
+from lightning_lss.nn.loss import linear_cross_entropy, token_mean
 from lightning_lss.nn.metrics import BitsPerByte
 from lightning_lss.nn.positions import SegmentPositionalEmbedding
 from lightning_lss.nn.rotary import RotaryEmbedding
@@ -26,9 +27,11 @@ __all__ = [
     "LSSStrategy",
     "LSSTransformer",
     "RotaryEmbedding",
+    "SegmentDropout",
     "SegmentPositionalEmbedding",
     "SequenceShard",
     "ShardedModule",
+    "linear_cross_entropy",
     "lss_attention",
     "plan",
     "sequence_shard",

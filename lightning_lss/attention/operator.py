@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from lightning_lss.attention.compute import (
     BackwardRows,
@@ -29,7 +28,7 @@ from lightning_lss.attention.compute import (
 )
 from lightning_lss.attention.exchange import Buffers, empty_chunk, gathered_chunks, heads_first, scatter_gradients
 from lightning_lss.attention.spec import AttentionSpec
-from lightning_lss.sequence.collectives import Pending
+from lightning_lss.sequence.collectives import Pending, resolve_group
 from lightning_lss.sequence.segment import SequenceShard
 
 
@@ -170,7 +169,7 @@ def _spec_of(
     kernel_name: str,
     **options: Any,
 ) -> AttentionSpec:
-    process_group = _resolve_process_group(group) if size > 1 else None  # type: ignore[arg-type]
+    process_group = resolve_group(group) if size > 1 else None
     shard = SequenceShard(rank, size, layout, process_group, communication_dtype)
     return AttentionSpec(shard, kernel=kernel_name, **options)
 

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_lss.attention.module import LSSAttention
 from lightning_lss.callbacks.tiles_figure import draw_attention_tiles
-from lightning_lss.models.transformer import count_parameters
+from lightning_lss.parallel.segment_local import count_parameters
 from lightning_lss.sequence.dtypes import in_autocast_dtype
 from lightning_lss.sequence.segment import SequenceShard, sequence_shard
 

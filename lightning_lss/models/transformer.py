@@ -14,7 +14,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from lightning_lss.attention.module import LSSAttention
@@ -290,10 +289,3 @@ class Transformer(nn.Module):
             {"name": "decayed", "params": decayed, "weight_decay": weight_decay},
             {"name": "others", "params": others, "weight_decay": 0.0},
         ]
-
-
-def count_parameters(model: nn.Module, shares: int = 1) -> int:
-    """Number of parameters of the whole model, of which segment-local tables lie on ``shares`` ranks in equal parts."""
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, SegmentPositionalEmbedding)}
-    tables -= {id(p) for p in model.parameters() if isinstance(p, DTensor)}  # which counts what other ranks hold
-    return sum(p.numel() * (shares if id(p) in tables else 1) for p in model.parameters())

@@ -194,6 +194,14 @@ class SegmentGradScaler(torch.amp.GradScaler):
         return found
 
 
+def count_parameters(module: nn.Module, size: int = 1) -> int:
+    """Number of parameters of the whole model; segment-local ones lie on ``size`` ranks in equal parts."""
+    local = set(segment_local_names(module))
+    whole = {name: x for name, x in module.named_parameters() if name not in local or isinstance(x, DTensor)}
+    parts = [x for name, x in module.named_parameters() if name not in whole]
+    return sum(x.numel() for x in whole.values()) + size * sum(x.numel() for x in parts)
+
+
 def local_views(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Parameters and gradients as plain tensors that share this rank's memory.
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -92,6 +93,11 @@ def all_to_all_sum(stacked: Tensor, group: dist.ProcessGroup) -> Pending:
     received = stacked.new_empty(stacked.shape)
     work = dist.all_to_all_single(received.view(-1), stacked.contiguous().view(-1), group=group, async_op=True)
     return Pending(received, [work], addends=True)
+
+
+def resolve_group(name: str) -> dist.ProcessGroup:
+    """The process group that torch knows by ``name``, its ``group_name``."""
+    return _resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def is_gloo(x: Tensor, group: dist.ProcessGroup) -> bool:

@@ -10,7 +10,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_lss.models.transformer import count_parameters
+from lightning_lss.parallel.segment_local import count_parameters
 
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = [f"{file.parent.name}={file.stem}" for file in sorted(CONF.glob("*/*.yaml"))]

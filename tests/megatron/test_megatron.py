@@ -27,7 +27,8 @@ from lightning_lss.megatron.parallelize import (
     parallelize,
     reduce_gradients,
 )
-from lightning_lss.models.transformer import ExecutionConfig, MLPBlock, Transformer, TransformerConfig, count_parameters
+from lightning_lss.models.transformer import ExecutionConfig, MLPBlock, Transformer, TransformerConfig
+from lightning_lss.parallel.segment_local import count_parameters
 from lightning_lss.testing.collectives import CollectiveCounter, kinds
 from lightning_lss.testing.compare import assert_equal_on_ranks
 from tests.training import (

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_lss.models.lightning_module import LSSTransformer
-from lightning_lss.models.transformer import MLPBlock, SelfAttention, Transformer, TransformerConfig, count_parameters
+from lightning_lss.models.transformer import MLPBlock, SelfAttention, Transformer, TransformerConfig
 from lightning_lss.nn.rotary import RotaryEmbedding
+from lightning_lss.parallel.segment_local import count_parameters
 
 SMALL = TransformerConfig(vocab_size=11, seq_len=16, width=32, num_layers=2, num_heads=4)
 VARIANTS = {

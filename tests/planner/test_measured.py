@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from lightning_lss.models.transformer import TransformerConfig, count_parameters
+from lightning_lss.models.transformer import TransformerConfig
+from lightning_lss.parallel.segment_local import count_parameters
 from lightning_lss.planner import Options, Setup, rank_memory, step_traffic
 from lightning_lss.planner.measure import make_model, make_step, measure_memory
 from lightning_lss.planner.parameters import count

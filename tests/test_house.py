@@ -1,0 +1,40 @@
+"""Rules of the house that the import contracts in pyproject.toml cannot say."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lightning_lss
+
+PACKAGE = Path(lightning_lss.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+COMMUNICATES = ("sequence", "parallel", "checkpoint", "strategy", "megatron", "testing", "planner", "nn/loss.py")
+"""Folders and files that may import ``torch.distributed``."""
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_communication_has_its_places(path) -> None:
+    name = path.relative_to(PACKAGE).as_posix()
+    if not name.startswith(COMMUNICATES):
+        assert not [x for x in imports(path) if x.startswith("torch.distributed")], name
+
+
+def test_a_file_is_one_idea() -> None:
+    assert {path.name: n for path in FILES if (n := len(path.read_text().splitlines())) > 400} == {}
+
+
+def test_nothing_but_the_root_lies_directly_in_the_package() -> None:
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "version.py"}
