@@ -73,7 +73,7 @@ class Job:
 def model_options(name: str, **options: Any) -> dict[str, Any]:
     """Arguments of the model from ``conf/model/NAME.yaml`` on bytes; those in ``options`` that are not None replace
     them."""
-    config = OmegaConf.merge(OmegaConf.load(_CONF / "tiny.yaml"), OmegaConf.load(_CONF / f"{name}.yaml"))
+    config = OmegaConf.merge(OmegaConf.load(_CONF / "default.yaml"), OmegaConf.load(_CONF / f"{name}.yaml"))
     sizes = {key: config[key] for key in _SIZES}
     return {"vocab_size": 256, **sizes, **{key: value for key, value in options.items() if value is not None}}
 

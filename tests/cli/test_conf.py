@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import hydra
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from lightning_lss.parallel.segment_local import count_parameters
+from tests.cli.composing import CHOICES, composed
 
-CONF = Path(__file__).parents[2] / "conf"
-CHOICES = [f"{file.parent.name}={file.stem}" for file in sorted(CONF.glob("*/*.yaml"))]
-
-
-def composed(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", [*overrides, "output_dir=unused"])
+BASES = [
+    choice for choice in CHOICES if choice.endswith("=default") and choice.split("=")[0] not in ("callbacks", "trainer")
+]
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", [choice for choice in CHOICES if choice not in BASES])
 def test_choices_compose(choice) -> None:
     cfg = composed(choice, *(["data.path=unused"] if choice == "data=text" else []))
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_bases_leave_open_what_only_a_choice_can_say(base) -> None:
+    assert OmegaConf.missing_keys(composed(base))
 
 
 # parameters without positional tables, by hand from the sizes: 12 E^2 a layer with GELU, and the embeddings
@@ -52,3 +51,20 @@ def test_what_people_change_reaches_what_it_is_for() -> None:
     assert cfg.trainer.devices == 4
     assert cfg.strategy.sequence_parallel_size == 2
     assert composed("strategy=single").trainer.devices == 1
+
+
+def test_megatron_brings_its_own_model_with_the_sizes_of_the_one_that_is_chosen() -> None:
+    cfg = composed("strategy=megatron", "model=8b")
+    assert cfg.model._target_ == "lightning_lss.megatron.MegatronTransformer"
+    assert cfg.model.width == 4096
+
+
+def test_hardware_is_composed_only_where_it_is_asked_for() -> None:
+    assert "hardware" not in composed()
+    assert composed("mode=plan", "hardware=h100").hardware.name == "H100"
+
+
+def test_a_large_model_takes_nothing_from_the_laptops() -> None:
+    tiny, large = (composed(f"model={model}").model for model in ("tiny", "8b"))
+    assert (tiny.lr, tiny.warmup_steps) == (3e-3, 20)
+    assert (large.lr, large.warmup_steps) == (3e-4, 2000)

@@ -1,0 +1,48 @@
+"""What a run came to: a table on the screen and `result.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.table import Table
+
+from lightning_lss.callbacks import LSSThroughputMonitor
+
+RESULT = "result.json"
+
+
+def report(trainer: pl.Trainer, folder: Path) -> None:
+    """Print what the run came to and where things lie; write the metrics to ``result.json``."""
+    result = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    rates = [x.tokens_per_second for x in trainer.callbacks if isinstance(x, LSSThroughputMonitor)]  # type: ignore[attr-defined]
+    table = Table.grid(padding=(0, 2))
+    for stage in ("val", "test"):
+        if f"{stage}/bits_per_byte" in result:
+            table.add_row(f"{stage} bits per byte", f"{result[f'{stage}/bits_per_byte']:.3f}")
+    if rates and rates[0] is not None:
+        result["train/tokens_per_sec"] = rates[0]
+        table.add_row("tokens per second", f"{rates[0]:,.0f}")
+    checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if checkpoint:
+        table.add_row("checkpoint", shown(checkpoint))
+    if (folder / "predictions").is_dir():
+        table.add_row("predictions", shown(folder / "predictions"))
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            table.add_row("follow it with", f"tensorboard --logdir {shown(folder)}")
+        elif logger.log_dir is not None:
+            table.add_row("logged", shown(logger.log_dir))
+    (folder / RESULT).write_text(json.dumps(result, indent=2))
+    print()
+    Console(soft_wrap=True).print(table)
+
+
+def shown(path: str | Path) -> str:
+    """A path as the user would type it from here."""
+    near = Path(path).absolute().is_relative_to(Path.cwd())
+    return os.path.relpath(path) if near else str(path)

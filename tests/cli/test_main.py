@@ -1,0 +1,133 @@
+"""What the command line does with mistakes, and with ranks that others start; nothing is trained here."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_lss.cli import main as cli
+from lightning_lss.cli.run import config_choice, program
+from lightning_lss.data.download import DownloadError
+
+
+@pytest.fixture
+def start(monkeypatch, tmp_path):
+    """Run the command line in this process."""
+
+    def start(*overrides: str, program: str = "/usr/bin/lightning-lss") -> None:
+        monkeypatch.setattr("sys.argv", [program, *overrides, f"hydra.run.dir={tmp_path}"])
+        monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # set by a run: taken back after the test
+        monkeypatch.setenv("PL_SEED_WORKERS", "0")
+        cli.main()
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["seq_lenn=4"], "Could not override 'seq_lenn'"),  # Hydra's own
+        (["seq_len=4098"], "lightning-lss: A sequence of length 4098 cannot be split over 2 ranks"),
+        (["data=text", "data.path=/nowhere"], "lightning-lss: path='/nowhere' does not exist"),
+        (["model.width=32", "model.num_heads=3"], "width=32 must be a multiple of num_heads=3"),
+        (["devices=${nothing}"], "lightning-lss: Interpolation key 'nothing' not found"),
+        (["-m", "seq_len=4098,4099"], "lightning-lss: A sequence of length 4098"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_mistakes_end_with_a_sentence(start, capsys, tmp_path, overrides, words) -> None:
+    with pytest.raises(SystemExit) as end:
+        start(*overrides, f"hydra.sweep.dir={tmp_path}")
+    told = capsys.readouterr()
+    assert end.value.code == 1
+    assert words in told.err
+    assert "Traceback" not in told.err
+    assert "HYDRA_FULL_ERROR=1" in told.err
+
+
+@pytest.mark.parametrize("program", ["train.py", "lightning_lss/__main__.py"])
+def test_the_sentence_names_the_program_as_it_was_called(start, capsys, program) -> None:
+    with pytest.raises(SystemExit):
+        start("mode=train", program=program)
+    assert capsys.readouterr().err.startswith({"train.py": "train.py: "}.get(program, "lightning_lss: "))
+
+
+def test_hydras_variable_shows_where_a_mistake_was_found(start, monkeypatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match="mode=train is unknown"):
+        start("mode=train")
+
+
+@pytest.mark.parametrize("kind", [ValueError, MisconfigurationException, DownloadError, FileNotFoundError])
+def test_mistakes_are_known_by_their_class(start, monkeypatch, capsys, kind) -> None:
+    class Narrower(kind):
+        pass
+
+    def fail(cfg: object) -> None:
+        raise Narrower("the reason")
+
+    monkeypatch.setattr(cli, "run", fail)
+    with pytest.raises(SystemExit):
+        start()
+    assert "lightning-lss: the reason\n" in capsys.readouterr().err
+
+
+def test_faults_of_the_program_are_not_taken_for_mistakes(start, monkeypatch, capsys) -> None:
+    class MisconfigurationException(Exception):  # noqa: N818
+        """Another one of the same name."""
+
+    def fail(cfg: object) -> None:
+        raise MisconfigurationException("a fault")
+
+    monkeypatch.setattr(cli, "run", fail)
+    with pytest.raises(SystemExit):
+        start()
+    assert "test_main.py" in capsys.readouterr().err  # Hydra's stack of frames
+
+
+def test_a_multirun_cannot_be_started_by_torchrun(start, monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit):
+        start("-m", "seq_len=64,128", f"hydra.sweep.dir={tmp_path}")
+    assert "does not work under torchrun" in capsys.readouterr().err
+
+
+def test_the_runs_of_a_sweep_are_started_as_the_sweep_was(monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["bin/lightning-lss", "-m", "--config-dir", "own", "seq_len=1,2"])
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=None))
+    assert program() == [sys.executable, str(tmp_path / "bin/lightning-lss")]
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__="that of a module"))
+    assert program() == [sys.executable, "-m", "lightning_lss"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["-m", "--config-dir", "own", "seed=1,2"], ["--config-dir", "own"]),
+        (["--config-name=mine", "seed=1"], ["--config-name=mine"]),
+        (["-cd", "own", "-cn", "mine"], ["-cd", "own", "-cn", "mine"]),
+        (["seed=1"], []),
+    ],
+    ids=lambda x: " ".join(x),
+)
+def test_the_runs_of_a_sweep_take_the_configuration_that_was_chosen(given, expected) -> None:
+    assert config_choice(given) == expected
+
+
+@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
+def test_only_the_first_rank_makes_the_runs_folder(monkeypatch, variable) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    for rank in ("0", "3"):
+        monkeypatch.setenv(variable, rank)
+        monkeypatch.setattr("sys.argv", ["train.py", "seed=1"])
+        cli.keep_to_own_folder()
+        if rank == "0":
+            assert sys.argv == ["train.py", "seed=1"]
+    assert "hydra.output_subdir=null" in sys.argv
+    assert Path(sys.argv[-1].removeprefix("hydra.run.dir=")).is_dir()
+    assert "_rank_3_" in sys.argv[-1]

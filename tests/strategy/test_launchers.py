@@ -1,0 +1,53 @@
+"""Real launches: Lightning's own subprocesses, spawn, fork, torchrun."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_lss.testing.compare import assert_equal
+from tests.processes import ROOT, TORCHRUN, python
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    path = tmp_path_factory.mktemp("reference") / "one.ckpt"
+    python(ROOT / "tests/launch_script.py", "auto", path)
+    return torch.load(path, weights_only=False)["state_dict"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "strategy"),
+    [([], "lss"), ([], "lss_spawn"), ([], "lss_fork"), (TORCHRUN, "lss")],
+    ids=lambda x: str(x)[:9],
+)
+def test_launchers_train_what_one_process_trains(reference, tmp_path, launcher, strategy) -> None:
+    path = tmp_path / "saved.ckpt"
+    python(*launcher, ROOT / "tests/launch_script.py", strategy, path)
+    state = torch.load(path, weights_only=False)["state_dict"]
+    assert_equal(state, reference, 1e-5)
+
+
+@pytest.mark.slow
+def test_the_readmes_example_runs_and_is_the_one_in_examples(tmp_path) -> None:
+    example = ROOT / "examples/own_module.py"
+    assert example.read_text() in (ROOT / "README.md").read_text()
+    python(example, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_failing_rank_shows_its_error_and_ends_the_run(tmp_path) -> None:
+    script = tmp_path / "fail.py"
+    script.write_text(
+        "import sys; sys.argv[1:] = ['lss', 'unused']\n"
+        "from tests.training import SGDTransformer, Run\n"
+        "def fail(self, batch, batch_idx):\n"
+        "    raise RuntimeError('the error that the user must see')\n"
+        "SGDTransformer.training_step = fail\n"
+        "from tests.launch_script import main\n"
+        "main('lss', 'unused')\n"
+    )
+    output = python(script, code=1, timeout=90)
+    assert "RuntimeError: the error that the user must see" in output
+    assert "abort" not in output.lower()
