@@ -1,1 +1,1 @@
-"""The command line: `lightning-lss`, `python -m lightning_lss` and, in a clone, `python train.py`."""
+"""The command line: `lightning-lss`, `python -m lightning_lss.cli` and, in a clone, `python train.py`."""

@@ -65,12 +65,12 @@ def help_text(_root_: DictConfig) -> str:
 def program_name() -> str:
     """What the user typed to start this: ``train.py`` or ``lightning-lss``."""
     name = Path(sys.argv[0]).name
-    return "lightning_lss" if name == "__main__.py" else name
+    return "lightning_lss.cli" if name == "__main__.py" else name
 
 
 def _command() -> str:
     name = program_name()
-    return {"train.py": "python train.py", "lightning_lss": "python -m lightning_lss"}.get(name, name)
+    return {"train.py": "python train.py", "lightning_lss.cli": "python -m lightning_lss.cli"}.get(name, name)
 
 
 def _group_lines(folders: list[Path], choices: dict[str, str | None]) -> Iterator[str]:

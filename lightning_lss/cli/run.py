@@ -64,7 +64,7 @@ def run_in_new_process() -> float | None:
 def program() -> list[str]:
     """The command that started this process, without its arguments; Lightning starts the other ranks by the same."""
     if sys.modules["__main__"].__spec__ is not None:
-        return [sys.executable, "-m", "lightning_lss"]
+        return [sys.executable, "-m", "lightning_lss.cli"]
     return [sys.executable, hydra.utils.to_absolute_path(sys.argv[0])]
 
 

@@ -1,4 +1,4 @@
-"""Real launches of the command line, away from the repository: ``train.py``, ``python -m lightning_lss``, torchrun."""
+"""Real launches of the command line, away from the repository: ``train.py``, ``python -m lightning_lss.cli``, torchrun."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.processes import ROOT, TORCHRUN, python
 
 pytestmark = pytest.mark.slow
 
-TRAIN_PY, MODULE = (ROOT / "train.py",), ("-m", "lightning_lss")
+TRAIN_PY, MODULE = (ROOT / "train.py",), ("-m", "lightning_lss.cli")
 
 
 def train(folder: Path, *overrides: str, launcher: tuple[object, ...] = TRAIN_PY) -> str:

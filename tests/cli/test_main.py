@@ -49,11 +49,11 @@ def test_mistakes_end_with_a_sentence(start, capsys, tmp_path, overrides, words)
     assert "HYDRA_FULL_ERROR=1" in told.err
 
 
-@pytest.mark.parametrize("program", ["train.py", "lightning_lss/__main__.py"])
+@pytest.mark.parametrize("program", ["train.py", "lightning_lss/cli/__main__.py"])
 def test_the_sentence_names_the_program_as_it_was_called(start, capsys, program) -> None:
     with pytest.raises(SystemExit):
         start("mode=train", program=program)
-    assert capsys.readouterr().err.startswith({"train.py": "train.py: "}.get(program, "lightning_lss: "))
+    assert capsys.readouterr().err.startswith({"train.py": "train.py: "}.get(program, "lightning_lss.cli: "))
 
 
 def test_hydras_variable_shows_where_a_mistake_was_found(start, monkeypatch) -> None:
@@ -102,7 +102,7 @@ def test_the_runs_of_a_sweep_are_started_as_the_sweep_was(monkeypatch, tmp_path)
     monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=None))
     assert program() == [sys.executable, str(tmp_path / "bin/lightning-lss")]
     monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__="that of a module"))
-    assert program() == [sys.executable, "-m", "lightning_lss"]
+    assert program() == [sys.executable, "-m", "lightning_lss.cli"]
 
 
 @pytest.mark.parametrize(

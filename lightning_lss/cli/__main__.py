@@ -1,4 +1,4 @@
-"""`python -m lightning_lss`: the same as the command `lightning-lss`."""
+"""`python -m lightning_lss.cli`: the same as the command `lightning-lss`."""
 
 from lightning_lss.cli.main import main
 
