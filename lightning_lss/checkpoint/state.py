@@ -24,7 +24,7 @@ def tables_by_name(root: nn.Module) -> dict[str, SegmentPositionalEmbedding]:
 
 
 Destination = Callable[[Tensor], Any]
-"""What becomes of a gathered tensor, such as :meth:`lightning_lss.parallel.replicated.Replicated.keep_gathered`."""
+"""What becomes of a gathered tensor, such as :meth:`lightning_lss.parallel.replicated.Replicated.keep_for_checkpoint`."""
 
 
 def gather_state(state: Any, tables: Mapping[str, SegmentPositionalEmbedding], keep: Destination) -> Any:
