@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lss.attention.exchange import empty_chunk, heads_first
+from lightning_lss.attention.exchange import empty_head_chunk, heads_first
 from lightning_lss.attention.kernels import KERNELS
 from lightning_lss.testing.compare import assert_equal
 
@@ -80,7 +80,7 @@ def check(results: Sequence[Tensor], expected: Sequence[Tensor], bound: float, n
 def laid_out_as_in_attention(inputs: Inputs) -> Inputs:
     """The same numbers as parts of larger tensors: heads and rows of [B, l, H, D], keys and values of a head chunk."""
     q, k, v, grad = inputs
-    chunk = heads_first(empty_chunk(k.new_zeros(k.size(0), k.size(1), k.size(2) + 3, k.size(3)), 1))
+    chunk = heads_first(empty_head_chunk(k.new_zeros(k.size(0), k.size(1), k.size(2) + 3, k.size(3)), 1))
     keys_values = chunk.zero_()[..., 2:-1, :].copy_(torch.stack((k, v)))
     larger = [x.new_zeros(x.size(0), x.size(2) + 3, x.size(1) + 2, x.size(3)) for x in (q, grad)]
     q, grad = [whole.transpose(1, 2)[:, 1:-1, 2:-1].copy_(x) for whole, x in zip(larger, (q, grad))]

@@ -1,4 +1,4 @@
-"""Attention of one rank over keys and values that are at hand: its tiles, joined.
+"""Attention of one rank, tile by tile, over keys and values that it has fetched.
 
 Tiles of the same rows are joined by their log-sum-exp within the rank. No partial attention is summed between ranks.
 """
@@ -20,14 +20,14 @@ from lightning_lss.attention.tiles import Tile
 
 
 class ForwardRows(NamedTuple):
-    """Rows of queries with what the forward pass fills in."""
+    """Rows of queries, and the results that the forward pass fills in."""
 
     q: Tensor
     """Queries [B, H, l, D]."""
     out: Tensor
-    """Output [B, H, l, D], to be filled in."""
+    """Output [B, H, l, D], filled in."""
     lse: Tensor
-    """Log of the sum of the exponentials of each row's scores, [B, H, l], to be filled in."""
+    """Log of the sum of the exponentials of each row's scores, [B, H, l], filled in."""
 
     def of_heads(self, heads: slice) -> ForwardRows:
         """The same rows of some heads."""
@@ -39,7 +39,7 @@ class ForwardRows(NamedTuple):
 
 
 class BackwardRows(NamedTuple):
-    """Rows of queries with what the backward pass needs and fills in."""
+    """Rows of queries, the inputs of their backward pass, and the gradient that it fills in."""
 
     grad: Tensor
     """Gradient of the output [B, H, l, D]."""
@@ -50,7 +50,7 @@ class BackwardRows(NamedTuple):
     lse: Tensor
     """Log-sum-exp [B, H, l]."""
     grad_q: Tensor
-    """Gradient of the queries [B, H, l, D], to be filled in."""
+    """Gradient of the queries [B, H, l, D], filled in."""
 
     def of_heads(self, heads: slice) -> BackwardRows:
         """The same rows of some heads."""
@@ -62,18 +62,17 @@ class BackwardRows(NamedTuple):
 
 
 def empty_rows(q: Tensor) -> Tensor:
-    """Memory for a tensor like ``q`` [B, H, l, D], laid out as [B, l, H, D], so that the heads of a token lie side by
-    side."""
+    """Allocate a tensor like ``q`` [B, H, l, D], in memory [B, l, H, D], so that the heads of a token are adjacent."""
     return q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
 
 
 def no_autocast(device: str) -> AbstractContextManager[Any]:
-    """Give the kernels the dtypes of their inputs."""
+    """Disable autocast, so that kernels compute in the dtypes of their inputs."""
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def compute_tiles(rows: ForwardRows, keys_values: Tensor, tiles: Sequence[Tile], spec: AttentionSpec) -> None:
-    """Attend over the tiles of K and V [2, B, g, L, D], and fill in output and log-sum-exp of ``rows``."""
+    """Fill in the output and log-sum-exp of ``rows`` over the tiles of K and V [2, B, g, L, D]."""
     kernel = KERNELS[spec.kernel]
     for span, row_tiles in _by_rows(tiles):
         q, out, lse = rows.span(span)
@@ -91,7 +90,7 @@ def compute_tiles(rows: ForwardRows, keys_values: Tensor, tiles: Sequence[Tile],
 def compute_tiles_backward(
     rows: BackwardRows, keys_values: Tensor, by_rank: Tensor, tiles: Sequence[Tile], spec: AttentionSpec
 ) -> None:
-    """Fill in the gradient of the queries of ``rows``, and those of K and V, ``by_rank`` [S, l, 2, B, g, D]."""
+    """Fill in the gradient of the queries in ``rows``, and those of K and V in ``by_rank`` [S, l, 2, B, g, D]."""
     kernel = KERNELS[spec.kernel]
     chunks = [heads_first(chunk) for chunk in spec.shard.chunks_in_order(by_rank, 0)]
     sums = list(zip(*chunks))  # of K, of V: the chunks of the sequence in position order
@@ -113,21 +112,20 @@ def compute_tiles_backward(
 
 
 def _by_rows(tiles: Sequence[Tile]) -> Iterator[tuple[slice, list[Tile]]]:
-    """Ranges of local query rows, each with its tiles."""
+    """Group the tiles by their range of local query rows."""
     for (start, stop), row_tiles in groupby(tiles, key=lambda tile: (tile.q_start, tile.q_stop)):
         yield slice(start, stop), list(row_tiles)
 
 
 def _join(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two disjoint sets of keys, from the two results; weights are exp(lse - joint lse)."""
+    """Join the results of attention over two disjoint sets of keys, with weights exp(lse - joint lse)."""
     joint = torch.logaddexp(lse, other_lse)
     weight = (other_lse - joint).exp_().unsqueeze(-1)
     return torch.lerp(out.to(joint.dtype), other_out.to(joint.dtype), weight), joint
 
 
 def _accumulate(chunks: Sequence[Tensor], grad: Tensor, start: int, add: bool) -> None:
-    """Copy or add a tile's gradient [B, g, n, D] to the chunks of the sequence [B, g, c, D] from position ``start``
-    on."""
+    """Copy or add a tile's gradient [B, g, n, D] to the sequence's chunks [B, g, c, D], from position ``start`` on."""
     width, stop = chunks[0].size(-2), start + grad.size(-2)
     for index in range(start // width, -(-stop // width)):
         first = index * width

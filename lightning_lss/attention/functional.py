@@ -1,8 +1,8 @@
 """Attention along a split sequence as a function, ``lss_attention``.
 
 Each rank computes the rows of its own queries against the keys and values of the whole sequence (LSS Transformer, arXiv
-2311.02382: K and V are sent together in one all-gather forward, their gradients in one reduce-scatter backward; no
-partial attention is ever summed between ranks). The algorithm is in :mod:`lightning_lss.attention.operator`.
+2311.02382). K and V are sent together in one all-gather forward, their gradients in one reduce-scatter backward. No
+partial attention is summed between ranks. The algorithm is in :mod:`lightning_lss.attention.operator`.
 """
 
 from __future__ import annotations
@@ -31,30 +31,32 @@ def lss_attention(
     keep_gathered: bool = False,
     as_operator: bool = False,
 ) -> Tensor:
-    """Softmax attention of this rank's queries over the keys and values of the whole sequence.
+    """Compute softmax attention of this rank's queries over the keys and values of the whole sequence.
+
+    Every rank of the sequence group must call it. Gradients are exact; second derivatives are not supported.
 
     Args:
         q: [B, H, l, D], this rank's segment of the queries.
-        k: [B, G, l, D], its segment of the keys; H is a multiple of G (grouped-query heads).
-        v: [B, G, l, D], its segment of the values.
-        shard: the rank's place in its sequence group; by default the sequence is whole and this is plain attention.
+        k: [B, G, l, D], this rank's segment of the keys; H is a multiple of G (grouped-query heads).
+        v: [B, G, l, D], this rank's segment of the values.
+        shard: the rank's place in its sequence group; the default is a whole sequence, and plain attention.
         causal: whether a query sees only keys at or before its own global position.
         scale: factor on the scores, 1 / sqrt(D) by default.
         kernel: ``"auto"`` or a name in :data:`lightning_lss.attention.kernels.KERNELS`.
-        head_chunks: in how many parts the key/value heads are gathered; a divisor of G, or ``"auto"``: up to 8 parts of
-            at least 1 MiB.
-        keep_gathered: keep the gathered keys and values for the backward pass instead of gathering them again. Then a
-            layer has exactly two collectives, one all-gather and one reduce-scatter, as in the paper, at the price of K
-            and V of the whole sequence in memory between forward and backward.
-        as_operator: call it as the registered operator ``torch.ops.lightning_lss.attention``, so that a policy for
-            selective activation checkpointing can keep its result; compiled code does so by itself. Else its
-            collectives and kernels are visible one by one to profilers and dispatch modes.
+        head_chunks: number of parts in which the key/value heads are gathered, a divisor of G; ``"auto"`` takes up to 8
+            of at least 1 MiB each.
+        keep_gathered: keep the gathered keys and values for the backward pass instead of gathering them again. A layer
+            then has exactly two collectives, one all-gather and one reduce-scatter, as in the paper. The price is K and
+            V of the whole sequence in memory between forward and backward.
+        as_operator: call the registered operator ``torch.ops.lightning_lss.attention``, so that a policy for selective
+            activation checkpointing can keep its result; compiled code always does. Otherwise profilers and dispatch
+            modes see its collectives and kernels one by one.
 
     Returns:
         [B, H, l, D] in the dtype of ``q`` (under autocast: in autocast's dtype).
 
     Raises:
-        ValueError: if shapes, dtypes or options do not fit together, naming the values.
+        ValueError: if shapes, dtypes or options are incompatible; the message names the values.
     """
     q, k, v = in_autocast_dtype(q, k, v)
     _check_inputs(q, k, v)
@@ -70,8 +72,8 @@ def lss_attention(
 
 
 def _is_linear_in_torch(q: Tensor, k: Tensor) -> bool:
-    """Whether torch's own attention has a kernel that does not write out the scores; with grouped-query heads only its
-    flash kernels have."""
+    """Whether torch's own attention has a kernel that never stores all scores: with grouped-query heads, only its flash
+    kernels."""
     return q.size(1) == k.size(1) or select_kernel(q).name.endswith("flash")
 
 

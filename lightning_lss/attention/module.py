@@ -12,9 +12,8 @@ from lightning_lss.sequence.segment import ShardedModule
 class LSSAttention(ShardedModule):
     """Attention along the split sequence, as a module without parameters.
 
-    :class:`~lightning_lss.LSSStrategy` gives it its shard; with none it is plain attention, so a model that uses it
-    runs unchanged on one device. For arguments and shapes see :func:`lss_attention`: ``forward(q, k, v)`` takes [B, H,
-    l, D], [B, G, l, D], [B, G, l, D] and returns [B, H, l, D].
+    :class:`~lightning_lss.LSSStrategy` sets its shard. Without one it is plain attention, so a model that uses it runs
+    unchanged on one device. For the arguments see :func:`lss_attention`.
     """
 
     def __init__(
@@ -36,7 +35,7 @@ class LSSAttention(ShardedModule):
         self.as_operator = as_operator
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See :func:`lss_attention`."""
+        """Attend: q [B, H, l, D], k and v [B, G, l, D] -> [B, H, l, D]; see :func:`lss_attention`."""
         return lss_attention(
             q,
             k,

@@ -1,12 +1,13 @@
 """Attention along a split sequence as one differentiable operation, for autograd and for the compiler.
 
-Key/value heads are taken in head chunks. While one is computed, the next is gathered and the gradients of the last are
-scattered, so that a rank holds its own tensors, two head chunks of K and V, and in the backward pass two of their
-gradients. (Over gloo it also holds what arrives of one; with ``communication_dtype`` the copy of one that is sent.)
+Key/value heads are processed in head chunks. While one is computed, the next is gathered and the gradients of the last
+are scattered. A rank holds its own tensors, two head chunks of K and V, and in the backward pass two of their
+gradients. (Over gloo it also holds the received addends of one; with ``communication_dtype`` also the copy of one that
+is sent.)
 
-:class:`SplitAttention` is what autograd sees. The registered operator ``torch.ops.lightning_lss.attention`` computes the
-same as one opaque node with a known shape: ``torch.compile(fullgraph=True)`` passes through it, and a policy for
-selective activation checkpointing can name it.
+:class:`SplitAttention` is the operation for autograd. The registered operator ``torch.ops.lightning_lss.attention``
+computes the same as one opaque node with a known shape: ``torch.compile(fullgraph=True)`` passes through it, and a
+policy for selective activation checkpointing can name it.
 """
 
 from __future__ import annotations
@@ -26,37 +27,43 @@ from lightning_lss.attention.compute import (
     empty_rows,
     no_autocast,
 )
-from lightning_lss.attention.exchange import Buffers, empty_chunk, gathered_chunks, heads_first, scatter_gradients
+from lightning_lss.attention.exchange import (
+    Buffers,
+    empty_head_chunk,
+    gathered_head_chunks,
+    heads_first,
+    scatter_gradients,
+)
 from lightning_lss.attention.spec import AttentionSpec
 from lightning_lss.sequence.collectives import Pending, resolve_group
 from lightning_lss.sequence.segment import SequenceShard
 
 
 class Attended(NamedTuple):
-    """What the forward pass leaves."""
+    """Results of the forward pass."""
 
     out: Tensor
-    """[B, H, l, D], in memory [B, l, H, D], so that heads can be put side by side without a copy."""
+    """[B, H, l, D], in memory [B, l, H, D], so that heads can be concatenated without a copy."""
     lse: Tensor
     """Log of the sum of the exponentials of each row's scores, [B, H, l]; float64 for float64 queries, else float32."""
     gathered: Tensor
-    """K and V of the whole sequence, [2, B, G, L, D], with ``keep_gathered``; else empty."""
+    """K and V of the whole sequence, [2, B, G, L, D], with ``keep_gathered``; otherwise empty."""
 
 
 def empty_attended(q: Tensor) -> Attended:
-    """Memory for the output and log-sum-exp of queries [B, H, l, D]."""
+    """Allocate the output and log-sum-exp of queries [B, H, l, D]."""
     lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     return Attended(empty_rows(q), lse, q.new_empty(0))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Attended:
-    """Rows of ``q`` [B, H, l, D] over the whole sequence's keys and values, of this rank's ``k`` and ``v`` [B, G, l, D];
-    every rank of the sequence group must call it."""
+    """Compute the rows of ``q`` [B, H, l, D] over the whole sequence's keys and values; ``k`` and ``v`` [B, G, l, D]
+    are this rank's segment of them. Every rank of the sequence group must call it."""
     spec = spec.resolve(q, k)
     tiles, attended = spec.tiles(q.size(2)), empty_attended(q)
     rows = ForwardRows(q, attended.out, attended.lse)
     with no_autocast(q.device.type):
-        for heads, keys_values in zip(spec.split_heads(q.size(1)), gathered_chunks(k, v, spec)):
+        for heads, keys_values in zip(spec.split_heads(q.size(1)), gathered_head_chunks(k, v, spec)):
             compute_tiles(rows.of_heads(heads), keys_values, tiles, spec)
             if spec.keep_gathered:
                 return attended._replace(gathered=keys_values)
@@ -66,35 +73,35 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Attended:
 def attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: Attended, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of ``q`` [B, H, l, D], and that of ``k`` and ``v`` as one tensor [2, B, G, l, D], from that of the
-    output; every rank of the sequence group must call it."""
+    """Compute the gradients of ``q`` [B, H, l, D], and of ``k`` and ``v`` as one tensor [2, B, G, l, D], from that of
+    the output. Every rank of the sequence group must call it."""
     spec = spec.resolve(q, k)
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
-    gathered = iter([attended.gathered]) if spec.keep_gathered else gathered_chunks(k, v, spec)
+    gathered = iter([attended.gathered]) if spec.keep_gathered else gathered_head_chunks(k, v, spec)
     rows = BackwardRows(grad, q, attended.out, attended.lse, empty_rows(q))
     with no_autocast(q.device.type):
-        grads = list(_scattered_chunks(rows, gathered, k.size(1), spec))
+        grads = list(_scattered_head_chunks(rows, gathered, k.size(1), spec))
     del gathered  # frees the buffers before the whole gradient is allocated
     whole = grads[0] if len(grads) == 1 else torch.cat(grads, 3)
     return rows.grad_q, heads_first(whole.to(q.dtype))
 
 
-def _scattered_chunks(
+def _scattered_head_chunks(
     rows: BackwardRows, gathered: Iterator[Tensor], kv_heads: int, spec: AttentionSpec
 ) -> Iterator[Tensor]:
-    """Gradients of this rank's K and V by head chunk, [l, 2, B, g, D]; while one is in flight the next is computed.
-    Fills in ``rows.grad_q``."""
+    """Compute the gradients of this rank's K and V by head chunk, [l, 2, B, g, D], each while the last one is in
+    flight; fill in ``rows.grad_q``."""
     tiles, size = spec.tiles(rows.q.size(2)), spec.shard.size
     like_keys = rows.q[:, spec.split_heads(kv_heads)[0]]
-    buffers = Buffers(2, lambda: empty_chunk(like_keys, size).unflatten(0, (size, -1)))
+    buffers = Buffers(2, lambda: empty_head_chunk(like_keys, size).unflatten(0, (size, -1)))
     in_flight: Pending | None = None
     for heads in spec.split_heads(rows.q.size(1)):
         keys_values, by_rank = next(gathered), buffers.next()
         compute_tiles_backward(rows.of_heads(heads), keys_values, by_rank, tiles, spec)
         if in_flight is not None:
             yield in_flight.wait()
-            in_flight = None  # frees what gloo received, before memory for the next is allocated
+            in_flight = None  # frees the received addends before those of the next are allocated
         in_flight = scatter_gradients(by_rank, spec)
     assert in_flight is not None
     yield in_flight.wait()
@@ -105,8 +112,8 @@ class SplitAttention(torch.autograd.Function):
 
     ======== =============================================== ===================================================
     forward  q [B, H, l, D], k and v [B, G, l, D]            K, V <- all-gather(k, v) [B, G, L, D]; out [B, H, l, D]
-    backward grad of out [B, H, l, D]                        dq [B, H, l, D]; dk, dv <- reduce-scatter(dK, dV) [B, G, l, D]
-    ======== =============================================== ===================================================
+    backward grad of out [B, H, l, D]                        dq [B, H, l, D]; dk, dv <- reduce-scatter(dK, dV) [B, G, l,
+    D] ======== =============================================== ===================================================
     """
 
     @staticmethod
@@ -126,8 +133,8 @@ class SplitAttention(torch.autograd.Function):
 
 
 def _saved(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Attended]:
-    """Queries, own keys and values, and what the forward pass left; with ``keep_gathered`` K and V of the whole sequence
-    stand for the own ones, of which only the number of heads counts then."""
+    """Queries, this rank's keys and values, and the results of the forward pass. With ``keep_gathered`` K and V of the
+    whole sequence take the place of this rank's, since backward then reads only their number of heads."""
     q, out, lse, gathered, *own = tensors
     k, v = own or gathered.unbind()
     return q, k, v, Attended(out, lse, gathered)
@@ -144,7 +151,7 @@ parameter of its own ``kernel``.)"""
 
 
 def spec_fields(spec: AttentionSpec) -> dict[str, Any]:
-    """The keyword arguments of the operators; a process group goes by torch's name for it."""
+    """The keyword arguments of the operators; a process group is passed by its name in torch."""
     shard = spec.shard
     return {
         "rank": shard.rank,
@@ -186,7 +193,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, **fields: Any) -> tuple[Tensor, 
 @_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *, size: int, keep_gathered: bool, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
     out, lse, gathered = empty_attended(q)
-    return out, lse, heads_first(empty_chunk(k, size)) if keep_gathered else gathered
+    return out, lse, heads_first(empty_head_chunk(k, size)) if keep_gathered else gathered
 
 
 @torch.library.custom_op(
@@ -205,7 +212,7 @@ def _attention_backward(
 
 @_attention_backward.register_fake
 def _(grad: Tensor, q: Tensor, k: Tensor, *rest: Any, **fields: Any) -> tuple[Tensor, Tensor]:
-    return empty_rows(q), heads_first(empty_chunk(q[:, : k.size(1)], 1))
+    return empty_rows(q), heads_first(empty_head_chunk(q[:, : k.size(1)], 1))
 
 
 def _setup_context(
@@ -214,7 +221,7 @@ def _setup_context(
     q, k, v = inputs
     ctx.fields = keyword_only_inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # else backward is handed zeros as large as the gathered keys and values
+    ctx.set_materialize_grads(False)  # or backward receives zeros as large as the gathered keys and values
     ctx.save_for_backward(q, *output, *(() if ctx.fields["keep_gathered"] else (k, v)))
 
 
@@ -227,9 +234,9 @@ def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Ten
 _attention.register_autograd(_backward, setup_context=_setup_context)
 
 ATTENTION = torch.ops.lightning_lss.attention.default
-"""The operator as dispatch modes and checkpointing policies see it."""
+"""The overload that dispatch modes and checkpointing policies see."""
 
 
 def attention_operator(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
-    """:func:`attend` as ``torch.ops.lightning_lss.attention``: its output [B, H, l, D]."""
+    """Call :func:`attend` as ``torch.ops.lightning_lss.attention`` and return its output [B, H, l, D]."""
     return _attention(q, k, v, **spec_fields(spec))[0]

@@ -13,24 +13,24 @@ from lightning_lss.sequence.segment import SequenceShard
 
 HeadChunks = int | Literal["auto"]
 
-# Small chunks hide the first gather and stay in the cache, but small messages waste the network.
-_MOST_CHUNKS = 8
+# Small head chunks hide more of the first gather and stay in the cache, but small messages waste the network.
+_MOST_HEAD_CHUNKS = 8
 _LEAST_BYTES = 2**20  # of keys and values that a rank sends at a time
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Every choice of one call.
+    """All options of one call of attention.
 
-    A new option of attention is a field here and an entry in the operator's schema
-    (:mod:`lightning_lss.attention.operator`).
+    To add an option, add a field here and an entry to the operator's schema (:mod:`lightning_lss.attention.operator`).
 
     Args:
         shard: the rank's place in its sequence group.
         causal: whether a query sees only keys at or before its own position.
         scale: factor on the scores.
         kernel: name of a kernel in :data:`lightning_lss.attention.kernels.KERNELS`, or ``"auto"``.
-        head_chunks: in how many parts the key/value heads are gathered, a divisor of their number; None chooses.
+        head_chunks: number of parts in which the key/value heads are gathered, a divisor of their number; None for the
+            choice of :func:`choose_head_chunks`.
         keep_gathered: whether gathered keys and values are kept for the backward pass. All heads are then gathered at
             once.
     """
@@ -43,8 +43,8 @@ class AttentionSpec:
     keep_gathered: bool = False
 
     def resolve(self, q: Tensor, k: Tensor) -> AttentionSpec:
-        """Choose the kernel and the number of head chunks, where they are left open, for ``q`` [B, H, l, D] and ``k`` [B,
-        G, l, D].
+        """Choose the kernel and the number of head chunks for ``q`` [B, H, l, D] and ``k`` [B, G, l, D] where the spec
+        leaves them open.
 
         Raises:
             ValueError: if the kernel cannot take ``q``, or the head chunks do not divide the heads of ``k``.
@@ -56,15 +56,15 @@ class AttentionSpec:
         return replace(self, kernel=select_kernel(q, self.kernel).name, head_chunks=chunks)
 
     def tiles(self, local_length: int) -> tuple[Tile, ...]:
-        """What this rank computes, of a resolved spec."""
+        """Tiles that this rank computes; the spec must be resolved."""
         shard, offset_diagonal = self.shard, KERNELS[self.kernel].offset_diagonal
         return attention_tiles(
             local_length * shard.size, shard.rank, shard.size, shard.layout, self.causal, offset_diagonal
         )
 
     def split_heads(self, heads: int) -> list[slice]:
-        """Slices of ``heads`` heads by head chunk, of a resolved spec; query heads attend to the key/value heads of their
-        chunk."""
+        """Slice ``heads`` heads by head chunk; the spec must be resolved. Query heads attend to the key/value heads of
+        their own head chunk."""
         assert self.head_chunks is not None
         step = heads // self.head_chunks
         return [slice(first, first + step) for first in range(0, heads, step)]
@@ -77,11 +77,12 @@ def check_head_chunks(chunks: object, heads: int, keep_gathered: bool) -> None:
     if keep_gathered and chunks != 1:
         raise ValueError(
             f"keep_gathered=True gathers all heads at once, so head_chunks={chunks} has no effect: leave it at 'auto', or set"
-            " keep_gathered=False to gather in chunks."
+            " keep_gathered=False to gather in head chunks."
         )
 
 
 def choose_head_chunks(heads: int, sent: int, keep_gathered: bool) -> int:
-    """In how many parts to gather ``heads`` key/value heads when a rank sends ``sent`` bytes in all."""
-    most = 1 if keep_gathered else min(_MOST_CHUNKS, int(sent) // _LEAST_BYTES)
+    """Choose the number of parts in which to gather ``heads`` key/value heads when a rank sends ``sent`` bytes in
+    all."""
+    most = 1 if keep_gathered else min(_MOST_HEAD_CHUNKS, int(sent) // _LEAST_BYTES)
     return max(n for n in range(1, max(1, most) + 1) if heads % n == 0)

@@ -1,4 +1,4 @@
-"""From a layout to the rectangles of the attention matrix that one rank computes: pure integer arithmetic."""
+"""The rectangles of the attention matrix that one rank computes under a layout: pure integer arithmetic."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from lightning_lss.sequence.layout import position_ranges
 class Tile(NamedTuple):
     """A rectangle: local query rows ``[q_start, q_stop)`` against global keys ``[k_start, k_stop)``.
 
-    With ``causal`` the last row sees all keys of the tile and each row above it one fewer (the diagonal ends in the
-    bottom right corner); a square tile is then the ordinary lower triangle.
+    With ``causal`` the last row sees all keys of the tile and each row above it one fewer: the diagonal ends in the
+    bottom right corner. A square tile is then the ordinary lower triangle.
     """
 
     q_start: int
@@ -28,25 +28,25 @@ class Tile(NamedTuple):
         return rows * keys - (rows * (rows - 1) // 2 if self.causal else 0)
 
     def cut(self, keys: int | None) -> Iterator[Tile]:
-        """The tile in parts of at most ``keys`` keys each, in order; whole with None or where it has a diagonal."""
+        """Cut the tile into parts of at most ``keys`` keys each, in order; with None or a diagonal it stays whole."""
         step = self.k_stop - self.k_start if keys is None or self.causal else keys
         for start in range(self.k_start, self.k_stop, step):
             yield self._replace(k_start=start, k_stop=min(start + step, self.k_stop))
 
 
 def pairs_of_rank(length: int, rank: int, size: int, layout: str, causal: bool) -> int:
-    """Number of query-key pairs that ``rank`` computes; for arguments see :func:`attention_tiles`."""
+    """Number of query-key pairs that ``rank`` computes; for the arguments see :func:`attention_tiles`."""
     return sum(tile.pairs for tile in attention_tiles(length, rank, size, layout, causal))
 
 
 def attention_tiles(
     length: int, rank: int, size: int, layout: str, causal: bool, offset_diagonal: bool = False
 ) -> tuple[Tile, ...]:
-    """The tiles of ``rank``; over all ranks they cover every visible query-key pair exactly once.
+    """Tiles of ``rank``; over all ranks they cover every visible query-key pair exactly once.
 
     Args:
         length: global sequence length L.
-        rank: place in the sequence group, of ``size``.
+        rank: index in the sequence group.
         size: number of ranks S.
         layout: ``contiguous`` or ``zigzag``.
         causal: whether a query sees only keys at or before its own position.

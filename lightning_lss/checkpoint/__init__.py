@@ -1,4 +1,4 @@
-"""Checkpoints that know neither the number of ranks nor how parameters lie on them."""
+"""Checkpoints that do not depend on the number of ranks or on how parameters are distributed over them."""
 
 from lightning_lss.checkpoint.convert import consolidate
 

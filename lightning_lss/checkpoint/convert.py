@@ -1,4 +1,4 @@
-"""Make one file of a checkpoint that is a folder."""
+"""Convert a checkpoint folder to one file."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from lightning_lss.checkpoint.folder import PLACES, load_folder, load_meta
+from lightning_lss.checkpoint.folder import PATHS, load_folder, load_meta
 
 
 def consolidate(folder: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
-    """Write the checkpoint in ``folder`` as one standard Lightning file, which any strategy, and
-    ``load_from_checkpoint``, can load.
+    """Write the checkpoint in ``folder`` as one standard Lightning file, in a single process.
+
+    Any strategy and ``load_from_checkpoint`` can load the file.
 
     Args:
-        folder: of LSSStrategy, or of Lightning's ModelParallelStrategy and so of MegatronStrategy.
+        folder: a folder of LSSStrategy, or of Lightning's ModelParallelStrategy (such as MegatronStrategy).
         file: where to write.
 
     Raises:
-        ValueError: if no distributed checkpoint lies there.
+        ValueError: if ``folder`` is not a distributed checkpoint.
     """
     rest = load_meta(Path(folder), weights_only=False)
     checkpoint = (
-        load_folder(Path(folder), weights_only=False) if PLACES in rest else _load_lightnings(Path(folder), rest)
+        load_folder(Path(folder), weights_only=False) if PATHS in rest else _load_lightnings(Path(folder), rest)
     )
     torch.save(checkpoint, file)
 
 
 def _load_lightnings(folder: Path, rest: dict[str, Any]) -> dict[str, Any]:
-    """A folder of ModelParallelStrategy, of which ``rest`` is the metadata file.
+    """Load a folder of ModelParallelStrategy; ``rest`` is its metadata file.
 
-    It has optimizers by number, and in them parameters by name; Lightning's own script for this knows the names of
-    FSDPStrategy only.
+    The folder keys optimizers by number, and their parameters by name. Lightning's own script for this only knows the
+    keys of FSDPStrategy.
     """
     tensors: dict[str, Any] = {}
     _load_state_dict(
@@ -48,7 +49,7 @@ def _load_lightnings(folder: Path, rest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_index(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state dict with indices in place of parameters' names."""
+    """Replace the names of parameters in an optimizer's state dict by indices."""
     names = [name for group in state["param_groups"] for name in group["params"]]
     index = {name: number for number, name in enumerate(names)}
     groups = [{**group, "params": [index[name] for name in group["params"]]} for group in state["param_groups"]]

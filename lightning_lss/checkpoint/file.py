@@ -1,4 +1,4 @@
-"""Checkpoints of one standard Lightning file, that is complete or not there at all."""
+"""Checkpoints in one standard Lightning file, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ from lightning_lss.checkpoint.state import (
 
 
 class FileCheckpoints:
-    """How :class:`~lightning_lss.LSSStrategy` writes checkpoints of one file: whole tensors, gathered from all ranks.
+    """How :class:`~lightning_lss.LSSStrategy` writes checkpoints in one file: whole tensors, gathered from all ranks.
 
-    :class:`~lightning_lss.checkpoint.folder.FolderCheckpoints` has the same methods; the strategy chooses one of the two
-    once.
+    :class:`~lightning_lss.checkpoint.folder.FolderCheckpoints` has the same methods; the strategy chooses between the
+    two once.
 
     Args:
-        keep: what becomes of each gathered tensor.
+        keep: applied to each gathered tensor; its result goes into the checkpoint.
     """
 
     def __init__(self, keep: Destination) -> None:
         self._keep = keep
 
     def collect_model(self, module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-        """The model's ``state`` as it goes into a checkpoint; every rank must call it."""
+        """Return the model's ``state`` for a checkpoint; every rank must call it."""
         gathered: dict[str, Any] = gather_state(state, tables_by_name(module), self._keep)
         return gathered
 
     def collect_optimizer(self, module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        """An optimizer's ``state`` as it goes into a checkpoint; every rank must call it."""
+        """Return an optimizer's ``state`` for a checkpoint; every rank must call it."""
         return gather_optimizer_state(state, optimizer, tables_by_weight(module), self._keep)
 
     def needs_all_ranks(self, module: nn.Module) -> bool:
-        """Whether rank 0 alone could not write a checkpoint of ``module``."""
+        """Whether a checkpoint of ``module`` takes more than rank 0."""
         return bool(tables_by_name(module)) or any(isinstance(x, DTensor) for x in module.parameters())
 
     def write(
@@ -63,22 +63,27 @@ class FileCheckpoints:
         optimizers: Iterable[Optimizer],
         write_file: Callable[[dict[str, Any], _PATH, Any | None], None],
     ) -> None:
-        """Write what Lightning has collected, with whole tensors also where callbacks have put copies of the model's state
-        (weight averaging)."""
+        """Write the checkpoint that Lightning has collected; every rank must call it.
+
+        Copies of the model's state that callbacks have added (weight averaging) are gathered here.
+        """
         write_file(gather_state(checkpoint, tables_by_name(module), self._keep), path, storage_options)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """``TorchCheckpointIO`` whose local files are complete or not there at all.
+    """``TorchCheckpointIO`` that writes local files completely or not at all.
 
-    The file is written beside its target, flushed to the disk and renamed; Lightning's own writer goes through a
-    temporary folder that may lie on another file system, where the move is a copy that can be interrupted. Remote paths
-    are left to Lightning.
+    It writes a file beside the target, flushes it to the disk and renames it. (Lightning writes to a temporary folder.
+    On another file system the move from there is a copy, which may be interrupted.) Lightning writes remote paths.
     """
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
-        """Write ``checkpoint`` to ``path``."""
+        """Write ``checkpoint`` to ``path``.
+
+        Raises:
+            IsADirectoryError: if ``path`` is a folder that is not a distributed checkpoint.
+        """
         if storage_options is not None or "file" not in _protocols(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return

@@ -1,8 +1,8 @@
-"""Checkpoints as folders, of which every rank writes and reads its own part with ``torch.distributed.checkpoint``.
+"""Checkpoints as folders: every rank writes and reads its own part with ``torch.distributed.checkpoint``.
 
-A folder is the standard Lightning checkpoint in two pieces: the tensors of models and optimizers, which torch stores by
-name and position in the whole tensor, and ``meta.pt`` with all the rest, in which None stands in their places. Neither
-knows how many ranks wrote it, their layout, or whether parameters were sharded.
+A folder holds the standard Lightning checkpoint in two pieces. torch stores the tensors of models and optimizers, by
+name and by position in the whole tensor. ``meta.pt`` holds everything else, with None in place of the tensors. Neither
+depends on the number of ranks that wrote it, their layout, or whether parameters were sharded.
 """
 
 from __future__ import annotations
@@ -37,21 +37,22 @@ from lightning_lss.checkpoint.state import parameters_by_index, tables_by_name
 from lightning_lss.nn.positions import SegmentPositionalEmbedding
 
 FOLDER_KEY = "lightning_lss_folder"
-"""Entry of a loaded checkpoint: the folder in which the tensors of its optimizers still lie, and their places."""
+"""Entry of a loaded checkpoint: its folder, and the paths of optimizers' tensors by their key in the folder."""
 
-PLACES = "lightning_lss_tensors"  # in meta.pt: where in the checkpoint each stored tensor belongs
+PATHS = "lightning_lss_tensors"  # entry of meta.pt: the path in the checkpoint of each stored tensor, by its key
 
-Path_ = tuple[Any, ...]
+KeyPath = tuple[Any, ...]
+"""Keys and indices that lead through the nested checkpoint to a value."""
 Tables = Mapping[str, SegmentPositionalEmbedding]
 TablesByWeight = Mapping[nn.Parameter, SegmentPositionalEmbedding]
 
 
 @dataclass(frozen=True)
 class SpreadRows:
-    """Rows of a positional table, or of one of its moments, as a part of the whole [num_positions, ...].
+    """This rank's rows of a positional table, or of one of its moments, as a part of the whole [num_positions, ...].
 
-    What ``torch.distributed.checkpoint`` asks of a sharded tensor. (A DTensor cannot say that a rank's rows lie in two
-    places, as they do in the zigzag layout.)
+    It implements the protocol of ``torch.distributed.checkpoint`` for sharded tensors. (A DTensor cannot represent rows
+    in two separate places, as in the zigzag layout.)
     """
 
     rows: Tensor
@@ -85,26 +86,26 @@ class SpreadRows:
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a distributed checkpoint lies at ``path``."""
+    """Whether ``path`` is a distributed checkpoint."""
     return (Path(path) / _METADATA_FILENAME).is_file()
 
 
 class FolderCheckpoints:
-    """How :class:`~lightning_lss.LSSStrategy` writes checkpoints as folders: every rank its own part, so nothing is gathered.
+    """How :class:`~lightning_lss.LSSStrategy` writes checkpoints as folders: every rank writes its own part.
 
-    For the methods see :class:`~lightning_lss.checkpoint.file.FileCheckpoints`.
+    :class:`~lightning_lss.checkpoint.file.FileCheckpoints` has the same methods.
     """
 
     def collect_model(self, module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-        """This rank's part."""
+        """Return this rank's part, ``state`` itself."""
         return state
 
     def collect_optimizer(self, module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        """This rank's part."""
+        """Return this rank's part, ``state`` itself."""
         return state
 
     def needs_all_ranks(self, module: nn.Module) -> bool:
-        """Always: torch writes a folder in collectives."""
+        """True: torch writes a folder with collectives."""
         return True
 
     def write(
@@ -116,17 +117,17 @@ class FolderCheckpoints:
         optimizers: Iterable[Optimizer],
         write_file: Callable[..., None],
     ) -> None:
-        """Write a folder.
+        """Write a folder; every rank must call it.
 
         Raises:
             TypeError: if ``storage_options`` are given.
         """
         if storage_options is not None:
             raise TypeError(
-                f"storage_options={storage_options!r} are for a CheckpointIO, which has no part in saving a folder"
-                " (save_distributed_checkpoint=True)."
+                f"storage_options={storage_options!r} are for a CheckpointIO, and save_distributed_checkpoint=True does not use"
+                " one. Leave them out, or save one file."
             )
-        folder = Path(_same_on_all_ranks(str(path)))  # ranks may have composed other names
+        folder = Path(_same_on_all_ranks(str(path)))  # ranks may have composed different names
         save_folder(checkpoint, folder.expanduser().absolute(), tables_by_name(module), optimizers)
 
 
@@ -134,7 +135,7 @@ class FolderCheckpoints:
 
 
 class _SavePlanner(dcp.DefaultSavePlanner):
-    """Writes a flat dict as it is; the default one takes :class:`SpreadRows` for no tensor."""
+    """Write a flat dict as it is; the default planner does not recognize :class:`SpreadRows` as a tensor."""
 
     @override
     def lookup_object(self, index: MetadataIndex) -> Any:
@@ -148,24 +149,24 @@ def save_folder(
     tables: Tables,
     optimizers: Iterable[Optimizer],
 ) -> None:
-    """Write a checkpoint, complete or not at all; every rank of the world calls it with the same ``folder``.
+    """Write a checkpoint completely or not at all; every rank of the world must call it with the same ``folder``.
 
     Args:
-        checkpoint: what Lightning collected, with this rank's parts of tensors.
-        folder: where to write; a checkpoint that lies there already is replaced.
+        checkpoint: the checkpoint that Lightning collected, with this rank's parts of tensors.
+        folder: where to write; an existing checkpoint is replaced.
         tables: positional tables that are spread over ranks, by the name of their weight.
-        optimizers: those of ``checkpoint["optimizer_states"]``.
+        optimizers: the optimizers of ``checkpoint["optimizer_states"]``.
     """
     weights = {table.weight: table for table in tables.values()}
-    rows: dict[Path_, SegmentPositionalEmbedding] = {}
+    rows: dict[KeyPath, SegmentPositionalEmbedding] = {}
     for number, (optimizer, state) in enumerate(zip(optimizers, checkpoint.get("optimizer_states", []))):
         for index, parameter in parameters_by_index(optimizer, state).items():
             if parameter in weights:
                 rows["optimizer_states", number, "state", index] = weights[parameter]
     stored: dict[str, Any] = {}
-    places: dict[str, Path_] = {}
+    paths: dict[str, KeyPath] = {}
 
-    def take_out(value: Any, path: Path_) -> Any:
+    def take_out(value: Any, path: KeyPath) -> Any:
         if isinstance(value, Tensor):
             table = rows.get(path[:-1]) or tables.get(path[-1])
             if table is not None and value.dim() and value.size(0) == table.weight.size(0):
@@ -173,11 +174,13 @@ def save_folder(
             elif isinstance(value, DTensor):
                 part = value.detach()
             elif path[0] in ("state_dict", "optimizer_states"):
-                part = value.detach() if dist.get_rank() == 0 else None  # the same everywhere, or rank 0's counts
+                part = (
+                    value.detach() if dist.get_rank() == 0 else None
+                )  # equal on all ranks, or rank 0's is the one to keep
             else:
                 return value
             key = ".".join(map(str, path))
-            places[key] = path
+            paths[key] = path
             if part is not None:
                 stored[key] = part
             return None
@@ -195,18 +198,18 @@ def save_folder(
         dcp.save(stored, checkpoint_id=part, planner=_SavePlanner(flatten_state_dict=False))
         if dist.get_rank() == 0:
             with open(part / _METADATA_FILENAME, "xb") as file:
-                torch.save({**rest, PLACES: places}, file)
+                torch.save({**rest, PATHS: paths}, file)
                 file.flush()
                 os.fsync(file.fileno())
-            _put_in_place(part, folder)
+            _replace_folder(folder, part)
     except BaseException:
         if dist.get_rank() == 0:
             shutil.rmtree(part, ignore_errors=True)
         raise
 
 
-def _put_in_place(part: Path, folder: Path) -> None:
-    """Rename; a folder cannot replace another in one go, so the old one is complete under another name for an
+def _replace_folder(folder: Path, part: Path) -> None:
+    """Rename ``part`` to ``folder``. One rename cannot replace a folder, so the old one keeps another name for an
     instant."""
     old = folder.with_name(f"{part.name}.old")
     if folder.exists():
@@ -228,7 +231,7 @@ def _same_on_all_ranks(text: str) -> str:
 
 
 class _LoadPlanner(dcp.DefaultLoadPlanner):
-    """Reads into a flat dict as it is; the default one takes :class:`SpreadRows` for no tensor."""
+    """Read into a flat dict as it is; the default planner does not recognize :class:`SpreadRows` as a tensor."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -248,22 +251,25 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
 def load_folder(
     folder: Path, model: Mapping[str, Any] | None = None, tables: Tables | None = None, weights_only: bool | None = None
 ) -> dict[str, Any]:
-    """The checkpoint in a folder.
+    """Load the checkpoint in a folder.
 
     Args:
-        folder: where it lies.
-        model: the state dict of the model that will take it; of its sharded tensors, and of spread tables, only this
-            rank's part is read. None reads all tensors whole, those of optimizers too, in a single process.
+        folder: the folder.
+        model: the state dict of the model that will load the checkpoint. Only this rank's part of its sharded tensors
+            and spread tables is read. None reads all tensors whole, those of optimizers too, in a single process.
         tables: the positional tables that are spread over ranks, by the name of their weight.
         weights_only: as for ``torch.load``.
 
     Returns:
-        the checkpoint on the CPU. With a ``model`` the tensors of optimizers are left out, for
-        :func:`load_optimizer_state`, and :data:`FOLDER_KEY` says where they are.
-    """
-    checkpoint, places = _load_rest(folder, weights_only)
+        the checkpoint on the CPU. With a ``model`` it lacks the tensors of optimizers; :func:`load_optimizer_state`
+        reads them with the entry :data:`FOLDER_KEY`.
 
-    def target(path: Path_, size: torch.Size, dtype: torch.dtype) -> Any:
+    Raises:
+        ValueError: if ``folder`` is not a distributed checkpoint of LSSStrategy.
+    """
+    checkpoint, paths = _load_rest(folder, weights_only)
+
+    def target(path: KeyPath, size: torch.Size, dtype: torch.dtype) -> Any:
         table = (tables or {}).get(path[-1])
         like = (model or {}).get(path[-1])
         if table is not None and size and size[0] == table.num_positions:
@@ -273,27 +279,37 @@ def load_folder(
         return torch.empty(size, dtype=dtype)
 
     if model is not None:
-        left = {key: path for key, path in places.items() if path[0] == "optimizer_states"}
-        places = {key: path for key, path in places.items() if key not in left}
+        left = {key: path for key, path in paths.items() if path[0] == "optimizer_states"}
+        paths = {key: path for key, path in paths.items() if key not in left}
         checkpoint[FOLDER_KEY] = (str(folder), left)
-    _read(folder, checkpoint, places, target)
+    _read(folder, checkpoint, paths, target)
     return checkpoint
 
 
 def load_optimizer_state(
-    where: tuple[str, dict[str, Path_]],
+    source: tuple[str, dict[str, KeyPath]],
     number: int,
     state: dict[str, Any],
     optimizer: Optimizer,
     tables: TablesByWeight,
 ) -> dict[str, Any]:
-    """``checkpoint["optimizer_states"][number]`` of :func:`load_folder` with its tensors, of which this rank reads its
-    own parts."""
-    parameters = parameters_by_index(optimizer, state)
-    folder, left = where
-    places = {key: path for key, path in left.items() if path[1] == number}
+    """Read this rank's parts of the tensors of an optimizer.
 
-    def target(path: Path_, size: torch.Size, dtype: torch.dtype) -> Any:
+    Args:
+        source: ``checkpoint[FOLDER_KEY]`` of :func:`load_folder`.
+        number: the index of the optimizer.
+        state: ``checkpoint["optimizer_states"][number]``, filled in.
+        optimizer: the optimizer that will load the state.
+        tables: the positional tables that are spread over ranks, by their weight.
+
+    Returns:
+        ``state``.
+    """
+    parameters = parameters_by_index(optimizer, state)
+    folder, left = source
+    paths = {key: path for key, path in left.items() if path[1] == number}
+
+    def target(path: KeyPath, size: torch.Size, dtype: torch.dtype) -> Any:
         parameter = parameters.get(path[3])
         table = tables.get(parameter) if parameter is not None else None
         if table is not None and size and size[0] == table.num_positions:
@@ -303,46 +319,48 @@ def load_optimizer_state(
         return torch.empty(size, dtype=dtype)
 
     whole = {"optimizer_states": {number: state}}
-    _read(Path(folder), whole, places, target)
+    _read(Path(folder), whole, paths, target)
     return state
 
 
 def load_meta(folder: Path, weights_only: bool | None) -> dict[str, Any]:
-    """All of the checkpoint in ``folder`` but its tensors; raises ``ValueError`` if none lies there."""
+    """Load the checkpoint in ``folder`` without its tensors; raise ``ValueError`` if it is not a distributed
+    checkpoint."""
     if not is_folder(folder):
         raise ValueError(
-            f"{folder} is no distributed checkpoint: {_METADATA_FILENAME} is missing. Give the path of a folder that was"
+            f"{folder} is not a distributed checkpoint: {_METADATA_FILENAME} is missing. Give the path of a folder that was"
             " saved with LSSStrategy(save_distributed_checkpoint=True), or of a file."
         )
     rest: dict[str, Any] = _load(folder / _METADATA_FILENAME, map_location="cpu", weights_only=weights_only)
     return rest
 
 
-def _load_rest(folder: Path, weights_only: bool | None) -> tuple[dict[str, Any], dict[str, Path_]]:
+def _load_rest(folder: Path, weights_only: bool | None) -> tuple[dict[str, Any], dict[str, KeyPath]]:
     rest = load_meta(folder, weights_only)
-    if PLACES not in rest:
+    if PATHS not in rest:
         raise ValueError(
-            f"{folder} was written by another strategy: make one file of it with"
+            f"{folder} was written by another strategy: convert it to one file with"
             f" lightning_lss.checkpoint.consolidate({str(folder)!r}, file), and load that."
         )
-    return rest, rest.pop(PLACES)
+    return rest, rest.pop(PATHS)
 
 
 def _read(
     folder: Path,
     checkpoint: dict[str, Any],
-    places: Mapping[str, Path_],
-    target: Callable[[Path_, torch.Size, torch.dtype], Any],
+    paths: Mapping[str, KeyPath],
+    target: Callable[[KeyPath, torch.Size, torch.dtype], Any],
 ) -> None:
-    """Fill the ``places`` of a checkpoint."""
+    """Read the tensors of ``paths`` into a checkpoint; ``target`` allocates each from its path, whole size and
+    dtype."""
     stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     targets = {}
-    for key, path in places.items():
+    for key, path in paths.items():
         kind = stored[key]
         assert isinstance(kind, TensorStorageMetadata)
         targets[key] = target(path, kind.size, kind.properties.dtype)
     dcp.load(targets, checkpoint_id=folder, planner=_LoadPlanner(), no_dist=True)  # ranks read different parts
-    for key, path in places.items():
+    for key, path in paths.items():
         holder: Any = checkpoint
         for step in path[:-1]:
             holder = holder[step]

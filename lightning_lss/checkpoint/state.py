@@ -1,4 +1,4 @@
-"""What a checkpoint gathers and a rank cuts out of it: whole tensors, and tables in position order."""
+"""Gather the state of all ranks for a checkpoint, and cut a checkpoint's state to one rank's part."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_lss.parallel.fsdp import own_part
 
 
 def tables_by_name(root: nn.Module) -> dict[str, SegmentPositionalEmbedding]:
-    """The positional tables below ``root`` whose rows lie on several ranks, by the name of their weight."""
+    """The positional tables below ``root`` that are spread over ranks, by the name of their weight."""
     return {
         f"{prefix}.weight" if prefix else "weight": module
         for prefix, module in root.named_modules()
@@ -24,20 +24,20 @@ def tables_by_name(root: nn.Module) -> dict[str, SegmentPositionalEmbedding]:
 
 
 Destination = Callable[[Tensor], Any]
-"""What becomes of a gathered tensor, such as :meth:`lightning_lss.parallel.replicated.Replicated.keep_gathered`."""
+"""Applied to a gathered tensor, such as :meth:`lightning_lss.parallel.replicated.Replicated.keep_for_checkpoint`."""
 
 
 def gather_state(state: Any, tables: Mapping[str, SegmentPositionalEmbedding], keep: Destination) -> Any:
-    """A copy of a (nested) state with whole tensors in place of those that lie in parts, one gathered after another.
+    """Copy a (nested) state and gather the tensors that are spread over ranks, one after another.
 
-    These are the rows of positional tables, in position order, and sharded parameters (DTensors). Tables are found by the
-    name of their weight at any depth, so that copies of the model that callbacks store beside it (weight averaging) are
-    made whole too. Every rank must call it, with the same structure.
+    These are the rows of positional tables, in position order, and sharded parameters (DTensors). Tables are found by
+    the name of their weight at any depth, so copies of the model that callbacks store beside it (weight averaging) are
+    gathered too. Every rank must call it, with the same structure.
 
     Args:
-        state: what to copy.
-        tables: the tables whose rows lie on several ranks, by the name of their weight.
-        keep: what becomes of each gathered tensor.
+        state: the state.
+        tables: the tables that are spread over ranks, by the name of their weight.
+        keep: applied to each gathered tensor; its result goes into the copy.
     """
     if isinstance(state, DTensor):
         return keep(state.full_tensor().detach())
@@ -62,8 +62,10 @@ def gather_optimizer_state(
     tables: Mapping[nn.Parameter, SegmentPositionalEmbedding],
     keep: Destination,
 ) -> dict[str, Any]:
-    """An optimizer's state dict with whole moments of positional tables and of sharded parameters; every rank must call
-    it."""
+    """Copy an optimizer's state dict and gather the moments of positional tables and of sharded parameters.
+
+    Every rank must call it. For the arguments see :func:`gather_state`; here ``tables`` are found by their weight.
+    """
 
     def gather(parameter: Tensor, moment: Tensor) -> Any:
         table = tables.get(parameter)  # type: ignore[call-overload]
@@ -77,8 +79,7 @@ def gather_optimizer_state(
 def own_optimizer_state(
     state: dict[str, Any], optimizer: Optimizer, tables: Mapping[nn.Parameter, SegmentPositionalEmbedding]
 ) -> dict[str, Any]:
-    """The inverse of :func:`gather_optimizer_state`: whole moments cut to this rank's rows or part. No
-    communication."""
+    """Invert :func:`gather_optimizer_state`: cut whole moments to this rank's rows or part, without communication."""
 
     def cut(parameter: Tensor, moment: Tensor) -> Any:
         table = tables.get(parameter)  # type: ignore[call-overload]
@@ -90,12 +91,12 @@ def own_optimizer_state(
 
 
 def tables_by_weight(root: nn.Module) -> dict[nn.Parameter, SegmentPositionalEmbedding]:
-    """The same tables by their weight."""
+    """The tables of :func:`tables_by_name` by their weight."""
     return {table.weight: table for table in tables_by_name(root).values()}
 
 
 def parameters_by_index(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[Any, nn.Parameter]:
-    """An optimizer's parameters by their indices in a state dict."""
+    """An optimizer's parameters by their indices in its state dict ``state``."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return dict(zip([index for group in state["param_groups"] for index in group["params"]], parameters))
 
@@ -103,11 +104,11 @@ def parameters_by_index(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[
 def _map_moments(
     state: dict[str, Any], optimizer: Optimizer, convert: Callable[[Tensor, Tensor], Any]
 ) -> dict[str, Any]:
-    """``state`` with ``convert(parameter, tensor)`` applied to what the optimizer keeps for the elements of a
-    parameter."""
+    """Copy ``state`` with ``convert(parameter, tensor)`` applied to the tensors that have an entry for each element of
+    a parameter."""
     parameters = parameters_by_index(optimizer, state)
     converted = dict(state["state"])
-    for index in sorted(converted, key=str):  # gathers come in one order on all ranks
+    for index in sorted(converted, key=str):  # all ranks gather in the same order
         if index not in parameters:
             continue
         parameter = parameters[index]

@@ -1,1 +1,1 @@
-"""What a model is made of beside attention: positions, dropout, loss, metrics, recomputation."""
+"""The parts of a model beside attention: positions, dropout, loss, metrics, recomputation."""

@@ -12,8 +12,8 @@ from lightning_lss.sequence.segment import ShardedModule
 class SegmentDropout(ShardedModule):
     """Dropout whose mask differs from segment to segment; with one rank it is ``torch.nn.Dropout``.
 
-    The seed of each mask is drawn from the default CPU generator, so activation checkpointing, which restores that
-    generator's state, draws the same mask again.
+    The seed of each mask is drawn from the default CPU generator. Activation checkpointing restores that generator's
+    state and so draws the same mask again.
 
     Args:
         p: probability of dropping an element.
@@ -31,7 +31,7 @@ class SegmentDropout(ShardedModule):
             return F.dropout(x, self.p, self.training)
         return x * self._mask(x)
 
-    @torch.compiler.disable  # generators cannot be traced: a graph break, as long as there is dropout
+    @torch.compiler.disable  # generators cannot be traced: dropout breaks the graph
     def _mask(self, x: Tensor) -> Tensor:
         seed = int(torch.randint(2**62, (), device="cpu").item()) + self.shard.rank
         generator = torch.Generator(x.device).manual_seed(seed)

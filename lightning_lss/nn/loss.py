@@ -1,4 +1,4 @@
-"""Cross entropy over long sequences, and a loss whose average over the world is the mean over all tokens."""
+"""Cross entropy over long sequences, and the scale of a loss that ranks average."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ IGNORED = -100
 
 
 def token_mean(loss_sum: Tensor, num_tokens: Tensor | int) -> Tensor:
-    """This rank's loss such that its average over the world is (sum over all tokens) / (number of all tokens).
+    """Scale this rank's loss so that its average over the world is (sum over all tokens) / (number of all tokens).
 
-    The average over ranks of means over segments is not that where ranks hold different numbers of counted tokens
-    (padding, masked targets). Gradients that DDP averages over the world come out right with this one. Every rank must
-    call it.
+    DDP then averages gradients to those of the mean over all tokens. (An average of the ranks' own means differs from
+    it where ranks count different numbers of tokens: padding, masked targets.) Every rank must call it.
 
     Args:
         loss_sum: sum of the losses of the local tokens, a scalar.
-        num_tokens: how many local tokens were counted; 0 makes this rank contribute 0. ``loss_sum`` must depend on the
+        num_tokens: number of local tokens that count; with 0 this rank contributes 0. ``loss_sum`` must depend on the
             model's output all the same: other ranks wait for this one in the backward pass of attention.
 
     Returns:
@@ -43,7 +42,7 @@ def token_mean(loss_sum: Tensor, num_tokens: Tensor | int) -> Tensor:
     return (wide * world_size / total.clamp(min=1)).to(loss_sum.dtype)
 
 
-_LEAST_ROWS = 256  # of logits at a time: fewer would leave matrix multiplications to the speed of memory
+_LEAST_ROWS = 256  # of logits at a time: with fewer, memory bandwidth limits matrix multiplications
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -53,48 +52,48 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def logit_rows(rows: int, width: int, vocabulary: int) -> int:
-    """How many of ``rows`` rows of logits exist at a time: all where they are no larger than the features, else about
-    as many as take the features' memory."""
+    """Number of ``rows`` rows of logits to compute at a time: all where they are no larger than the features, else
+    about as many as fit the features' memory."""
     if vocabulary <= width:
         return rows
     return max(1, min(rows, max(_LEAST_ROWS, rows * width // vocabulary)))
 
 
 def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the cross entropies of the logits ``features @ weight.T``, of which only a few rows exist at a time.
+    """Sum the cross entropies of the logits ``features @ weight.T`` without holding all logits [N, V].
 
-    Where the vocabulary V is larger than the width E, rows are taken in chunks whose logits are about as large as all
-    ``features``, and the gradients are computed with the loss (Cut Your Losses, arXiv 2411.09009, gives the idea of
-    never holding [N, V]). In float32 and float64 torch's own ``F.linear_cross_entropy`` does it, where torch has one
-    (2.13); in lower precision that would round the sum itself.
+    Where the vocabulary V is larger than the width E, a few rows are computed at a time, with logits about as large as
+    all ``features``. Their gradients are computed with the loss. (The idea of never holding [N, V] is that of Cut Your
+    Losses, arXiv 2411.09009.) In float32 and float64 this is torch's own ``F.linear_cross_entropy`` where it
+    exists (2.13); in lower precision that one would round the sum itself.
 
     Args:
-        features: [N, E]; under autocast the product is computed in its dtype.
+        features: [N, E]; under autocast the product is computed in autocast's dtype.
         weight: [V, E].
-        targets: int64 [N]; :data:`IGNORED` does not count.
+        targets: int64 [N]; rows with the target :data:`IGNORED` do not count.
 
     Returns:
-        a scalar, float64 for float64 features and else float32.
+        a scalar: float64 for float64 features, else float32.
     """
     features, weight = in_autocast_dtype(features, weight)
     (rows, width), vocabulary = features.shape, weight.size(0)
     if vocabulary <= width:
         return cross_entropy_sum(F.linear(features, weight), targets)
-    chunk = logit_rows(rows, width, vocabulary)
+    at_a_time = logit_rows(rows, width, vocabulary)
     own = not hasattr(F, "linear_cross_entropy") or torch.compiler.is_compiling()  # torch's breaks the graph
     if own or features.dtype not in (torch.float32, torch.float64):
-        return chunked_cross_entropy(features, weight, targets, chunk)
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
+        return cross_entropy_by_rows(features, weight, targets, at_a_time)
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=at_a_time, chunking_method=None)
     return F.linear_cross_entropy(features, weight, targets, reduction="sum", ignore_index=IGNORED, options=options)
 
 
-def chunked_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
-    """:func:`linear_cross_entropy` with ``rows`` rows of logits at a time, in torch's basic operators."""
-    return _ChunkedCrossEntropy.apply(features, weight, targets, rows, torch.is_grad_enabled())
+def cross_entropy_by_rows(features: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
+    """Compute :func:`linear_cross_entropy` with ``rows`` rows of logits at a time, in torch's basic operators."""
+    return _CrossEntropyByRows.apply(features, weight, targets, rows, torch.is_grad_enabled())
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of cross entropies with its gradients, ``chunk`` rows of logits at a time.
+class _CrossEntropyByRows(torch.autograd.Function):
+    """Sum of cross entropies with its gradients, ``rows`` rows of logits at a time.
 
     ======== ============================================ =====================================
     forward  features [N, E], weight [V, E], targets [N]  loss, and its gradients for backward
@@ -103,12 +102,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, chunk: int, grad_enabled: bool) -> Tensor:
+    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, rows: int, grad_enabled: bool) -> Tensor:
         loss = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))
         wanted = grad_enabled and any(ctx.needs_input_grad[:2])
         grad_features = torch.empty_like(features) if wanted else features
         grad_weight = torch.zeros_like(weight, dtype=loss.dtype) if wanted else weight
-        for x, y, grad_x in zip(*(t.split(chunk) for t in (features, targets, grad_features))):
+        for x, y, grad_x in zip(*(t.split(rows) for t in (features, targets, grad_features))):
             part, grad = _loss_of_rows(x, weight, y, wanted)
             loss += part
             if grad is not None:
@@ -116,7 +115,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_weight += grad.T @ x
                 del grad  # before the next rows
         if wanted:
-            # float16 could not say the gradient of a sum over all tokens, before it is scaled to that of a mean
+            # float16 overflows at the gradient of a sum over all tokens, until backward scales it to that of a mean
             narrow = weight.dtype != torch.float16
             ctx.save_for_backward(grad_features, grad_weight.to(weight.dtype) if narrow else grad_weight)
             ctx.dtype = weight.dtype
@@ -130,7 +129,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _loss_of_rows(x: Tensor, weight: Tensor, targets: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Sum of the cross entropies of some rows, and its gradient with respect to their logits [rows, V]."""
+    """Sum the cross entropies of some rows; also return the gradient with respect to their logits [rows, V]."""
     logits = F.linear(x, weight).to(torch.promote_types(x.dtype, torch.float32))
     counts = targets != IGNORED
     index = targets.where(counts, 0)[:, None]

@@ -13,8 +13,8 @@ from torchmetrics import Metric
 class BitsPerByte(Metric):
     """Bits per byte of a text: the sum of the negative log-likelihoods in nats over the number of bytes, over ln 2.
 
-    Both are summed over batches and ranks, so that it is exact however unevenly bytes are spread. For text in which a
-    byte is a character it is the bits per character of enwik8.
+    Both are summed over batches and ranks, so the result is exact however unevenly bytes are spread. Where each
+    character is one byte, these are the bits per character that papers report for enwik8.
     """
 
     full_state_update = False

@@ -1,4 +1,4 @@
-"""Positions for a split sequence: a learned table of which each rank keeps its own rows, and rotary embedding."""
+"""Learned positions for a split sequence: each rank keeps its own rows of the table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BLOCK = 256  # rows that are drawn from one generator
 
 @dataclass(frozen=True)
 class TableSpec:
-    """What the initial rows of a positional table depend on."""
+    """Everything that determines the initial rows of a positional table."""
 
     num_positions: int
     dim: int
@@ -31,11 +31,10 @@ class TableSpec:
         return position_ranges(self.num_positions, shard.rank, shard.size, shard.layout)
 
     def rows(self) -> Tensor:
-        """Initial values of this rank's rows, float32 [rows, dim], normal with ``std``.
+        """Draw the initial values of this rank's rows, float32 [rows, dim], normal with ``std``.
 
-        Each block of rows has its own generator, seeded by its place in the table: the rows of a position are the same
-        whatever the number of ranks and the layout are, and no rank draws more than its own rows and parts of a few
-        blocks beside them.
+        Each block of rows has its own generator, seeded by the block's position in the table. A position's row is
+        therefore the same for every number of ranks and layout, and a rank draws only the blocks that overlap its rows.
         """
         runs = [self._run(run.start, run.stop) for run in self.row_ranges()]
         return torch.cat(runs).mul_(self.std)
@@ -51,17 +50,17 @@ class TableSpec:
 
 
 class DeferredTable(nn.Parameter):
-    """A positional table that is built when it is first touched, as an ordinary ``Parameter`` from then on.
+    """A positional table that is built on first access and is an ordinary ``Parameter`` from then on.
 
-    A model is made before anyone knows its rank. Were the table built there and cut afterwards, each rank would hold
-    all of it for a moment; so it waits. Under LSS the strategy names the shard first; anything else that looks at the
-    parameter (its shape, an optimizer's step, a state dict) finds the whole table. The idea is that of
-    ``torch.nn.UninitializedParameter``, which refuses to be looked at instead.
+    A model is made before its rank is known. If the table were built at once and cut later, each rank would hold all of
+    it for a moment. Under LSS the strategy sets the shard first, and only this rank's rows are built. Any other access
+    to the parameter (its shape, an optimizer's step, a state dict) builds the whole table. (Compare
+    ``torch.nn.UninitializedParameter``, which raises on access instead.)
     """
 
     spec: TableSpec
 
-    # What may be asked without a need for the rows.
+    # Attributes that can be read without building the rows.
     _METADATA = frozenset(
         getattr(torch.Tensor, name).__get__
         for name in ("device", "dtype", "grad", "grad_fn", "is_leaf", "is_meta", "is_sparse", "layout", "requires_grad")
@@ -75,7 +74,7 @@ class DeferredTable(nn.Parameter):
         return table
 
     def build(self) -> None:
-        """Fill in the rows of ``spec.shard`` and become an ordinary parameter; the object stays the same."""
+        """Fill in the rows of ``spec.shard`` and become an ordinary parameter; the object keeps its identity."""
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad(), torch.inference_mode(False):
             self.data = self.spec.rows().to(self.device, self.dtype)
         self.__class__ = nn.Parameter  # type: ignore[assignment]
@@ -98,14 +97,13 @@ class DeferredTable(nn.Parameter):
 
 
 class SegmentPositionalEmbedding(ShardedModule):
-    """A learned absolute positional table of which each rank keeps only its segment's rows (LSS Transformer, arXiv
-    2311.02382).
+    """A learned absolute positional table; each rank keeps only its segment's rows (LSS Transformer, arXiv 2311.02382).
 
     Its weight is segment-local: each rank learns the embedding of its own positions, and gradients are averaged only
-    over the ranks that hold the same segment. Saved and loaded it is one table [num_positions, dim] in position order.
+    over the ranks that hold the same segment. Checkpoints hold one table [num_positions, dim] in position order.
 
     Args:
-        num_positions: number of positions, with more than one rank the global sequence length.
+        num_positions: number of positions; with more than one rank, the global sequence length.
         dim: width E.
         std: standard deviation of the normal initialization (GPT-2's 0.02).
 
@@ -122,7 +120,7 @@ class SegmentPositionalEmbedding(ShardedModule):
         self.num_positions = num_positions
         self.dim = dim
         self.std = std
-        # one draw from the default generator whatever the size, so that what is initialized next does not depend on it
+        # one draw from the default generator for every size, so that the size does not change later initializations
         self.seed = int(torch.randint(2**62, (), device="cpu").item())
         self.weight: nn.Parameter = DeferredTable(self._spec())
 
@@ -131,7 +129,7 @@ class SegmentPositionalEmbedding(ShardedModule):
 
         Raises:
             ValueError: if ``num_positions`` cannot be divided evenly.
-            RuntimeError: if the rows of another segment have been let go already.
+            RuntimeError: if the table has been cut to another segment already.
         """
         wanted = position_ranges(self.num_positions, shard.rank, shard.size, shard.layout)
         if isinstance(self.weight, DeferredTable):  # as is_deferred, but for type checkers
@@ -142,7 +140,7 @@ class SegmentPositionalEmbedding(ShardedModule):
         super().set_shard(shard)
 
     def _cut(self, shard: SequenceShard, wanted: tuple[range, ...]) -> None:
-        """Let go of all rows but the wanted ones."""
+        """Free all rows except the wanted ones."""
         if self.shard.size > 1:
             raise RuntimeError(
                 f"This table holds the rows of segment {self.shard.rank} of {self.shard.size} ({self.shard.layout}) and cannot"
@@ -154,7 +152,7 @@ class SegmentPositionalEmbedding(ShardedModule):
 
     @property
     def is_deferred(self) -> bool:
-        """Whether nobody has looked at the table yet."""
+        """Whether the table has not been accessed yet."""
         return isinstance(self.weight, DeferredTable)
 
     def reset_parameters(self) -> None:
@@ -164,19 +162,19 @@ class SegmentPositionalEmbedding(ShardedModule):
 
     @torch.no_grad()
     def take_rows(self, start: int, rows: Tensor) -> None:
-        """Copy those of the table's rows ``[start, start + len(rows))`` that belong to this rank."""
-        place = self.shard.positions(self.weight.size(0), device=rows.device) - start
-        ours = (place >= 0) & (place < rows.size(0))
-        self.weight[ours.to(self.weight.device)] = rows[place[ours]].to(self.weight)
+        """Copy this rank's rows from ``rows`` [n, dim], the rows ``[start, start + n)`` of the whole table."""
+        index = self.shard.positions(self.weight.size(0), device=rows.device) - start
+        ours = (index >= 0) & (index < rows.size(0))
+        self.weight[ours.to(self.weight.device)] = rows[index[ours]].to(self.weight)
 
     def become_whole(self) -> None:
-        """Hold the rows of all segments again, as before a run; every rank of the sequence group must call it."""
+        """Gather the rows of all segments, as before a run; every rank of the sequence group must call it."""
         self.weight.data = self.shard.gather(self.weight.detach(), dim=0)
         self.weight.grad = None
         super().set_shard(WHOLE_SEQUENCE)
 
     def forward(self, local_length: int) -> Tensor:
-        """Rows of the local positions, [l, dim].
+        """Return the rows of the local positions, [l, dim].
 
         Raises:
             ValueError: if ``local_length`` does not fit the table.
@@ -185,7 +183,7 @@ class SegmentPositionalEmbedding(ShardedModule):
         fits = 0 < length <= self.num_positions if self.shard.size == 1 else length == self.num_positions
         if not fits:
             self._refuse(local_length)
-        # A copy, since torch's module tracker (FLOPs in the model summary) cannot follow a view of a parameter.
+        # a copy, since torch's module tracker (FLOPs in the model summary) cannot follow a view of a parameter
         return self.weight[:local_length].clone()
 
     def extra_repr(self) -> str:
@@ -205,8 +203,8 @@ class SegmentPositionalEmbedding(ShardedModule):
         rule = "exactly" if size > 1 else "at most"
         raise ValueError(
             f"A sequence of length {length}{spread} does not fit a learned table of {self.num_positions} positions: it takes {rule} that"
-            " many. Use sequences of that length, set num_positions to theirs, or use RotaryEmbedding (positions='rotary'), which"
-            " takes any length."
+            " many. Use sequences of that length, set num_positions to the length of yours, or use RotaryEmbedding"
+            " (positions='rotary'), which takes any length."
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -217,5 +215,5 @@ class SegmentPositionalEmbedding(ShardedModule):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def own_rows(self, table: Tensor) -> Tensor:
-        """This rank's rows of a whole table [num_positions, ...]."""
+        """Cut a whole table [num_positions, ...] to this rank's rows."""
         return torch.cat([table[run.start : run.stop] for run in self.row_ranges()])

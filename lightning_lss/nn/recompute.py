@@ -1,8 +1,8 @@
-"""Activation checkpointing and tiles, applied from outside to the blocks of any module.
+"""Activation checkpointing and MLP tiles, applied from outside to the blocks of any module.
 
-What autograd keeps of a block between forward and backward is no property of the block. :func:`apply_checkpointing` and
-:func:`apply_tiles` change how existing modules are called: names of parameters, hooks, and compiled code within the
-block stay as they are. (torchtitan applies its activation checkpointing to a finished model in this manner.)
+:func:`apply_checkpointing` and :func:`apply_tiles` change only how existing modules are called: names of parameters,
+hooks, and compiled code within the block stay as they are. (torchtitan also applies activation checkpointing to a
+finished model.)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lightning_lss.attention.operator import ATTENTION
 
 ActivationCheckpointing = Literal["none", "full", "selective", "offload"]
 
-# What attention becomes in torch, by device and kernel; outputs and log-sum-exps are what their backward needs.
+# Attention's operators in torch, by device and kernel; their backward needs their outputs and log-sum-exps.
 _ATTENTION = {
     ATTENTION,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -44,8 +44,11 @@ _ATTENTION = {
 
 
 def repeated_blocks(root: nn.Module) -> list[nn.Module]:
-    """The outermost children of every ``nn.ModuleList`` and ``nn.Sequential`` below ``root`` that have children of their
-    own and a class that occurs there more than once: the layers of a transformer, each once, in order."""
+    """Find the repeated blocks below ``root``, such as the layers of a transformer, each once, in order.
+
+    A block is a child of an ``nn.ModuleList`` or ``nn.Sequential`` that has children of its own and a sibling of its
+    class. Blocks within blocks do not count.
+    """
     blocks: dict[nn.Module, None] = {}
 
     def visit(parent: nn.Module) -> None:
@@ -62,11 +65,15 @@ def repeated_blocks(root: nn.Module) -> list[nn.Module]:
 
 
 def named_blocks(root: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """Submodules of ``root`` by name, each once; ``*`` and ``?`` match as in the shell, and an ``nn.ModuleList`` stands
-    for its children.
+    """Find submodules of ``root`` by name, each once.
+
+    Args:
+        root: the module to search.
+        names: names as in ``named_modules()``; ``*`` and ``?`` match as in the shell, and an ``nn.ModuleList`` stands
+            for its children.
 
     Raises:
-        ValueError: if a name matches no submodule, naming those that ``root`` has.
+        ValueError: if a name matches no submodule; the message lists some that ``root`` has.
     """
     blocks: dict[nn.Module, None] = {}
     for pattern in names:
@@ -87,15 +94,17 @@ def named_blocks(root: nn.Module, names: Sequence[str]) -> list[nn.Module]:
 
 
 def apply_checkpointing(modules: Iterable[nn.Module], how: ActivationCheckpointing) -> None:
-    """From now on, call each module so that autograd keeps
+    """Change what autograd keeps between forward and backward when a module is called.
 
-    - ``none``: everything that it asks for;
-    - ``full``: only the module's inputs; the module is computed again in the backward pass;
-    - ``selective``: the inputs, and the output of attention with its log-sum-exp, so that all but the part that is
-      quadratic in the sequence length is computed again;
-    - ``offload``: the inputs, in (pinned) host memory.
+    Args:
+        modules: modules to change in place. Apply tiles to their submodules first.
+        how: what to keep.
 
-    Apply tiles first: a module that contains tiles is computed again to its end.
+            - ``none``: everything that autograd asks for;
+            - ``full``: only the module's inputs; the backward pass computes the module again;
+            - ``selective``: the inputs, and the output of attention with its log-sum-exp; the backward pass computes
+              everything again except attention, the part that is quadratic in the sequence length;
+            - ``offload``: the inputs, in (pinned) host memory.
 
     Raises:
         ValueError: if ``how`` is unknown.
@@ -112,10 +121,11 @@ def apply_checkpointing(modules: Iterable[nn.Module], how: ActivationCheckpointi
 
 
 def apply_tiles(modules: Iterable[nn.Module], tiles: int) -> None:
-    """From now on, compute each module in ``tiles`` parts along the sequence, each again by itself in the backward pass.
+    """Compute each module in ``tiles`` parts along the sequence from now on; the backward pass computes each part
+    again.
 
-    The first argument of the modules must be [B, l, E], and they must work token by token. What they hold between is never
-    larger than a tile (TiledMLP of ALST, arXiv 2506.13996, section 3.2).
+    The modules must take [B, l, E] as their first argument and work token by token. Their intermediate activations are
+    then those of one tile (TiledMLP of ALST, arXiv 2506.13996, section 3.2).
     """
     for module in modules:
         _mix_in(module).tiles = tiles
@@ -137,10 +147,10 @@ def check_checkpointing(how: object) -> None:
 
 
 class Recomputed(nn.Module):
-    """Mixed into the class of a module by :func:`apply_checkpointing` and :func:`apply_tiles`; surrounds the call with all
-    its hooks, those of FSDP and of tensor parallelism included.
+    """Mixin that wraps a module's call, with all its hooks, those of FSDP and tensor parallelism included.
 
-    The class is made at run time, as torch's ``fully_shard`` makes one, since Python looks ``__call__`` up on the class.
+    :func:`apply_checkpointing` and :func:`apply_tiles` mix it into the class of a module at run time, as torch's
+    ``fully_shard`` does with its own, since Python looks ``__call__`` up on the class.
     """
 
     checkpointing: ActivationCheckpointing = "none"
@@ -148,12 +158,13 @@ class Recomputed(nn.Module):
     holds_tiles: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module as before, in tiles, or to be computed again."""
+        """Call the module, in tiles and under activation checkpointing where these are on."""
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self._call_in_tiles(*args, **kwargs)
-        # Computing again normally stops at the last tensor that is wanted. A block of tiles would stop within the last of
-        # them, before their results are joined. Under tensor parallelism these are of collectives that nobody would then
-        # wait for, and torch keeps such results for ever. A tile by itself stops before its collective.
+        # Recomputation normally stops at the last tensor that backward needs. In a block of tiles that is within the
+        # last tile, before the results are joined. Under tensor parallelism each result comes from a collective.
+        # Nothing would then wait for it, and torch keeps results without a wait forever. A single tile stops before its
+        # collective.
         options: dict[str, Any] = {"context_fn": _keep_attention} if self.checkpointing == "selective" else {}
         with _early_stop(not self.holds_tiles), self._offload((args, kwargs)):
             return checkpoint(self._call_in_tiles, *args, use_reentrant=False, **options, **kwargs)
@@ -171,14 +182,14 @@ class Recomputed(nn.Module):
         return run_in_tiles(lambda part: call(part, *others, **kwargs), x, self.tiles)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # a class that was made at run time has no name by which pickle could find it
+        # pickle cannot find a class that was made at run time by its name
         reduced: Any = super().__reduce_ex__(protocol)
         constructor, (cls, *arguments), *state = reduced
         return (_rebuild, (constructor, cls.__mro__[2], *arguments), *state)
 
 
 def run_in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tiles: int) -> Tensor:
-    """``function(x)`` for [B, l, E], in ``tiles`` parts along the sequence; only ``x`` is kept."""
+    """Compute ``function(x)`` for ``x`` [B, l, E] in ``tiles`` parts along the sequence; autograd keeps only ``x``."""
     parts = x.chunk(tiles, dim=1)
     if not torch.is_grad_enabled():
         return torch.cat([function(part) for part in parts], dim=1)

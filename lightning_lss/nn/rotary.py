@@ -11,8 +11,9 @@ from lightning_lss.sequence.segment import ShardedModule
 
 
 class RotaryEmbedding(ShardedModule):
-    """Rotary position embedding (RoFormer, arXiv 2104.09864) by global position, with the two halves of a head paired
-    (as GPT-NeoX).
+    """Rotary position embedding by global position (RoFormer, arXiv 2104.09864, section 3.2.2).
+
+    It pairs channel i of a head's first half with channel i of its second half, as GPT-NeoX does.
 
     Args:
         head_dim: width D of a head, even.
@@ -25,29 +26,31 @@ class RotaryEmbedding(ShardedModule):
     def __init__(self, head_dim: int, base: float = 10_000.0) -> None:
         super().__init__()
         if head_dim < 2 or head_dim % 2:
-            raise ValueError(f"head_dim={head_dim} must be even: rotary embedding turns pairs of channels.")
+            raise ValueError(f"head_dim={head_dim} must be even: rotary embedding rotates pairs of channels.")
         self.head_dim = head_dim
         self.base = base
         self._cached: tuple[Any, tuple[Tensor, Tensor]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Turn queries or keys [B, H, l, D] by their global positions; the dtype stays."""
+        """Rotate queries or keys [B, H, l, D] by their global positions; the dtype stays."""
         cos, sin = self._turns(x.size(-2), x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
         first, second = x.to(cos.dtype).chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
     def prepare(self, x: Tensor) -> None:
-        """Compute the angles for activations [B, l, E] ahead, outside of compiled blocks, which cannot keep them."""
+        """Compute and keep the angles for activations [B, l, E]; call it outside of compiled blocks, which cannot keep
+        them."""
         self._turns(x.size(-2), x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
 
     def _turns(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the angles, [l, D/2]; the last are kept, since all layers ask for the same."""
+        """Cosines and sines of the angles, [l, D/2]; the latest are cached, since all layers ask for the same."""
         key = (length, device, dtype, self.shard)
         if self._cached is not None and self._cached[0] == key:
             return self._cached[1]
-        if torch.compiler.is_compiling():  # what a graph makes may be of inference mode, and is not to be kept
+        if torch.compiler.is_compiling():  # a graph's tensors may belong to inference mode and must not be cached
             return self._compute_turns(length, device, dtype)
-        # outside inference mode, since a validation before training would otherwise leave tensors that autograd cannot use
+        # outside inference mode, since a validation before training would otherwise leave tensors that autograd cannot
+        # use
         with torch.inference_mode(False), torch.no_grad():
             self._cached = (key, self._compute_turns(length, device, dtype))
         return self._cached[1]

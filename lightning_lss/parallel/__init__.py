@@ -1,1 +1,1 @@
-"""How parameters lie on the ranks, and how their gradients are averaged."""
+"""How parameters are distributed over the ranks, and how their gradients are averaged."""

@@ -1,4 +1,4 @@
-"""How a run starts and ends: modules get their segment, and all ranks the values of the first one."""
+"""Start a run from the values of the first rank, and assign segments to modules."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard, segmen
 
 
 def broadcast_from_first(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Overwrite the tensors with those of the first rank of ``group``, of the world by default, as DDP does when it starts;
-    every rank of the group must call it."""
+    """Overwrite the tensors with those of the first rank of ``group``, by default of the world, as DDP does at its
+    start.
+
+    Every rank of the group must call it.
+    """
     for tensor in tensors:
         dist.broadcast(tensor.detach(), group=group, group_src=0)
 
 
 def share_random_state(group: dist.ProcessGroup, device: torch.device) -> None:
-    """Give all ranks of ``group`` the states of its first rank's generators (Python, NumPy, torch, this CUDA
-    device).
+    """Set the generators of all ranks of ``group`` (Python, NumPy, torch, this CUDA device) to the states of its first
+    rank; every rank of the group must call it.
 
-    What decides about a whole sample (DropPath, augmentation) then comes out equal on all ranks of a sequence group.
+    Random decisions about a whole sample (DropPath, augmentation) are then equal on all ranks of a sequence group.
     """
     states = [_collect_rng_states(include_cuda=False)]
     dist.broadcast_object_list(states, group=group, group_src=0)
@@ -36,14 +39,14 @@ def share_random_state(group: dist.ProcessGroup, device: torch.device) -> None:
 
 
 def assign_segments(root: nn.Module, shard: SequenceShard, device: torch.device) -> None:
-    """Hand this rank's shard to every module below ``root`` that takes one; every rank must call it.
+    """Set the shard of every :class:`~lightning_lss.ShardedModule` below ``root``; every rank must call it.
 
-    As DDP starts from rank 0's weights, a positional table starts from rank 0's rows, or from its seed while it has
-    none.
+    A positional table starts from rank 0's rows, as DDP starts from rank 0's weights; a table without rows yet starts
+    from rank 0's seed.
     """
     modules = [module for module in segment_modules(root) if module.shard != shard]
     tables = [module for module in modules if isinstance(module, SegmentPositionalEmbedding)]
-    tables = [table for table in tables if table.shard.size == 1]  # one of an earlier run has its rows already
+    tables = [table for table in tables if table.shard.size == 1]  # tables of an earlier run have their rows already
     whole = [None if table.is_deferred else table.weight.detach() for table in tables]
     facts = [(table.seed, rows is not None) for table, rows in zip(tables, whole)]
     if facts:
@@ -60,7 +63,7 @@ def assign_segments(root: nn.Module, shard: SequenceShard, device: torch.device)
 
 
 def reset_segments(root: nn.Module) -> None:
-    """Make attention plain again; a table keeps its shard, since it has only its own rows."""
+    """Set modules below ``root`` back to whole sequences, except positional tables: these have only their own rows."""
     for module in segment_modules(root):
         if not module.segment_local:
             module.set_shard(WHOLE_SEQUENCE)
@@ -70,8 +73,8 @@ _ROWS_AT_A_TIME = 4096
 
 
 def broadcast_rows(table: SegmentPositionalEmbedding, whole: Tensor | None, device: torch.device) -> None:
-    """Give every rank of the world its rows of global rank 0's table ``whole`` [num_positions, dim], a few rows at a
-    time."""
+    """Send every rank of the world its rows of the table ``whole`` [num_positions, dim] of global rank 0, a few rows at
+    a time; other ranks may pass None."""
     for start in range(0, table.num_positions, _ROWS_AT_A_TIME):
         count = min(_ROWS_AT_A_TIME, table.num_positions - start)
         rows = torch.empty(count, table.dim, dtype=table.weight.dtype, device=device)

@@ -1,7 +1,7 @@
-"""Parameters, gradients and optimizer state in equal parts over the ranks, with torch's ``fully_shard`` (FSDP2).
+"""Shard parameters, gradients and optimizer state evenly over the ranks with torch's ``fully_shard`` (FSDP2).
 
-Every repeated block of a model is a *unit*, whose parameters are whole for its forward and its backward only. What
-belongs to no unit (embeddings, a head, weights that several modules share) stays with the root and is whole during a
+Every repeated block of a model is a *unit*. Its parameters are whole only during its forward and backward. Parameters
+outside of units (embeddings, a head, weights that several modules share) belong to the root and are whole during a
 step. Sharded tensors are torch's DTensors. Segment-local parameters are not sharded: a rank has only its own already.
 """
 
@@ -33,8 +33,8 @@ Sharding = Literal["fsdp", "hybrid"]
 
 
 def sharding_mesh(grid: SequenceGrid, sharding: Sharding, device_type: str) -> DeviceMesh:
-    """The ranks to shard over: all of them, or for ``"hybrid"`` the sequence group, with a copy for each of the D
-    batches."""
+    """Mesh of the ranks to shard over: all ranks, or for ``"hybrid"`` each sequence group, with D copies of the
+    parameters."""
     if sharding == "hybrid" and grid.data_group is not None:
         return grid.device_mesh(device_type)  # [data, sequence]: fully_shard replicates over the first dimension
     everyone = dist.group.WORLD
@@ -43,15 +43,15 @@ def sharding_mesh(grid: SequenceGrid, sharding: Sharding, device_type: str) -> D
 
 
 def units_of(module: nn.Module, types: Collection[type[nn.Module]] | None = None) -> list[nn.Module]:
-    """The modules whose parameters are gathered by themselves.
+    """Find the units: modules whose parameters are gathered together.
 
     Args:
         module: the whole model.
         types: classes of units; None takes :func:`~lightning_lss.nn.recompute.repeated_blocks`.
 
     Returns:
-        units in the order of the model. One that shares a parameter with a module outside of it (tied weights) is left
-        out, so that the parameter stays with the root.
+        units in the order of the model. A module that shares a parameter with one outside of it (tied weights) is not a
+        unit; its parameters belong to the root.
     """
     holders = _holders(module)
     if types is None:
@@ -70,7 +70,7 @@ def units_of(module: nn.Module, types: Collection[type[nn.Module]] | None = None
 
 
 def _holders(module: nn.Module) -> Counter[int]:
-    """How many modules hold each parameter, by the parameter's id."""
+    """Count the modules that hold each parameter, by the parameter's id."""
     holders: Counter[int] = Counter()
     for owner in module.modules():
         holders.update(id(x) for _, x in owner.named_parameters(recurse=False, remove_duplicate=False))
@@ -78,19 +78,20 @@ def _holders(module: nn.Module) -> Counter[int]:
 
 
 def _is_closed(unit: nn.Module, holders: Counter[int]) -> bool:
-    """Whether no module outside of ``unit`` holds one of its parameters, and it has any."""
+    """Whether ``unit`` has parameters and no module outside of it holds any of them."""
     inside = _holders(unit)
     return bool(inside) and all(holders[key] == count for key, count in inside.items())
 
 
 class FullyShard:
-    """How :class:`~lightning_lss.LSSStrategy` treats parameters that lie in parts over the ranks; for its methods see
-    :class:`~lightning_lss.parallel.replicated.Replicated`.
+    """How :class:`~lightning_lss.LSSStrategy` treats parameters that are sharded over the ranks.
+
+    :class:`~lightning_lss.parallel.replicated.Replicated` has the same methods.
 
     Args:
-        sharding: over which ranks, see :func:`sharding_mesh`.
+        sharding: ``"fsdp"`` or ``"hybrid"``, see :func:`sharding_mesh`.
         unit_types: see :func:`units_of`.
-        broadcast_buffers: whether buffers become those of rank 0 before each training step, as with DDP.
+        broadcast_buffers: whether to copy rank 0's buffers to all ranks before each training step, as DDP does.
         reduce_dtype: the dtype in which gradients are sent and summed; None for their own.
     """
 
@@ -106,27 +107,31 @@ class FullyShard:
         self._broadcast_buffers = broadcast_buffers
         self._reduce_dtype = reduce_dtype
         self._root: ShardedRoot | None = None
-        self._manual_root: ShardedRoot | None = None  # the same where steps contain backward passes
+        self._manual_root: ShardedRoot | None = None  # the root with manual optimization, else None
 
     def init_device(self, device: torch.device) -> torch.device:
-        """Where modules are built: on the CPU, since a device never holds all of one."""
+        """The device on which modules are built: the CPU, since the rank's device never holds a whole module."""
         return torch.device("cpu")
 
     def prepare_run(self, trainer: pl.Trainer) -> None:
-        """Evaluate without inference mode. FSDP allocates memory for whole parameters once, and could not train with tensors
-        of inference mode afterwards. (Lightning uses ``torch.no_grad`` with its own FSDP strategy too.)"""
+        """Evaluate without inference mode.
+
+        FSDP allocates the memory of whole parameters once and cannot train with tensors that were made in inference
+        mode. (Lightning uses ``torch.no_grad`` with its own FSDP strategy too.)
+        """
         loops = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
         for loop in loops:
             loop.inference_mode = False
 
     def layer_sync(self, module: nn.Module, layer_sync: LayerSync | None) -> LayerSync | None:
-        """None for a module that is sharded already: its layers were exchanged then, and FSDP would not follow."""
+        """Drop ``layer_sync`` for a module that is sharded already: its layers were replaced before, and FSDP does not
+        support it later."""
         return None if sharded_root(module) is not None else layer_sync
 
     def place(
         self, module: pl.LightningModule, grid: SequenceGrid, device: torch.device, local: SegmentLocal
     ) -> nn.Module:
-        """Shard ``module``, unless an earlier run has, and return the root that its steps run through."""
+        """Shard ``module``, unless an earlier run has, and return the root that runs its steps."""
         root = sharded_root(module)
         if root is None:
             root = ShardedRoot(
@@ -138,39 +143,40 @@ class FullyShard:
                 self._broadcast_buffers,
                 self._reduce_dtype,
             )
-        # Lightning makes all others equal on all ranks where it does not train; these are equal, or must not be.
+        # Outside of fitting, Lightning broadcasts all parameters and buffers that are not ignored. None needs it: shared
+        # ones are equal already, and the others must differ.
         root._ddp_params_and_buffers_to_ignore = [*dict(root.named_parameters()), *dict(root.named_buffers())]  # type: ignore[assignment]
         self._root = root
         self._manual_root = None if module.automatic_optimization else root
         return root
 
     def wrap(self, wrap_in_ddp: Callable[[], None]) -> None:
-        """FSDP averages gradients already."""
+        """Do nothing: FSDP averages gradients already."""
 
     def average_others(self, should_sync: Callable[[], bool]) -> list[RemovableHandle]:
-        """Average scalars over the world, which FSDP does not take."""
+        """Average the gradients of scalars over the world, since FSDP does not take scalars."""
         assert self._root is not None
         assert dist.group.WORLD is not None
         return [average_over(scalar, dist.group.WORLD, should_sync) for scalar in self._root.scalars]
 
     def clipping_group(self, local: SegmentLocal) -> dist.ProcessGroup | None:
-        """All ranks: each has other parts."""
+        """All ranks, since each holds different parts."""
         return dist.group.WORLD
 
     def parameters(self, module: nn.Module) -> Iterable[nn.Parameter]:
-        """The parts as optimizers know them, also while modules hold whole parameters."""
+        """The sharded parameters, as optimizers hold them, also while modules hold whole ones."""
         assert self._root is not None
         return self._root.own_parameters
 
     def accumulate(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """A context in which gradients are not averaged to the end."""
+        """Return a context in which gradients accumulate; see :meth:`ShardedRoot.accumulate`."""
         return model.accumulate() if isinstance(model, ShardedRoot) else nullcontext()
 
-    # With manual optimization a step may hold several passes. A backward reshards the root's parameters, and nobody would
-    # unshard them before the next forward.
+    # With manual optimization a step may contain several passes. Each backward reshards the root's parameters, and only
+    # the next step's forward would unshard them.
 
     def before_backward(self, loss: Tensor) -> None:
-        """Have a manual backward from ``loss`` end with the root's gradients reduced."""
+        """Have the root's gradients reduced at the end of a manual backward from ``loss``."""
         if self._manual_root is not None:
             self._manual_root.before_manual_backward(loss)
 
@@ -180,7 +186,7 @@ class FullyShard:
             _as_fsdp(self._manual_root).unshard()
 
     def before_step(self) -> None:
-        """Reshard the root: whole parameters would be out of date after the optimizer's step."""
+        """Reshard the root before a manual optimizer step, since whole parameters would be out of date after it."""
         if self._manual_root is not None:
             _as_fsdp(self._manual_root).reshard()
 
@@ -189,23 +195,23 @@ class FullyShard:
         self.after_backward()
 
     def reshard(self) -> None:
-        """Leave each rank its parts of the root's parameters, which a forward without backward leaves whole."""
+        """Reshard the root, whose parameters stay whole after a forward without backward."""
         if self._root is not None:
             _as_fsdp(self._root).reshard()
 
-    def keep_gathered(self, tensor: Tensor) -> Any:
-        """What becomes of a tensor that was gathered for a checkpoint: global rank 0 keeps it on the CPU, others None. Sharded
-        models are too large to be whole on every rank."""
+    def keep_for_checkpoint(self, tensor: Tensor) -> Any:
+        """Return a tensor that was gathered for a checkpoint on the CPU of global rank 0, and None on other ranks:
+        sharded models may not fit whole on every rank."""
         return tensor.cpu() if dist.get_rank() == 0 else None
 
     def hand_over(self, module: nn.Module) -> None:
-        """Let the process that spawned this one take over whole parameters, the next time it asks for the state; every rank
-        must ask."""
+        """Make the next ``module.state_dict()`` whole, for the process that spawned this one; every rank must call
+        that."""
         module.register_state_dict_post_hook(_make_whole)
 
     def tear_down(self, strategy: ParallelStrategy, tear_down: Callable[[], None]) -> None:
-        """End a run as every strategy does, but move nothing to the CPU: sharded tensors stay where their process groups can
-        gather them, for a checkpoint after the run."""
+        """End a run as every strategy does, but move nothing to the CPU: sharded tensors stay on the device, where
+        their process groups can gather them for a checkpoint after the run."""
         self.reshard()
         self._root = self._manual_root = None
         strategy.model = strategy.lightning_module
@@ -227,20 +233,20 @@ def _as_fsdp(root: nn.Module) -> FSDPModule:
 
 
 class ShardedRoot(nn.Module):
-    """What the steps of a sharded LightningModule run through, as they run through DistributedDataParallel without
-    sharding.
+    """Wrap a sharded LightningModule and run its steps, as DistributedDataParallel does without sharding.
 
-    Its forward finds the parameters that belong to no unit whole; calls of the LightningModule from within a step are
-    ordinary calls. (Were the LightningModule itself given to ``fully_shard``, they would start the step anew.) All
-    ranks start from the values of rank 0. No device holds more than its parts and one whole unit, or the whole root.
+    Its forward unshards the parameters that belong to no unit. Calls of the LightningModule from within a step are
+    ordinary calls. (With ``fully_shard`` on the LightningModule itself they would start the step again.) All ranks
+    start from the values of rank 0. While it shards, a device holds at most its parts and one whole unit, or the whole
+    root.
 
     Args:
-        module: the LightningModule, which is sharded in place and stays so.
+        module: the LightningModule, sharded in place for good.
         mesh: the ranks to shard over, see :func:`sharding_mesh`.
-        device: where a rank's parts go.
-        segment_local: names of segment-local parameters and buffers, which are neither sharded nor made equal.
+        device: the device of this rank's parts.
+        segment_local: names of segment-local parameters and buffers. They are neither sharded nor broadcast.
         unit_types: see :func:`units_of`.
-        broadcast_buffers: whether buffers become those of rank 0 before each training step, as with DDP.
+        broadcast_buffers: whether to copy rank 0's buffers to all ranks before each training step, as DDP does.
         reduce_dtype: the dtype in which gradients are sent and summed; None for their own.
     """
 
@@ -276,7 +282,7 @@ class ShardedRoot(nn.Module):
         self.mesh = mesh
         self.broadcast_buffers = broadcast_buffers
         self.require_backward_grad_sync = True
-        self.own_parameters = list(module.parameters())  # as optimizers know them, also while modules hold whole ones
+        self.own_parameters = list(module.parameters())  # as optimizers hold them, also while modules hold whole ones
         in_units = {x for unit in units for x in unit.modules()}
         self._held_by_root = [
             (owner, name, parameter)
@@ -287,20 +293,20 @@ class ShardedRoot(nn.Module):
         if not module.automatic_optimization:
             for method in ("toggle_optimizer", "untoggle_optimizer"):
                 setattr(module, method, self._followed_by_whole_parameters(getattr(module, method)))
-        vars(module)["_sharded_root"] = self  # past nn.Module, for which it would be a submodule
+        vars(module)["_sharded_root"] = self  # bypasses nn.Module, which would make it a submodule
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the LightningModule, or the step that Lightning has put in the place of its forward."""
-        if self.broadcast_buffers and self.module.training:  # Lightning switches that back after a validation
+        """Run the LightningModule, or the step that Lightning runs in place of its forward."""
+        if self.broadcast_buffers and self.module.training:  # Lightning restores ``training`` after a validation
             broadcast_from_first(self.shared_buffers)
         return self.module(*args, **kwargs)
 
     @contextmanager
     def accumulate(self) -> Generator[None, None, None]:
-        """Within it, gradients are not averaged to the end.
+        """Accumulate gradients without summing them over the copies of ``"hybrid"``.
 
-        They are reduced to each rank's part nevertheless (FSDP could keep them whole instead, and save the traffic for
-        the memory that sharding is there for); what waits is the sum over the copies of ``"hybrid"``.
+        They are still reduced to each rank's part in every backward. (FSDP could keep them whole instead: less traffic,
+        but the memory that sharding saves.)
         """
         self._set_last(False)
         try:
@@ -313,13 +319,16 @@ class ShardedRoot(nn.Module):
         _as_fsdp(self).set_requires_all_reduce(last)
 
     def before_manual_backward(self, loss: Tensor) -> None:
-        """Have the backward from ``loss`` end with the root's gradients reduced."""
+        """Have the root's gradients reduced at the end of the backward from ``loss``."""
         for owner, name, parameter in self._held_by_root:
-            parameter.requires_grad_(getattr(owner, name).requires_grad)  # users freeze what they find in modules
+            parameter.requires_grad_(
+                getattr(owner, name).requires_grad
+            )  # users freeze the whole ones, which modules hold
         fully_shard.state(self)._register_pre_backward_hook(loss)  # type: ignore[attr-defined]
 
     def _followed_by_whole_parameters(self, toggle: Callable[..., None]) -> Callable[..., None]:
-        """Lightning freezes what optimizers know."""
+        """Make ``toggle`` also freeze or unfreeze the whole parameters that modules hold; Lightning's acts on those of
+        optimizers only."""
 
         @wraps(toggle)
         def toggle_both(*args: Any, **kwargs: Any) -> None:
@@ -331,13 +340,13 @@ class ShardedRoot(nn.Module):
 
 
 def _start_equally(tensors: Iterable[Tensor], device: torch.device) -> None:
-    for tensor in tensors:  # one after another, so that the device never holds more than it must
+    for tensor in tensors:  # one at a time, to keep the peak low
         tensor.data = tensor.data.to(device)
         broadcast_from_first([tensor])
 
 
 def sharded_root(module: nn.Module) -> ShardedRoot | None:
-    """The root that ``module`` was sharded under, None if it was not."""
+    """Return the root that ``module`` was sharded under, or None."""
     root = vars(module).get("_sharded_root")
     return root if isinstance(root, ShardedRoot) else None
 
@@ -346,7 +355,8 @@ def sharded_root(module: nn.Module) -> ShardedRoot | None:
 
 
 def own_part(whole: Any, like: Tensor) -> Any:
-    """This rank's part of a whole tensor, sharded as ``like`` is; anything else as it is. No communication."""
+    """Cut a whole tensor to this rank's part, sharded like ``like``, without communication; return anything else
+    unchanged."""
     fits = isinstance(whole, Tensor) and isinstance(like, DTensor) and not isinstance(whole, DTensor)
     if not fits or whole.shape != like.shape:
         return whole
@@ -356,6 +366,6 @@ def own_part(whole: Any, like: Tensor) -> Any:
 
 
 def own_model_state(state: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-    """A model's state dict with whole tensors cut to the parts that this rank's ``module`` holds."""
+    """Cut the whole tensors of a model's state dict to the parts that this rank's ``module`` holds."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     return {key: own_part(x, parameters[key]) if key in parameters else x for key, x in state.items()}

@@ -1,4 +1,4 @@
-"""Whole parameters on every rank, whose gradients DistributedDataParallel averages over the world."""
+"""Whole parameters on every rank; DistributedDataParallel averages their gradients over the world."""
 
 from __future__ import annotations
 
@@ -23,79 +23,78 @@ from lightning_lss.sequence.grid import SequenceGrid
 class Replicated:
     """How :class:`~lightning_lss.LSSStrategy` treats parameters that are whole on every rank.
 
-    :class:`~lightning_lss.parallel.fsdp.FullyShard` has the same methods; the strategy chooses one of the two once.
+    :class:`~lightning_lss.parallel.fsdp.FullyShard` has the same methods; the strategy chooses between the two once.
     """
 
     def init_device(self, device: torch.device) -> torch.device:
-        """Where modules are built: on the rank's device."""
+        """The device on which modules are built: the rank's."""
         return device
 
     def prepare_run(self, trainer: pl.Trainer) -> None:
-        """Nothing to prepare."""
+        """Prepare nothing."""
 
     def layer_sync(self, module: nn.Module, layer_sync: LayerSync | None) -> LayerSync | None:
-        """The Trainer's exchange of layers, such as ``sync_batchnorm``, that is to be applied to ``module``."""
+        """The Trainer's replacement of layers (``sync_batchnorm``) to apply to ``module``: all of it."""
         return layer_sync
 
     def place(
         self, module: pl.LightningModule, grid: SequenceGrid, device: torch.device, local: SegmentLocal
     ) -> nn.Module:
-        """What the steps of ``module`` run through, before :meth:`wrap`."""
+        """Return the module that runs the steps of ``module``, before :meth:`wrap`: itself."""
         ignore_in_ddp(module, local.names)
         return module
 
     def wrap(self, wrap_in_ddp: Callable[[], None]) -> None:
-        """Have gradients averaged from now on."""
+        """Wrap the module so that its gradients are averaged."""
         wrap_in_ddp()
 
     def average_others(self, should_sync: Callable[[], bool]) -> list[RemovableHandle]:
-        """Average what :meth:`wrap` leaves out, beside segment-local parameters: nothing."""
+        """Average the shared gradients that :meth:`wrap` leaves out: none."""
         return []
 
     def clipping_group(self, local: SegmentLocal) -> dist.ProcessGroup | None:
-        """The ranks that must clip and skip steps together although their gradients differ; None where they are equal."""
+        """The ranks that clip and skip steps together and hold different gradients; None if all gradients are equal."""
         return local.group
 
     def parameters(self, module: nn.Module) -> Iterable[nn.Parameter]:
-        """The parameters as optimizers know them."""
+        """The parameters as optimizers hold them."""
         return module.parameters()
 
     def accumulate(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """A context in which gradients are not averaged."""
+        """Return a context in which gradients accumulate and are not averaged."""
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
     def before_backward(self, loss: Tensor) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def after_backward(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def before_step(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def after_step(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def reshard(self) -> None:
-        """Parameters stay whole."""
+        """Do nothing: parameters stay whole."""
 
-    def keep_gathered(self, tensor: Tensor) -> Any:
-        """What becomes of a tensor that was gathered for a checkpoint: every rank keeps it."""
+    def keep_for_checkpoint(self, tensor: Tensor) -> Any:
+        """Return a tensor that was gathered for a checkpoint, on every rank."""
         return tensor
 
     def hand_over(self, module: nn.Module) -> None:
-        """Let the process that spawned this one take over whole parameters: they are."""
+        """Do nothing: the process that spawned this one can take over the parameters as they are."""
 
     def tear_down(self, strategy: ParallelStrategy, tear_down: Callable[[], None]) -> None:
-        """End a run with ``tear_down``, the strategy's own way."""
+        """End a run with ``tear_down``, the strategy's own method."""
         tear_down()
 
 
 def ignore_in_ddp(module: nn.Module, names: Iterable[str]) -> None:
-    """Have DistributedDataParallel leave the named parameters and buffers of ``module`` alone.
+    """Have DistributedDataParallel ignore the named parameters and buffers of ``module``.
 
-    DDP compares ``module_name + "." + name`` in one place, which for the root module is ``.name``, and the plain name
-    in others.
+    DDP compares plain names, except in one place: there ``module_name + "." + name``, for the root module ``.name``.
     """
     names = list(names)
     ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
@@ -103,10 +102,10 @@ def ignore_in_ddp(module: nn.Module, names: Iterable[str]) -> None:
 
 
 def compress_hook(dtype: torch.dtype) -> Callable[..., Any]:
-    """A communication hook for DistributedDataParallel that averages gradients in bfloat16 or float16.
+    """Return a communication hook for DistributedDataParallel that averages gradients in bfloat16 or float16.
 
-    These are torch's own hooks under another name. DDP refuses them by name where it believes that only NCCL can run them,
-    but gloo can.
+    The hooks are torch's own in a function of another name: DDP refuses theirs for backends other than NCCL, but gloo
+    can run them.
     """
     hook = {torch.bfloat16: bf16_compress_hook, torch.float16: fp16_compress_hook}[dtype]
     return lambda state, bucket: hook(state, bucket)

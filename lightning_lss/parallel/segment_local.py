@@ -1,9 +1,9 @@
-"""Segment-local parameters: double gradient averaging, and what else must know which parameters stand for one segment only.
+"""Segment-local parameters: double gradient averaging, gradient norms and gradient scaling.
 
-Gradients of shared parameters are averaged over the world by DistributedDataParallel or FSDP. A segment-local parameter
-(LSS Transformer, arXiv 2311.02382, on double gradient averaging) is left to this module. The backward pass of attention's
-gathers has already added up what the losses of all S ranks say about it, so its gradient is S times that of their mean: it
-is divided by S and averaged over the data group.
+DistributedDataParallel or FSDP average the gradients of shared parameters over the world. This module averages those of
+segment-local parameters (LSS Transformer, arXiv 2311.02382, "double gradient averaging"). The backward pass of
+attention's gathers sums the contributions of the losses of all S ranks to such a gradient, so it is S times that of
+their mean: it is divided by S and averaged over the data group.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ from lightning_lss.sequence.segment import segment_local_names
 
 
 class SegmentLocal:
-    """The parameters and buffers of a module that stand for one segment only, on one rank of a grid.
-
-    There are none where a sequence has one rank.
+    """The segment-local parameters and buffers of a module on one rank of a grid; with S = 1 there are none.
 
     Args:
         module: the whole model, with its segments assigned.
@@ -41,25 +39,25 @@ class SegmentLocal:
         self.parameters = [parameters[name] for name in self.names if name in parameters]
         self.buffers = [buffers[name] for name in self.names if name in buffers]
         self.group = grid.sequence_group if self.parameters else None
-        """The ranks whose gradients differ; None where no parameter is segment-local."""
+        """The ranks whose gradients differ; None if no parameter is segment-local."""
         self._grid = grid
 
     def start_equally(self) -> None:
-        """Start from the values of the first rank that holds the segment."""
+        """Copy the values of the first rank that holds the segment; every rank must call it."""
         if self._grid.data_group is not None:
             broadcast_from_first([*self.parameters, *self.buffers], self._grid.data_group)
 
     def average_gradients(self, should_sync: Callable[[], bool]) -> list[RemovableHandle]:
-        """From now on, scale the gradients in every backward pass and average them over the data group.
+        """Scale the gradients in every backward pass from now on, and average them over the data group.
 
-        The scaling acts on what a backward pass adds, the averaging on the accumulated gradient. Both are right however
-        many passes accumulate before a step, as with DDP.
+        The scaling acts on the gradient of one backward pass, the averaging on the accumulated gradient. Both are
+        correct for any number of passes before a step, as with DDP.
 
         Args:
-            should_sync: whether the backward pass under way ends an accumulation.
+            should_sync: tells whether the current backward pass is the last one of an accumulation.
 
         Returns:
-            handles that undo it.
+            handles whose ``remove`` undoes it.
         """
         handles = []
         for parameter in self.parameters:
@@ -70,8 +68,8 @@ class SegmentLocal:
 
 
 def average_over(parameter: nn.Parameter, group: dist.ProcessGroup, should_sync: Callable[[], bool]) -> RemovableHandle:
-    """From now on, average the accumulated gradient of ``parameter`` over ``group`` in every backward pass that ends an
-    accumulation."""
+    """Average the accumulated gradient of ``parameter`` over ``group`` in the last backward pass of every accumulation
+    from now on."""
 
     def average(parameter: Tensor) -> None:
         if should_sync() and parameter.grad is not None:
@@ -84,11 +82,17 @@ def average_over(parameter: nn.Parameter, group: dist.ProcessGroup, should_sync:
 def total_norm(
     parameters: Iterable[Tensor], segment_local: Collection[Tensor], group: dist.ProcessGroup | None
 ) -> Tensor:
-    """2-norm of all gradients, those of the segment-local parameters of every rank of the sequence group included, and
-    all parts of sharded ones.
+    """2-norm of the gradients of the whole model: total^2 = |shared|^2 + sum over ranks of |segment-local|^2.
 
-    total^2 = |shared|^2 + sum over ranks of |segment-local|^2; every rank of ``group`` must call it, and with sharded
-    parameters every rank of the world. ``group`` is None where no parameter is segment-local.
+    Every rank of ``group`` must call it; with sharded parameters, every rank of the world.
+
+    Args:
+        parameters: all parameters of this rank; those without a gradient do not count.
+        segment_local: the segment-local ones among them.
+        group: the sequence group; None if no parameter is segment-local.
+
+    Returns:
+        a scalar on the device of the parameters, in float32 or wider.
     """
     parameters = list(parameters)
     grads = [(x.grad, x in segment_local) for x in parameters if x.grad is not None]
@@ -111,7 +115,8 @@ def _squared_norm(grads: list[Tensor]) -> Tensor:
 def clip_grad_norm(
     parameters: Iterable[Tensor], max_norm: float, segment_local: Collection[Tensor], group: dist.ProcessGroup | None
 ) -> Tensor:
-    """``torch.nn.utils.clip_grad_norm_`` with the norm of the whole model, so that all ranks clip by one factor."""
+    """Clip like ``torch.nn.utils.clip_grad_norm_``, but by the norm of the whole model, equal on all ranks; return the
+    norm."""
     parameters = list(parameters)
     norm = total_norm(parameters, segment_local, group)
     nn.utils.clip_grads_with_norm_(local_views(parameters), max_norm, norm)
@@ -124,15 +129,15 @@ def patch_precision_plugin(
     group: dist.ProcessGroup | None,
     scaler_group: dist.ProcessGroup | None,
 ) -> None:
-    """Have clipping and the gradient scaler look at all ranks.
+    """Make gradient clipping and the gradient scaler take the gradients of all ranks into account.
 
-    Lightning clips in the precision plugin, of which there are many kinds, so the methods are replaced on the object.
+    Lightning clips in the precision plugin. There are many kinds, so the methods are replaced on the object.
 
     Args:
-        plugin: the plugin, changed in place; :func:`restore_precision_plugin` undoes it.
+        plugin: the plugin, changed in place; :func:`restore_precision_plugin` restores its clipping.
         segment_local: the segment-local parameters.
-        group: the sequence group, None where no parameter is segment-local.
-        scaler_group: the ranks whose gradients differ, which must skip a step together.
+        group: the sequence group; None if no parameter is segment-local.
+        scaler_group: the ranks with different gradients; they skip a step together.
     """
 
     def clip_grad_by_norm(optimizer: Optimizer, clip_val: int | float) -> None:
@@ -148,7 +153,7 @@ def patch_precision_plugin(
 
 
 def restore_precision_plugin(plugin: Precision) -> None:
-    """Clip as Lightning does again."""
+    """Restore Lightning's own clipping."""
     for name in ("clip_grad_by_norm", "clip_grad_by_value"):
         vars(plugin).pop(name, None)
 
@@ -157,15 +162,15 @@ class SegmentGradScaler(torch.amp.GradScaler):
     """A gradient scaler that skips a step on all ranks of a group if any of them found an inf or NaN.
 
     Shared gradients are equal on all ranks, but one rank's segment-local gradient, or its part of a sharded one, may
-    overflow alone; the others would step, and the weights drift apart. (torch's ``ShardedGradScaler`` does the same for
-    the first FSDP.)
+    overflow alone. The other ranks would then step, and the weights would diverge. (torch's ``ShardedGradScaler`` does
+    the same for FSDP1.)
     """
 
     _group: dist.ProcessGroup
 
     @classmethod
     def like(cls, scaler: torch.amp.GradScaler, group: dist.ProcessGroup) -> SegmentGradScaler:
-        """A scaler with the options and state of ``scaler``."""
+        """Return a scaler with the options and state of ``scaler``."""
         new = cls(scaler._device, enabled=scaler.is_enabled())
         if scaler.is_enabled():
             new._init_scale = scaler.get_scale()
@@ -174,12 +179,12 @@ class SegmentGradScaler(torch.amp.GradScaler):
         return new
 
     def unscale_(self, optimizer: Optimizer) -> None:
-        """Divide the gradients by the scale, and note on all ranks whether any is not finite on any rank."""
+        """Divide the gradients by the scale, and record on all ranks whether any rank has an inf or NaN."""
         super().unscale_(optimizer)
         self._share_found_inf(optimizer)
 
     def _unscale_grads_(self, optimizer: Optimizer, *args: Any) -> dict[torch.device, Tensor]:
-        # torch's function over many tensors takes DTensors or others, but not both; it asks for nothing but gradients
+        # torch's multi-tensor function does not take DTensors beside other tensors; it reads only gradients
         views = local_views(x for group in optimizer.param_groups for x in group["params"])
         return super()._unscale_grads_(SimpleNamespace(param_groups=[{"params": views}]), *args)  # type: ignore[arg-type]
 
@@ -203,9 +208,9 @@ def count_parameters(module: nn.Module, size: int = 1) -> int:
 
 
 def local_views(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Parameters and gradients as plain tensors that share this rank's memory.
+    """View parameters and gradients as plain tensors in this rank's memory.
 
-    Some of torch's functions over many tensors refuse DTensors beside others, and segment-local parameters are not
+    Some of torch's multi-tensor functions refuse DTensors beside other tensors, and segment-local parameters are not
     DTensors.
     """
     views = []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lss.models.transformer import Transformer
-from lightning_lss.nn.loss import chunked_cross_entropy, linear_cross_entropy
+from lightning_lss.nn.loss import cross_entropy_by_rows, linear_cross_entropy
 from lightning_lss.parallel.replicated import ignore_in_ddp
 from lightning_lss.planner.setup import Setup
 from lightning_lss.sequence.dtypes import in_autocast_dtype, resolve_communication_dtype
@@ -137,7 +137,7 @@ class _WithLoss(nn.Module):
         if self.rows is None:
             return linear_cross_entropy(features, weight, targets.flatten())
         features, weight = in_autocast_dtype(features, weight)  # torch's own chunks are not visible to the tracker
-        return chunked_cross_entropy(features, weight, targets.flatten(), self.rows)
+        return cross_entropy_by_rows(features, weight, targets.flatten(), self.rows)
 
 
 _DTYPES = {"64": torch.float64, "32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}

@@ -25,21 +25,24 @@ DEFAULT_DIM = 1
 
 
 def split_batch(batch: Any, shard: SequenceShard, sequence_dims: SequenceDims | None = None) -> Any:
-    """This rank's part of a batch.
+    """Cut a batch to this rank's segment.
 
-    Every tensor with two or more dimensions is cut along dimension 1 (``[batch, length, ...]``), tensors with fewer are
-    left alone, in any nesting of dicts, dict-like containers, lists, tuples, namedtuples and dataclasses; the
-    containers keep their types.
+    Tensors with two or more dimensions are cut along dimension 1 (``[batch, length, ...]``); others stay whole. They
+    may be nested in dicts, dict-like containers, lists, tuples, namedtuples and dataclasses. Containers keep their
+    types.
 
     Args:
-        batch: what the data loader gave, with whole sequences.
+        batch: a batch of the data loader, with whole sequences.
         shard: the rank's place in its sequence group.
-        sequence_dims: the dimension to cut, or None to leave a tensor whole, by key (index in a list or tuple, field of
-            a dataclass). A key holds for everything below it; the innermost one counts.
+        sequence_dims: by key (index in a list or tuple, field of a dataclass), the dimension to cut, or None to leave a
+            tensor whole. A key holds for everything below it; the innermost one counts.
+
+    Returns:
+        a new batch, or ``batch`` itself where S = 1.
 
     Raises:
-        ValueError: if the tensors to be cut along the default dimension disagree on its size, if a length cannot be
-            divided evenly, or if a named dimension does not exist; before anything is cut, naming keys and shapes.
+        ValueError: before anything is cut, if tensors disagree on the size of the default dimension, a length cannot be
+            divided evenly, or a named dimension does not exist. The message names keys and shapes.
     """
     if shard.size == 1:
         return batch
@@ -117,8 +120,7 @@ def _leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
 
 
 def _map(node: Any, function: Callable[[Path, Tensor], Tensor], path: Path = ()) -> Any:
-    """A copy of nested containers with ``function`` applied to every tensor; what is no container is passed on as it
-    is."""
+    """Copy nested containers with ``function`` applied to every tensor; non-containers are returned unchanged."""
     if isinstance(node, Tensor):
         return function(path, node)
     children = _children(node)
@@ -140,7 +142,7 @@ def _map(node: Any, function: Callable[[Path, Tensor], Tensor], path: Path = ())
 
 
 def batch_digest(batch: Any) -> int:
-    """A 63-bit hash of every tensor in a batch: path, shape, dtype and bytes."""
+    """Hash every tensor in a batch (path, shape, dtype and bytes) to 63 bits."""
     digest = hashlib.blake2b(digest_size=8)
     for path, tensor in _leaves(batch):
         digest.update(repr((path, tuple(tensor.shape), str(tensor.dtype))).encode())
@@ -149,10 +151,10 @@ def batch_digest(batch: Any) -> int:
 
 
 def check_same_batch(batch: Any, group: dist.ProcessGroup, device: torch.device) -> None:
-    """Compare the batch over ``group``; every rank calls it, and all raise if any differs.
+    """Compare ``batch`` over the ranks of ``group``; every rank must call it.
 
     Raises:
-        ValueError: naming the likely causes.
+        ValueError: on every rank, if the batches of any two differ. The message names the likely causes.
     """
     digest = torch.tensor([batch_digest(batch)], dtype=torch.int64, device=device)
     extremes = torch.cat((digest, -digest))

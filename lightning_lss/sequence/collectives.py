@@ -1,10 +1,11 @@
-"""The two collectives of the LSS Transformer, each with its group given explicitly and a handle to wait on.
+"""The two collectives of the LSS Transformer, over an explicit group and with a handle to wait on.
 
-Each is there as torch has it (over gloo its coalesced form, of a single tensor: the plain ones copy rank by rank and
-take twice the time to gather, a third more to scatter), and made of what gloo does better.
+Each has two forms. :func:`all_gather` and :func:`reduce_scatter` are torch's own; over gloo they use the coalesced
+operators, since the plain ones copy rank by rank and take twice the time to gather and a third more to scatter.
+:func:`exchange` and :func:`all_to_all_sum` do the same in operations that gloo does faster.
 
-``torch`` 2.13 renamed ``all_gather_into_tensor`` and ``reduce_scatter_tensor`` and deprecated the old names, which are
-the only ones in 2.11: the module takes whichever is there.
+``torch`` 2.13 renamed ``all_gather_into_tensor`` and ``reduce_scatter_tensor`` and deprecated the old names. 2.11 has
+only those, so the module takes whichever exists.
 """
 
 from __future__ import annotations
@@ -22,27 +23,34 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 class Pending(NamedTuple):
-    """A tensor that is still being filled by others."""
+    """A tensor that communication is still filling."""
 
     tensor: Tensor
     works: Sequence[dist.Work] = ()
     addends: bool = False
-    """Whether the tensor is the addends of a sum, stacked along dimension 0."""
+    """Whether the tensor holds the addends of a sum, stacked along dimension 0."""
 
     def wait(self) -> Tensor:
-        """Block (on CUDA: the current stream) until the tensor is complete, and return it, or its sum. Once: a message
-        that is waited for again never comes."""
+        """Block (on CUDA: the current stream) until the tensor is complete, and return it, or the sum of its addends.
+
+        Call it once: a second wait for the same message never ends.
+        """
         for work in self.works:
             work.wait()
-        for exchanges in _under_way.values():  # of each group: what began before is over too
+        for exchanges in _under_way.values():  # earlier exchanges of the same group are complete too
             if self.works in exchanges:
                 del exchanges[: exchanges.index(self.works) + 1]
         return self.tensor.sum(0) if self.addends else self.tensor
 
 
 def all_gather(local: Tensor, group: dist.ProcessGroup, out: Tensor | None = None) -> Pending:
-    """Start to gather ``local``, of one shape on every rank of ``group``, into ``[size, *local.shape]`` by rank, which
-    is ``out`` where that is given; ``local`` may be its place there."""
+    """Start to gather ``local`` over ``group`` into ``[size, *local.shape]``, ordered by rank.
+
+    Args:
+        local: this rank's tensor, of the same shape on every rank; it may be a view of its entry in ``out``.
+        group: the ranks.
+        out: where to gather, contiguous; None allocates it.
+    """
     gathered = local.new_empty((dist.get_world_size(group), *local.shape)) if out is None else out
     whole, own = gathered.view(-1), local.contiguous().view(-1)
     if is_gloo(own, group):
@@ -53,7 +61,7 @@ def all_gather(local: Tensor, group: dist.ProcessGroup, out: Tensor | None = Non
 def reduce_scatter(stacked: Tensor, group: dist.ProcessGroup) -> Pending:
     """Start to sum ``stacked`` ``[size, *shape]`` over ``group``; rank ``r`` receives entry ``r`` of the sum.
 
-    The adjoint of :func:`all_gather`. ``stacked`` must not be written to before the result has been waited for.
+    It is the adjoint of :func:`all_gather`. Do not write to ``stacked`` before the wait for the result.
     """
     local = stacked.new_empty(stacked.shape[1:])
     own, whole = local.view(-1), stacked.contiguous().view(-1)
@@ -62,33 +70,38 @@ def reduce_scatter(stacked: Tensor, group: dist.ProcessGroup) -> Pending:
     return Pending(local, [_reduce_scatter(own, whole, group=group, async_op=True)])
 
 
-def exchange(places: Sequence[Sequence[Tensor]], group: dist.ProcessGroup) -> Sequence[dist.Work]:
-    """Start to fill ``places[r]``, contiguous tensors, with what rank ``r`` of ``group`` has in its own ``places[r]``,
-    which must not be written to before all is over.
+def exchange(buffers: Sequence[Sequence[Tensor]], group: dist.ProcessGroup) -> Sequence[dist.Work]:
+    """Start an :func:`all_gather` made of messages between every two ranks.
 
-    :func:`all_gather` in messages from each rank to each. Gloo gathers into a tensor of its own and copies from there;
-    messages take a third to a half of the time, and what arrives need not lie side by side.
+    Gloo's gather fills a tensor of its own and copies from there. Messages take a third to a half of the time, and
+    their destinations need not be adjacent in memory.
+
+    Args:
+        buffers: for each rank ``r`` of ``group``, contiguous tensors that receive what rank ``r`` holds in its own
+            ``buffers[r]``. Do not write to any before all works are complete.
+        group: the ranks.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     works: list[dist.Work] = []
     _under_way[group.group_name].append(works)
-    for step in range(1, size):  # every rank begins with another, so that no one is asked by all at once
+    for step in range(1, size):  # in every step each rank sends to another one, so that no rank is the target of all
         source, destination = (rank - step) % size, (rank + step) % size
-        for arriving, own in zip(places[source], places[rank]):
+        for arriving, own in zip(buffers[source], buffers[rank]):
             works += [group.recv([arriving], source, 0), group.send([own], destination, 0)]
     return works
 
 
-# Exchanges by group, in the order in which they began, which is that in which gloo carries them out. Gloo drops a message
-# with its work, and then all that follow it between the two ranks, so messages outlive whoever started them: a kernel may
-# raise meanwhile, and the error be caught on every rank (Lightning's batch size finder).
+# Exchanges under way by group, in starting order; gloo completes them in that order. They are kept alive here, since
+# gloo drops a message whose work is freed, and then every later message between the two ranks. Without this a kernel
+# that raises between start and wait would break the group, although every rank may catch the error (Lightning's batch
+# size finder does).
 _under_way: defaultdict[str, list[Sequence[dist.Work]]] = defaultdict(list)
 
 
 def all_to_all_sum(stacked: Tensor, group: dist.ProcessGroup) -> Pending:
-    """:func:`reduce_scatter` in an all-to-all, whose addends are summed when they are waited for.
+    """Start a :func:`reduce_scatter` made of an all-to-all; the wait sums the addends.
 
-    Gloo's reduce-scatter is an all-reduce inside, where every rank receives every sum. This is half the bytes.
+    Gloo's reduce-scatter runs an all-reduce, so every rank receives every sum. This sends half the bytes.
     """
     received = stacked.new_empty(stacked.shape)
     work = dist.all_to_all_single(received.view(-1), stacked.contiguous().view(-1), group=group, async_op=True)
@@ -101,5 +114,5 @@ def resolve_group(name: str) -> dist.ProcessGroup:
 
 
 def is_gloo(x: Tensor, group: dist.ProcessGroup) -> bool:
-    """Whether gloo is what carries ``x`` in ``group``."""
+    """Whether ``group`` sends ``x`` over gloo."""
     return x.is_cpu and "gloo" in str(dist.get_backend_config(group))

@@ -1,4 +1,4 @@
-"""Autocast for functions that torch's own lists do not know, and the dtype in which tensors travel."""
+"""Autocast for functions outside torch's own lists, and the dtype in which tensors are sent."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where it is on, as torch's own attention and linear layers take theirs; float64
-    is left alone."""
+    """Cast the tensors to autocast's dtype where autocast is on, as torch's attention and linear layers do; float64
+    stays."""
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
@@ -20,10 +20,10 @@ _HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_communication_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """The dtype itself, also where a configuration file names it.
+    """Turn the name of a dtype, as in a configuration file, into the dtype; dtypes and None are returned unchanged.
 
     Raises:
-        ValueError: if it is neither of bfloat16 and float16, nor None.
+        ValueError: if ``dtype`` is not bfloat16, float16 or None.
     """
     if dtype is None or dtype in _HALF.values():
         return dtype  # type: ignore[return-value]

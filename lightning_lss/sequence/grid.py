@@ -1,7 +1,7 @@
 """The world as a grid of data x sequence: its sizes, its ranks, its process groups.
 
-Global rank ``g`` of a world ``W = D * S`` has data rank ``g // S`` and segment ``g % S``: neighbouring ranks, which
-share the fastest links, form one sequence group.
+Global rank ``g`` of a world ``W = D * S`` has data rank ``g // S`` and segment ``g % S``. Neighbouring ranks form one
+sequence group, since they share the fastest links.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ class SequenceGrid:
 
 
 def build_grid(world_size: int, global_rank: int, size: int, timeout: timedelta | None = None) -> SequenceGrid:
-    """Create the process groups of the grid; every rank of the world calls it.
+    """Create the process groups of the grid; every rank of the world must call it.
 
-    ``init_device_mesh`` would give its subgroups the default timeout whatever the world's is, so the groups are made
-    here and :meth:`SequenceGrid.device_mesh` only wraps them.
+    ``init_device_mesh`` gives its subgroups the default timeout, not that of the world. So the groups are created here
+    with ``timeout``, and :meth:`SequenceGrid.device_mesh` only wraps them.
     """
 
     def subgroup(ranks: list[list[int]]) -> dist.ProcessGroup | None:

@@ -1,13 +1,13 @@
 """How many ranks share a sequence and which positions each holds: pure integer arithmetic.
 
-A sequence of ``length`` positions is cut into equal *chunks* and each of ``size`` ranks holds one or two of them:
+A sequence of ``length`` positions is cut into equal *chunks*. Each of ``size`` ranks holds one or two of them:
 
-- ``contiguous``: ``size`` chunks, rank ``r`` holds chunk ``r``;
-- ``zigzag``: ``2 * size`` chunks, rank ``r`` holds chunks ``r`` and ``2 * size - 1 - r``, an early and a late one, so
-  that under a causal mask every rank computes the same number of query-key pairs (the load balancing of Llama 3's
+- ``contiguous``: of ``size`` chunks, rank ``r`` holds chunk ``r``;
+- ``zigzag``: of ``2 * size`` chunks, rank ``r`` holds chunks ``r`` and ``2 * size - 1 - r``, an early and a late one.
+  Under a causal mask every rank then computes the same number of query-key pairs (the load balancing of Llama 3's
   context parallelism, arXiv 2407.21783, section 3.3.2).
 
-With one rank both are the whole sequence in order.
+With one rank both layouts are the whole sequence in order.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ LAYOUTS: tuple[str, ...] = get_args(Layout)
 
 
 def check_positive(**values: Any) -> None:
-    """Raise ``ValueError`` for the first of the named values that is no positive integer."""
+    """Raise ``ValueError`` for the first of the named values that is not a positive integer."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name}={value!r} must be a positive integer.")
 
 
 def resolve_sequence_parallel_size(world_size: int, requested: int | Literal["auto"]) -> int:
-    """The sequence-parallel size S: the request, or the whole world for ``"auto"``.
+    """Return the sequence-parallel size S: the request, or the whole world for ``"auto"``.
 
     Raises:
         ValueError: if S is not a positive divisor of ``world_size``.
@@ -46,18 +46,18 @@ def resolve_sequence_parallel_size(world_size: int, requested: int | Literal["au
 
 
 def check_layout(layout: str) -> None:
-    """Raise ``ValueError`` if ``layout`` is not the name of one."""
+    """Raise ``ValueError`` if ``layout`` is unknown."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown: choose one of {', '.join(map(repr, LAYOUTS))}.")
 
 
 def chunks_per_rank(size: int, layout: str) -> int:
-    """How many separate runs of positions one of ``size`` ranks holds: 1 or 2."""
+    """Number of chunks that each of ``size`` ranks holds: 1 or 2."""
     return 2 if layout == "zigzag" and size > 1 else 1
 
 
 def check_length(length: int, size: int, layout: str) -> None:
-    """Raise ``ValueError`` if ``length`` positions cannot be divided evenly, saying which lengths can."""
+    """Raise ``ValueError`` if ``length`` positions cannot be divided evenly; the message names lengths that can."""
     divisor = size * chunks_per_rank(size, layout)
     if length > 0 and length % divisor == 0:
         return
@@ -77,8 +77,8 @@ def check_length(length: int, size: int, layout: str) -> None:
 
 
 def check_heads(num_heads: int, size: int) -> None:
-    """Raise ``ValueError`` if ``size`` ranks cannot share out ``num_heads`` query heads equally, as tensor parallelism
-    has to."""
+    """Raise ``ValueError`` if ``num_heads`` query heads cannot be divided evenly among ``size`` tensor-parallel
+    ranks."""
     if num_heads % size:
         divisors = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
         raise ValueError(
@@ -88,22 +88,23 @@ def check_heads(num_heads: int, size: int) -> None:
 
 
 def chunks_of_rank(rank: int, size: int, layout: str) -> tuple[int, ...]:
-    """Indices of the chunks that ``rank`` holds, in the order in which it holds them."""
+    """Indices of the chunks that ``rank`` holds, in local order."""
     if chunks_per_rank(size, layout) == 1:
         return (rank,)
     return (rank, 2 * size - 1 - rank)
 
 
 def holder_of_chunks(size: int, layout: str) -> tuple[tuple[int, int], ...]:
-    """The inverse of :func:`chunks_of_rank`: for each chunk in position order, ``(rank, slot)`` of its place there."""
-    place = {
+    """Invert :func:`chunks_of_rank`: for each chunk in position order, its rank and its index among the rank's
+    chunks."""
+    holder = {
         chunk: (rank, slot) for rank in range(size) for slot, chunk in enumerate(chunks_of_rank(rank, size, layout))
     }
-    return tuple(place[chunk] for chunk in range(len(place)))
+    return tuple(holder[chunk] for chunk in range(len(holder)))
 
 
 def position_ranges(length: int, rank: int, size: int, layout: str) -> tuple[range, ...]:
-    """The runs of global positions that ``rank`` holds of a sequence of ``length``, in local order.
+    """The runs of global positions that ``rank`` holds in a sequence of ``length``, in local order.
 
     Raises:
         ValueError: if ``length`` cannot be divided evenly.

@@ -1,4 +1,4 @@
-"""A rank's place in its sequence group, and the modules that take one."""
+"""A rank's place in its sequence group, ``SequenceShard``, and the modules that depend on it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class SequenceShard:
         rank: index of the segment, in ``[0, size)``.
         size: number of ranks S that share one sequence.
         layout: which positions a rank holds, ``contiguous`` or ``zigzag`` (see :mod:`lightning_lss.sequence.layout`).
-        group: process group of the S ranks, in segment order; needed by whatever communicates.
-        communication_dtype: floating-point type in which keys, values and their gradients travel between the ranks,
+        group: process group of the S ranks, in segment order; :meth:`gather` and attention need it.
+        communication_dtype: floating-point type in which keys, values and their gradients are sent between the ranks,
             such as ``torch.bfloat16`` for half the bytes of float32; None for the dtype that they are computed in.
 
     Raises:
@@ -46,7 +46,7 @@ class SequenceShard:
         check_layout(self.layout)
         if not 0 <= self.rank < self.size:
             raise ValueError(
-                f"rank={self.rank} is no place in a sequence group of size={self.size}: use 0 to {self.size - 1}."
+                f"rank={self.rank} is out of range for a sequence group of size={self.size}: use 0 to {self.size - 1}."
             )
 
     def local_length(self, length: int) -> int:
@@ -59,10 +59,12 @@ class SequenceShard:
         return torch.cat([torch.arange(run.start, run.stop, device=device) for run in runs])
 
     def split(self, x: Tensor, dim: int = 1) -> Tensor:
-        """This rank's segment of ``x`` along ``dim``: [..., L, ...] -> [..., l, ...].
+        """Cut ``x`` to this rank's segment along ``dim``: [..., L, ...] -> [..., l, ...].
 
-        Differentiable; the gradient reaches only the rank's own segment. Raises ``ValueError`` if L cannot be shared
-        out.
+        Differentiable; the gradient reaches only the rank's own segment.
+
+        Raises:
+            ValueError: if L cannot be divided evenly.
         """
         if self.size == 1:
             return x
@@ -71,33 +73,38 @@ class SequenceShard:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
-        """The whole sequence in its original order, on every rank: [..., l, ...] -> [..., L, ...].
+        """Gather the whole sequence in its original order on every rank: [..., l, ...] -> [..., L, ...].
 
-        Differentiable. The adjoint is exact: gradients of the gathered tensor are summed over the ranks and each rank
-        gets those of its own segment (a reduce-scatter; slicing the local gradient would lose what other ranks' losses
-        say).
+        Differentiable. The adjoint is exact: a reduce-scatter sums the gradients of the gathered tensor over the ranks,
+        and each rank receives those of its own segment. (Slicing the local gradient would lose the contributions of
+        other ranks' losses.)
+
+        Raises:
+            RuntimeError: if S > 1 and there is no process group.
         """
         if self.size == 1:
             return x
         return _Gather.apply(x, self, dim % x.dim())
 
     def chunks_in_order(self, stacked: Tensor, dim: int) -> tuple[Tensor, ...]:
-        """Views of segments stacked by rank [S, ..., l, ...], chunk by chunk in position order; ``dim`` is that of l in
-        a segment."""
+        """View segments stacked by rank, [S, ..., l, ...], as chunks in position order; ``dim`` is that of l in a
+        segment."""
         chunk = stacked.size(1 + dim) // chunks_per_rank(self.size, self.layout)
-        places = holder_of_chunks(self.size, self.layout)
-        return tuple(stacked[rank].narrow(dim, slot * chunk, chunk) for rank, slot in places)
+        holders = holder_of_chunks(self.size, self.layout)
+        return tuple(stacked[rank].narrow(dim, slot * chunk, chunk) for rank, slot in holders)
 
     def chunks_by_rank(self, x: Tensor, dim: int) -> list[list[Tensor]]:
-        """Views of a sequence [..., L, ...]: for each rank its chunks, in the order in which it holds them."""
+        """View a sequence [..., L, ...] as the chunks of each rank, in the rank's local order."""
         chunks = x.chunk(self.size * chunks_per_rank(self.size, self.layout), dim)
         return [[chunks[chunk] for chunk in chunks_of_rank(rank, self.size, self.layout)] for rank in range(self.size)]
 
     def in_position_order(self, stacked: Tensor, dim: int, out: Tensor | None = None) -> Tensor:
-        """Segments stacked by rank to one sequence: [S, ..., l, ...] -> [..., L, ...]; ``dim`` is that of l in a
-        segment.
+        """Copy segments stacked by rank to one sequence: [S, ..., l, ...] -> [..., L, ...].
 
-        With ``out`` it is written there, in the dtype of ``out``.
+        Args:
+            stacked: the segments.
+            dim: the dimension of l in a segment.
+            out: where to write, in its own dtype; None allocates it.
         """
         if out is None:
             shape = list(stacked.shape[1:])
@@ -109,7 +116,7 @@ class SequenceShard:
         return out
 
     def stacked_by_rank(self, x: Tensor, dim: int) -> Tensor:
-        """The inverse of :meth:`in_position_order`: [..., L, ...] -> contiguous [S, ..., l, ...]."""
+        """Invert :meth:`in_position_order`: [..., L, ...] -> contiguous [S, ..., l, ...]."""
         shape = list(x.shape)
         shape[dim] //= self.size
         stacked = x.new_empty((self.size, *shape))
@@ -119,7 +126,7 @@ class SequenceShard:
         return stacked
 
     def require_group(self) -> dist.ProcessGroup:
-        """The process group; raises ``RuntimeError`` where the shard has none."""
+        """Return the process group; raise ``RuntimeError`` if there is none."""
         if self.group is None:
             raise RuntimeError(
                 f"This SequenceShard (rank {self.rank} of {self.size}) has no process group to communicate over. Take the shard"
@@ -139,16 +146,16 @@ class SequenceShard:
 
 
 WHOLE_SEQUENCE = SequenceShard()
-"""The shard of a process that holds its sequences alone: rank 0 of 1."""
+"""The shard of a process that holds whole sequences: rank 0 of 1."""
 
 
 class ShardedModule(nn.Module):
-    """A module that works on one segment of the sequence and wants to know which.
+    """A module whose computation depends on the segment of the sequence that it works on.
 
     :class:`~lightning_lss.LSSStrategy` calls :meth:`set_shard` on every such submodule before training. Subclass it for
-    modules of your own; names listed in ``segment_local`` are parameters and buffers of the module that stand for one
-    segment only (DESIGN: *segment-local*): their gradients are averaged over the data group instead of the world. The
-    names live on the module because attributes of a ``Parameter`` do not survive the start of a spawned process.
+    modules of your own. ``segment_local`` lists the names of the module's *segment-local* parameters and buffers: they
+    stand for one segment only, and their gradients are averaged over the data group instead of the world. The names are
+    kept on the module because attributes of a ``Parameter`` do not survive the start of a spawned process.
     """
 
     segment_local: tuple[str, ...] = ()
@@ -158,17 +165,17 @@ class ShardedModule(nn.Module):
         self.shard = WHOLE_SEQUENCE
 
     def set_shard(self, shard: SequenceShard) -> None:
-        """Take the shard to work under from now on."""
+        """Work on the segment of ``shard`` from now on."""
         self.shard = shard
 
 
 def segment_modules(root: nn.Module) -> list[ShardedModule]:
-    """Every submodule of ``root`` (and ``root`` itself) that takes a shard."""
+    """Every :class:`ShardedModule` among ``root`` and its submodules."""
     return [module for module in root.modules() if isinstance(module, ShardedModule)]
 
 
 def segment_local_names(root: nn.Module) -> list[str]:
-    """Qualified names of all segment-local parameters and buffers below ``root``."""
+    """Qualified names of all segment-local parameters and buffers of ``root``."""
     return [
         f"{prefix}.{name}" if prefix else name
         for prefix, module in root.named_modules()
@@ -178,10 +185,10 @@ def segment_local_names(root: nn.Module) -> list[str]:
 
 
 def sequence_shard(module: nn.Module) -> SequenceShard:
-    """The shard that a LightningModule runs under.
+    """Return the shard that a LightningModule, or a :class:`ShardedModule`, runs under.
 
-    The trivial shard (rank 0 of 1) under any other strategy, without a trainer, or while no run is under way, so that a
-    module written for LSS runs unchanged everywhere.
+    It is the trivial shard (rank 0 of 1) under any other strategy, without a trainer, and outside of a run, so a module
+    written for LSS runs unchanged everywhere.
     """
     if isinstance(module, ShardedModule):
         return module.shard

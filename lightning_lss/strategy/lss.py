@@ -134,7 +134,7 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         if sharding is not None:
             broadcast_buffers = bool(ddp_kwargs.get("broadcast_buffers", True))
             self._parameters = FullyShard(sharding, sharding_units, broadcast_buffers, self._communication_dtype)
-        self._checkpoints: FileCheckpoints | FolderCheckpoints = FileCheckpoints(self._parameters.keep_gathered)
+        self._checkpoints: FileCheckpoints | FolderCheckpoints = FileCheckpoints(self._parameters.keep_for_checkpoint)
         if save_distributed_checkpoint:
             self._checkpoints = FolderCheckpoints()
         self._grid: SequenceGrid | None = None

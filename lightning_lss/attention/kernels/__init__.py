@@ -1,16 +1,16 @@
 """Attention of one tile, forward and backward, with its log-sum-exp; one signature over every kernel.
 
-A kernel takes ``q`` [B, H, m, D] and ``k``, ``v`` [B, G, n, D] with H a multiple of G (grouped-query heads: query head
-``h`` uses key/value head ``h // (H / G)``), and
+A kernel takes ``q`` [B, H, m, D] and ``k``, ``v`` [B, G, n, D]. H is a multiple of G (grouped-query heads): query head
+``h`` uses key/value head ``h // (H / G)``.
 
 - ``forward(q, k, v, causal, scale)`` returns ``out`` [B, H, m, D] in the dtype of ``q`` and ``lse`` [B, H, m], the log
   of the sum of the exponentials of each row's scores (float32, or float64 for float64 inputs);
 - ``backward(grad, q, k, v, out, lse, causal, scale)`` returns ``dq``, ``dk``, ``dv``. ``out`` and ``lse`` may be those
-  of the whole row while ``k`` and ``v`` are only a part of its keys: the result is then that part's share of the
-  gradient (FlashAttention-2, arXiv 2307.08691, algorithm 2), which is why tiles need no correction.
+  of the whole row while ``k`` and ``v`` are only a part of its keys. The result is then that part's contribution to the
+  gradient (FlashAttention-2, arXiv 2307.08691, algorithm 2), so tiles need no correction.
 
-Tiles with ``causal`` are square unless the kernel says ``offset_diagonal``: the diagonal then ends in the bottom right
-corner.
+Tiles with ``causal`` are square, unless the kernel has ``offset_diagonal``: it then also takes wider ones, whose
+diagonal ends in the bottom right corner.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class Kernel(NamedTuple):
     backward: Backward
     offset_diagonal: bool
     backward_keys: int | None = None
-    """The most keys to give to one call of ``backward``, where fewer at a time are faster; None for any number."""
+    """Maximum number of keys for one call of ``backward``, where fewer at a time are faster; None for any number."""
     forward_keys: Callable[[int], int | None] = lambda rows: None
     """The same for ``forward``, by the number of query rows of the call."""
 
 
 def select_kernel(q: Tensor, name: str = "auto") -> Kernel:
-    """The kernel called ``name``, or with ``"auto"`` the best one for the device, dtype and head width of ``q`` [B, H,
-    l, D].
+    """Return the kernel called ``name``, or with ``"auto"`` the best one for the device, dtype and head width of ``q``
+    [B, H, l, D].
 
     Raises:
-        ValueError: if there is no kernel of that name, or it cannot take such a tensor.
+        ValueError: if the name is unknown, or the kernel does not support such a tensor.
     """
     if name != "auto" and name not in KERNELS:
         raise ValueError(f"kernel={name!r} is unknown: choose 'auto' or one of {', '.join(map(repr, KERNELS))}.")
@@ -92,11 +92,11 @@ def _cuda_obstacle(name: str, dtype: torch.dtype, width: int, device: torch.devi
 _WIDEST_HEAD = {"cuda_flash": 256, "cudnn": 128}
 
 
-# In order of preference: "auto" takes the first that can.
+# In order of preference: "auto" takes the first one that supports the tensors.
 KERNELS = {
     kernel.name: kernel
     for kernel in (
-        # a block of queries passes over all keys and their gradients, which must stay in the cache (measured: 1,024)
+        # each block of queries reads all keys and their gradients, and these must stay in the cache (measured: 1,024)
         Kernel(
             "cpu_flash",
             cpu.flash_forward,

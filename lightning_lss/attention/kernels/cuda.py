@@ -1,8 +1,9 @@
-"""Attention of one tile on CUDA by torch's own operators; for the signatures see :mod:`lightning_lss.attention.kernels`.
+"""Attention of one tile on CUDA by torch's own operators; for the signatures see
+:mod:`lightning_lss.attention.kernels`.
 
-What the operators expect is not in torch's documentation. It is written down beside each kernel, from torch's sources
-(``aten/src/ATen/native/transformers/cuda/attention_backward.cu``, ``aten/src/ATen/native/cudnn/MHA.cpp``), since most of
-it is read without a check: a wrong stride gives wrong gradients, not an error.
+torch does not document what the operators expect, and they check little of it: a wrong stride gives wrong gradients,
+not an error. The expectations are therefore written down beside each kernel, from torch's sources
+(``aten/src/ATen/native/transformers/cuda/attention_backward.cu``, ``aten/src/ATen/native/cudnn/MHA.cpp``).
 """
 
 from __future__ import annotations
@@ -19,24 +20,24 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 def _padded(*tensors: Tensor) -> list[Tensor]:
-    """The tensors with head widths rounded up to a multiple of 8, as the kernels need them; zeros change no score."""
+    """Pad head widths with zeros to a multiple of 8, as the kernels require; zeros change no score."""
     return [F.pad(x, (0, -x.size(-1) % 8)) if x.size(-1) % 8 else x for x in tensors]
 
 
 def _rows_first(x: Tensor) -> Tensor:
-    """[B, H, m, D] as a view [B, m, H, D]."""
+    """View [B, H, m, D] as [B, m, H, D]."""
     return x.transpose(1, 2)
 
 
 # -- flash -------------------------------------------------------------------------------------------------------------
-# FlashAttention-2, or 3 or 4 where ``torch.nn.attention.activate_flash_attention_impl`` has put them in its place: they
-# are registered under the same operators. All read any strides but for contiguous rows (the operator for version 2
-# copies the output and its gradient itself), take grouped-query heads, and end a causal diagonal in the bottom right
-# corner. Version 2 reads the log-sum-exp as contiguous.
+# FlashAttention-2, or 3 or 4 where ``torch.nn.attention.activate_flash_attention_impl`` has registered them under the
+# same operators. All require contiguous rows and take any other strides (the operator for version 2 copies the output
+# and its gradient itself). All take grouped-query heads and end a causal diagonal in the bottom right corner. Version 2
+# requires a contiguous log-sum-exp.
 
 
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """FlashAttention (arXiv 2307.08691)."""
+    """Call FlashAttention (arXiv 2307.08691)."""
     out, lse, *_ = aten._scaled_dot_product_flash_attention(*_padded(q, k, v), 0.0, causal, False, scale=scale)
     return out[..., : q.size(-1)], lse
 
@@ -44,7 +45,7 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
 def flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> Gradients:
-    """Adjoint of :func:`flash_forward`."""
+    """Compute the adjoint of :func:`flash_forward`."""
     seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # loaded by the kernel, used only with dropout
     unused = torch.empty(0, dtype=torch.uint64, device=q.device)
     grads = aten._scaled_dot_product_flash_attention_backward(
@@ -64,13 +65,13 @@ def flash_backward(
 
 
 # -- cuDNN -------------------------------------------------------------------------------------------------------------
-# A graph is built for the shapes and strides of queries, keys and values, and kept; the strides of the output and its
-# gradient are those of the first call. So these two are always given in one layout. A causal diagonal starts in the top
-# left corner. Grouped-query heads are taken as they are.
+# cuDNN builds a graph for the shapes and strides of queries, keys and values, and caches it with the strides that the
+# output and its gradient have in the first call. These two are therefore always made contiguous. A causal diagonal
+# starts in the top left corner. Grouped-query heads are supported.
 
 
 def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of cuDNN."""
+    """Call cuDNN's attention."""
     out, lse, *_ = aten._scaled_dot_product_cudnn_attention(*_padded(q, k, v), None, True, 0.0, causal, scale=scale)
     return out[..., : q.size(-1)], lse.view(q.shape[:3])
 
@@ -78,7 +79,7 @@ def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
 def cudnn_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> Gradients:
-    """Adjoint of :func:`cudnn_forward`."""
+    """Compute the adjoint of :func:`cudnn_forward`."""
     unused = torch.zeros((), dtype=torch.int64, device=q.device)  # the dropout generator's state
     lse = lse.contiguous()
     grads = aten._scaled_dot_product_cudnn_attention_backward(
@@ -102,33 +103,33 @@ def cudnn_backward(
 def _cudnn_keeps_last_dimension(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the log-sum-exp is [B, H, m, 1], as in newer versions of torch, or [B, H, m].
 
-    What the backward operator takes is what the forward operator gives.
+    The backward operator takes the shape that the forward operator returns.
     """
     x = torch.zeros(1, 1, 64, 64, device=device, dtype=dtype)
     return aten._scaled_dot_product_cudnn_attention(x, x, x, None, True)[1].dim() == 4
 
 
 # -- memory-efficient --------------------------------------------------------------------------------------------------
-# The kernels of xFormers, for float32 too and for GPUs before Ampere. Operators take [B, m, H, D], with as many
-# key/value as query heads. The log-sum-exp has rows up to a multiple of 32. The backward kernel takes the output to be
-# contiguous.
+# The kernels of xFormers, which also support float32 and GPUs before Ampere. The operators take [B, m, H, D], with as
+# many key/value heads as query heads. The rows of the log-sum-exp are padded to a multiple of 32. The backward kernel
+# assumes a contiguous output.
 
 _NO_MASK, _BOTTOM_RIGHT = 0, 2  # custom_mask_type, as in torch.nn.attention.bias.CausalVariant
 _LSE_ROWS = 32
 
 
 def _repeated(x: Tensor, heads: int) -> Tensor:
-    """Key/value heads [B, G, n, D], each as often as query heads use it: [B, H, n, D]."""
+    """Repeat each key/value head for the query heads that use it: [B, G, n, D] -> [B, H, n, D]."""
     return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), 1)
 
 
 def _summed(grad: Tensor, heads: int) -> Tensor:
-    """The adjoint of :func:`_repeated`: [B, H, n, D] to [B, G, n, D]."""
+    """Compute the adjoint of :func:`_repeated`: [B, H, n, D] -> [B, G, n, D]."""
     return grad if grad.size(1) == heads else grad.unflatten(1, (heads, -1)).sum(2)
 
 
 def efficient_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Memory-efficient attention (arXiv 2112.05682) as xFormers computes it."""
+    """Call memory-efficient attention (arXiv 2112.05682) as implemented by xFormers."""
     padded = _padded(q, _repeated(k, q.size(1)), _repeated(v, q.size(1)))
     out, lse, *_ = aten._efficient_attention_forward(
         *map(_rows_first, padded),
@@ -148,7 +149,7 @@ def efficient_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: floa
 def efficient_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> Gradients:
-    """Adjoint of :func:`efficient_forward`."""
+    """Compute the adjoint of :func:`efficient_forward`."""
     heads, rows = q.shape[1:3]
     padded = _padded(grad, q, _repeated(k, heads), _repeated(v, heads), out)
     *inputs, padded_out = map(_rows_first, padded)
@@ -161,7 +162,7 @@ def efficient_backward(
         None,
         rows,
         k.size(2),
-        F.pad(lse, (0, -rows % _LSE_ROWS), value=float("inf")).contiguous(),  # rows that do not exist weigh nothing
+        F.pad(lse, (0, -rows % _LSE_ROWS), value=float("inf")).contiguous(),  # padding rows get weight 0
         0.0,
         unused,
         unused,

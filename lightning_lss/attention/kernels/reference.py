@@ -10,7 +10,8 @@ _ROWS = 512  # query rows at a time, so that memory stays linear in the sequence
 
 
 def _scores(q: Tensor, k: Tensor, causal: bool, scale: float, first_row: int, rows: int) -> Tensor:
-    """Scores of query rows ``first_row ...`` of ``rows``, with hidden pairs at minus infinity: [B, G, H/G, m, n]."""
+    """Scores of the query rows from ``first_row`` on, of ``rows`` in all, hidden pairs at minus infinity: [B, G, H/G,
+    m, n]."""
     scores = torch.einsum("bgrmd,bgnd->bgrmn", q, k) * scale
     if causal:
         m, n = scores.shape[-2:]
@@ -20,12 +21,12 @@ def _scores(q: Tensor, k: Tensor, causal: bool, scale: float, first_row: int, ro
 
 
 def _wide(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in the dtype that the reference computes in: float64 stays, all else becomes float32."""
+    """Cast the tensors to the dtype of the computation: float64 stays, all others become float32."""
     return [x if x.dtype == torch.float64 else x.float() for x in tensors]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """The textbook formula, a few rows of scores at a time."""
+    """Compute the textbook formula, a few rows of scores at a time."""
     wide_k, wide_v = _wide(k, v)
     grouped = q.unflatten(1, (k.size(1), -1))  # [B, G, H/G, m, D]
     outs, lses = [], []
@@ -41,7 +42,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tupl
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Adjoint of :func:`forward`."""
+    """Compute the adjoint of :func:`forward`."""
     wide_k, wide_v = _wide(k, v)
     grad_k, grad_v = torch.zeros_like(wide_k), torch.zeros_like(wide_v)
     grouped = [x.unflatten(1, (k.size(1), -1)) for x in (grad, q, out)]
