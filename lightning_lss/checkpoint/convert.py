@@ -26,11 +26,9 @@ def consolidate(folder: str | os.PathLike[str], file: str | os.PathLike[str]) ->
     Raises:
         ValueError: if ``folder`` is not a distributed checkpoint.
     """
-    rest = load_meta(Path(folder), weights_only=False)
-    checkpoint = (
-        load_folder(Path(folder), weights_only=False) if PATHS in rest else _load_lightnings(Path(folder), rest)
-    )
-    torch.save(checkpoint, file)
+    folder = Path(folder)
+    rest = load_meta(folder, weights_only=False)
+    torch.save(load_folder(folder, weights_only=False) if PATHS in rest else _load_lightnings(folder, rest), file)
 
 
 def _load_lightnings(folder: Path, rest: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, get_filesystem
 from lightning.fabric.utilities.types import _PATH
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -84,7 +84,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             IsADirectoryError: if ``path`` is a folder that is not a distributed checkpoint.
         """
-        if storage_options is not None or "file" not in _protocols(path):
+        if storage_options is not None or not _is_local_file_protocol(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(get_filesystem(path)._strip_protocol(str(path))).expanduser().absolute()
@@ -103,8 +103,3 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except BaseException:
             part.unlink(missing_ok=True)
             raise
-
-
-def _protocols(path: _PATH) -> tuple[str, ...]:
-    protocol = get_filesystem(path).protocol
-    return (protocol,) if isinstance(protocol, str) else tuple(protocol)

@@ -69,14 +69,8 @@ class SpreadRows:
     def __create_write_items__(self, fqn: str, object: Any) -> list[Any]:
         size = torch.Size([self.table.num_positions, *self.rows.shape[1:]])
         properties = TensorProperties.create_from_tensor(self.rows)
-        return [
-            WriteItem(
-                MetadataIndex(fqn, chunk.offsets),
-                WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk, properties, size),
-            )
-            for chunk, _ in self._chunks()
-        ]
+        parts = [(chunk, TensorWriteData(chunk, properties, size)) for chunk, _ in self._chunks()]
+        return [WriteItem(MetadataIndex(fqn, x.offsets), WriteItemType.SHARD, tensor_data=data) for x, data in parts]
 
     def __create_chunk_list__(self) -> list[Any]:
         return [chunk for chunk, _ in self._chunks()]
@@ -143,12 +137,7 @@ class _SavePlanner(dcp.DefaultSavePlanner):
         return value.__get_tensor_shard__(index) if isinstance(value, SpreadRows) else super().lookup_object(index)
 
 
-def save_folder(
-    checkpoint: dict[str, Any],
-    folder: Path,
-    tables: Tables,
-    optimizers: Iterable[Optimizer],
-) -> None:
+def save_folder(checkpoint: dict[str, Any], folder: Path, tables: Tables, optimizers: Iterable[Optimizer]) -> None:
     """Write a checkpoint completely or not at all; every rank of the world must call it with the same ``folder``.
 
     Args:
@@ -174,9 +163,7 @@ def save_folder(
             elif isinstance(value, DTensor):
                 part = value.detach()
             elif path[0] in ("state_dict", "optimizer_states"):
-                part = (
-                    value.detach() if dist.get_rank() == 0 else None
-                )  # equal on all ranks, or rank 0's is the one to keep
+                part = value.detach() if dist.get_rank() == 0 else None  # equal on all ranks, or rank 0's counts
             else:
                 return value
             key = ".".join(map(str, path))
@@ -185,9 +172,7 @@ def save_folder(
                 stored[key] = part
             return None
         if isinstance(value, dict):
-            copy = value.copy()
-            copy.update({key: take_out(x, (*path, key)) for key, x in value.items()})
-            return copy
+            return {key: take_out(x, (*path, key)) for key, x in value.items()}
         if type(value) is list:
             return [take_out(x, (*path, number)) for number, x in enumerate(value)]
         return value
@@ -267,22 +252,18 @@ def load_folder(
     Raises:
         ValueError: if ``folder`` is not a distributed checkpoint of LSSStrategy.
     """
-    checkpoint, paths = _load_rest(folder, weights_only)
-
-    def target(path: KeyPath, size: torch.Size, dtype: torch.dtype) -> Any:
-        table = (tables or {}).get(path[-1])
-        like = (model or {}).get(path[-1])
-        if table is not None and size and size[0] == table.num_positions:
-            return SpreadRows(torch.empty(table.weight.size(0), *size[1:], dtype=dtype), table)
-        if isinstance(like, DTensor) and like.shape == size:
-            return torch.empty_like(like, dtype=dtype)
-        return torch.empty(size, dtype=dtype)
-
+    checkpoint = load_meta(folder, weights_only)
+    if PATHS not in checkpoint:
+        raise ValueError(
+            f"{folder} was written by another strategy: convert it to one file with"
+            f" lightning_lss.checkpoint.consolidate({str(folder)!r}, file), and load that."
+        )
+    paths = checkpoint.pop(PATHS)
     if model is not None:
         left = {key: path for key, path in paths.items() if path[0] == "optimizer_states"}
         paths = {key: path for key, path in paths.items() if key not in left}
         checkpoint[FOLDER_KEY] = (str(folder), left)
-    _read(folder, checkpoint, paths, target)
+    _read(folder, checkpoint, paths, lambda path: ((tables or {}).get(path[-1]), (model or {}).get(path[-1])))
     return checkpoint
 
 
@@ -309,17 +290,11 @@ def load_optimizer_state(
     folder, left = source
     paths = {key: path for key, path in left.items() if path[1] == number}
 
-    def target(path: KeyPath, size: torch.Size, dtype: torch.dtype) -> Any:
+    def owner(path: KeyPath) -> tuple[Any, Any]:
         parameter = parameters.get(path[3])
-        table = tables.get(parameter) if parameter is not None else None
-        if table is not None and size and size[0] == table.num_positions:
-            return SpreadRows(torch.empty(table.weight.size(0), *size[1:], dtype=dtype), table)
-        if isinstance(parameter, DTensor) and parameter.shape == size:
-            return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-        return torch.empty(size, dtype=dtype)
+        return None if parameter is None else tables.get(parameter), parameter
 
-    whole = {"optimizer_states": {number: state}}
-    _read(Path(folder), whole, paths, target)
+    _read(Path(folder), {"optimizer_states": {number: state}}, paths, owner)
     return state
 
 
@@ -335,30 +310,17 @@ def load_meta(folder: Path, weights_only: bool | None) -> dict[str, Any]:
     return rest
 
 
-def _load_rest(folder: Path, weights_only: bool | None) -> tuple[dict[str, Any], dict[str, KeyPath]]:
-    rest = load_meta(folder, weights_only)
-    if PATHS not in rest:
-        raise ValueError(
-            f"{folder} was written by another strategy: convert it to one file with"
-            f" lightning_lss.checkpoint.consolidate({str(folder)!r}, file), and load that."
-        )
-    return rest, rest.pop(PATHS)
-
-
 def _read(
-    folder: Path,
-    checkpoint: dict[str, Any],
-    paths: Mapping[str, KeyPath],
-    target: Callable[[KeyPath, torch.Size, torch.dtype], Any],
+    folder: Path, checkpoint: dict[str, Any], paths: Mapping[str, KeyPath], owner: Callable[[KeyPath], tuple[Any, Any]]
 ) -> None:
-    """Read the tensors of ``paths`` into a checkpoint; ``target`` allocates each from its path, whole size and
-    dtype."""
+    """Read the tensors of ``paths`` into a checkpoint; ``owner`` gives the table and the parameter, or None, whose part of
+    a tensor this rank holds."""
     stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     targets = {}
     for key, path in paths.items():
         kind = stored[key]
         assert isinstance(kind, TensorStorageMetadata)
-        targets[key] = target(path, kind.size, kind.properties.dtype)
+        targets[key] = _allocate(*owner(path), kind.size, kind.properties.dtype)
     dcp.load(targets, checkpoint_id=folder, planner=_LoadPlanner(), no_dist=True)  # ranks read different parts
     for key, path in paths.items():
         holder: Any = checkpoint
@@ -366,3 +328,14 @@ def _read(
             holder = holder[step]
         value = targets[key]
         holder[path[-1]] = value.rows if isinstance(value, SpreadRows) else value
+
+
+def _allocate(
+    table: SegmentPositionalEmbedding | None, parameter: Tensor | None, size: torch.Size, dtype: torch.dtype
+) -> Any:
+    """Memory for this rank's part of a tensor of the whole ``size``."""
+    if table is not None and size and size[0] == table.num_positions:
+        return SpreadRows(torch.empty(table.weight.size(0), *size[1:], dtype=dtype), table)
+    if isinstance(parameter, DTensor) and parameter.shape == size:
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.empty(size, dtype=dtype)
