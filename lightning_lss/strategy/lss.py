@@ -1,7 +1,7 @@
 """``LSSStrategy`` connects the parts of LSS to Lightning's Trainer.
 
-It is composed: how parameters lie on the ranks is one object (:mod:`lightning_lss.parallel`), how checkpoints are written
-another (:mod:`lightning_lss.checkpoint`). Both are chosen once, and hooks delegate to them.
+It is composed of two objects. One distributes parameters over the ranks (:mod:`lightning_lss.parallel`), the other
+writes checkpoints (:mod:`lightning_lss.checkpoint`). Both are chosen once, and hooks delegate to them.
 """
 
 from __future__ import annotations
@@ -54,53 +54,53 @@ from lightning_lss.strategy.sequence import SequenceParallel
 class LSSStrategy(SequenceParallel, DDPStrategy):
     """Distributed training of one long sequence (LSS Transformer, arXiv 2311.02382), combined with data parallelism.
 
-    The world of W processes is a grid of D data-parallel groups x S ranks that share one sequence. Each rank runs the
-    LightningModule on its segment; :class:`~lightning_lss.LSSAttention` modules see the whole sequence. The training is
-    the same as on one device.
+    The world of W processes is a grid of D sequence groups of S ranks each. The ranks of a group share one batch: each
+    runs the LightningModule on its segment, and :class:`~lightning_lss.LSSAttention` modules see the whole sequence.
+    The training is the same as on one device.
 
     Args:
         sequence_parallel_size: S, a divisor of the world size; ``"auto"`` puts all ranks into one sequence group.
         layout: ``"contiguous"``, ``"zigzag"`` or ``"auto"``, which is zigzag (balances causal attention).
-        sequence_dims: for batch entries by key, the dimension that is the sequence or None to leave an entry whole; see
+        sequence_dims: for batch entries by key, the dimension of the sequence, or None to leave an entry whole; see
             :func:`lightning_lss.sequence.batch.split_batch`.
         check_batches: how many of the first batches of each data loader are compared over a sequence group.
-        communication_dtype: ``torch.bfloat16`` or ``torch.float16`` (or its name). Keys, values and gradients are sent in
-            it, for half the bytes of float32, and gradients are summed in it; gradients of positional tables are sent in
-            full. The training is then that of one device only up to the rounding of that dtype. None sends everything in
-            the dtype that it is computed in.
-        sharding: how parameters, gradients and optimizer state are laid out, by torch's ``fully_shard``.
+        communication_dtype: ``torch.bfloat16`` or ``torch.float16`` (or its name). Keys, values and gradients are sent
+            in it, for half the bytes of float32, and gradients are summed in it. Gradients of positional tables keep
+            their dtype. The training then equals that of one device only up to the rounding of ``communication_dtype``.
+            None sends every tensor in the dtype that it is computed in.
+        sharding: how parameters, gradients and optimizer state are distributed.
 
-            - None: whole on every rank, averaged by DistributedDataParallel.
-            - ``"fsdp"``: in equal parts over all W = D x S ranks of both dimensions: the least memory.
-            - ``"hybrid"``: in equal parts over the S ranks of a sequence group, with D copies. Where D > 1 and sequence
-              groups are joined by slower links than their own ranks, this keeps the gathering of parameters within a
-              group; only gradients cross, once a step. With D = 1 the two are the same.
+            - None: whole on every rank, with gradients averaged by DistributedDataParallel.
+            - ``"fsdp"``: sharded over all W = D x S ranks by torch's ``fully_shard``; needs the least memory.
+            - ``"hybrid"``: sharded over the S ranks of a sequence group, with D copies. Parameters are gathered within
+              a group; only gradients are sent between groups, once a step. Use it where the links between groups are
+              slower than those within. With D = 1 it is the same as ``"fsdp"``.
 
             Training is the same with all three. Positional tables are not sharded, since a rank has only its own rows.
             After a run the LightningModule holds a rank's parts: use ``trainer.test`` and the like, or a checkpoint.
         sharding_units: with ``sharding``, the classes of modules whose parameters are gathered together (they must be
-            called as modules, not through their children); None takes the blocks of every ``nn.ModuleList`` and
-            ``nn.Sequential``.
-        save_distributed_checkpoint: write checkpoints as folders, every rank its own part, instead of one file; all
-            ranks must see the same file system. Either can be resumed with any number of ranks, layout and sharding;
-            :func:`lightning_lss.checkpoint.consolidate` makes a file of a folder.
+            called as modules, not through their children); None takes the repeated blocks of every ``nn.ModuleList``
+            and ``nn.Sequential``.
+        save_distributed_checkpoint: write checkpoints as folders instead of one file. Every rank writes its own part,
+            and all ranks must see the same file system. Both kinds can be resumed with any number of ranks, layout and
+            sharding; :func:`lightning_lss.checkpoint.consolidate` converts a folder to a file.
         activation_checkpointing: what autograd keeps of the module's blocks between forward and backward: ``"full"``,
-            ``"selective"`` or ``"offload"``, see :func:`lightning_lss.nn.recompute.apply_checkpointing`. None leaves them
-            as they are.
+            ``"selective"`` or ``"offload"``, see :func:`lightning_lss.nn.recompute.apply_checkpointing`. None does not
+            change the blocks.
         checkpointed_modules: names of the blocks, as in ``named_modules()``; an ``nn.ModuleList`` stands for its
-            children, and ``*`` matches any part of a name. None takes the repeated blocks of every ``nn.ModuleList`` and
-            ``nn.Sequential``.
-        mlp_tiles: in how many parts along the sequence the ``tiled_modules`` are computed, each again in the backward
-            pass.
+            children, and ``*`` matches any part of a name. None takes the repeated blocks of every ``nn.ModuleList``
+            and ``nn.Sequential``.
+        mlp_tiles: number of parts along the sequence in which the ``tiled_modules`` are computed; the backward pass
+            computes each part again.
         tiled_modules: names of the modules to compute in tiles. They must map [B, l, E] token by token, as an MLP does.
-            None takes all that are called ``mlp``.
+            None takes all modules called ``mlp``.
         **ddp_kwargs: arguments of :class:`~lightning.pytorch.strategies.DDPStrategy` and of
-            :class:`~torch.nn.parallel.DistributedDataParallel`; with ``sharding`` of the latter only
-            ``broadcast_buffers``.
+            :class:`~torch.nn.parallel.DistributedDataParallel`; with ``sharding``, only ``broadcast_buffers`` of the
+            latter.
 
     Raises:
-        ValueError: at once, if the layout, the sharding or the kind of checkpointing is unknown, a size is not positive,
-            or arguments are incompatible.
+        ValueError: at once, if the layout, the sharding or the kind of checkpointing is unknown, a size is not
+            positive, or arguments are incompatible.
         MisconfigurationException: from the Trainer, before any process communicates, if S does not divide W, a named
             submodule does not exist, or the module uses a feature that cannot be split.
     """
@@ -153,7 +153,7 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
 
     @property
     def sequence_shard(self) -> SequenceShard:
-        """This process's place in its sequence group; it has a process group from the first run on."""
+        """This process's place in its sequence group; its process group exists from the first run on."""
         if self._grid is not None or self.cluster_environment is None or not self.num_processes:
             return self._shard
         size = self.sequence_parallel_size
@@ -161,17 +161,20 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
 
     @property
     def shard_of_run(self) -> SequenceShard:
-        """The shard that modules work under now: the trivial one before and after a run, when they take whole
-        sequences."""
+        """The shard that modules run under now: the trivial one outside of a run, when they take whole sequences."""
         return self._shard if self._running else WHOLE_SEQUENCE
 
     @property
     def device_mesh(self) -> DeviceMesh:
-        """The process groups as torch's DeviceMesh; its dimensions are ``data`` and ``sequence`` where larger than
-        1."""
+        """The process groups as torch's DeviceMesh, with the dimensions ``data`` and ``sequence`` where larger than 1.
+
+        Raises:
+            RuntimeError: before the first run.
+            ValueError: in a world of one process.
+        """
         if self._grid is None:
             raise RuntimeError(
-                "The process groups do not exist yet: the strategy makes them when the Trainer starts a run."
+                "The process groups do not exist yet: the strategy creates them when the Trainer starts a run."
             )
         return self._grid.device_mesh(self.root_device.type)
 
@@ -182,7 +185,7 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
 
     @property
     def _interrupted(self) -> bool:
-        """Whether this rank is on its way out after an exception."""
+        """Whether this rank is shutting down after an exception."""
         trainer = getattr(self.lightning_module, "_trainer", None)
         return self._failed or (trainer is not None and trainer.interrupted)
 
@@ -276,8 +279,8 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
             handle.remove()
         self._handles = []
         restore_precision_plugin(self.precision_plugin)
-        # Whoever leaves first closes its connections. No rank may do so while another still waits for data, but where a
-        # rank has failed the others are lost in a collective of the step and never come here: then there is no waiting.
+        # The first rank to leave closes its connections, so all wait here until none still waits for data. After a
+        # failure there is no barrier: the other ranks may hang in a collective of the step and never arrive.
         if not self._failed:
             if self._start_method != "popen" and self.lightning_module is not None:
                 self._hand_over()
@@ -292,7 +295,7 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
             reset_segments(self._module)
 
     def _hand_over(self) -> None:
-        """Make weights whole: the process that spawned this one takes them over from rank 0."""
+        """Gather whole weights, since the process that spawned this one takes them over from rank 0."""
         for table in tables_by_name(self._module).values():
             table.become_whole()
         self._parameters.hand_over(self._module)
@@ -304,13 +307,14 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        if not self._interrupted:  # the other ranks will not come
+        if not self._interrupted:  # the other ranks would not arrive
             super().barrier(*args, **kwargs)
 
     def _set_aside_example_input(self) -> None:
-        """Lightning would run it unsplit for the model summary, and on rank 0 alone to log a graph."""
+        """Hide the example input: Lightning would run it unsplit for the model summary, and on rank 0 alone for a
+        graph."""
         if self._module.example_input_array is not None:
-            rank_zero_warn("`example_input_array` is not used under LSSStrategy: a forward pass takes all ranks.")
+            rank_zero_warn("`example_input_array` is ignored under LSSStrategy: a forward pass takes all ranks.")
             self._example_input = self._module.example_input_array
             self._module.example_input_array = None
 
@@ -362,8 +366,10 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         self._parameters.reshard()
 
     def gradient_norm(self) -> Tensor:
-        """2-norm of the gradients of the whole model, segment-local ones of all ranks included; every rank must call
-        it."""
+        """2-norm of the gradients of the whole model, segment-local ones of all ranks included.
+
+        Every rank must call it, during a run.
+        """
         assert self._segment_local is not None
         local = self._segment_local
         return total_norm(self._parameters.parameters(self._module), set(local.parameters), local.group)
@@ -376,7 +382,7 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         if self._checkpoint_io is None:
             self._checkpoint_io = AtomicCheckpointIO()
         elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
-            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()  # taken only by a wrapper that has none yet
+            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()  # ignored by a wrapper that has one already
         return self._checkpoint_io
 
     @checkpoint_io.setter
@@ -397,8 +403,8 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         if self._interrupted and self._checkpoints.needs_all_ranks(self._module):
             rank_zero_warn(
-                f"The checkpoint {filepath} was not written: after an exception on one rank, what the other ranks hold (rows of"
-                " positional tables, sharded parameters) cannot be collected."
+                f"The checkpoint {filepath} was not written: after an exception on one rank, the other ranks' rows of positional"
+                " tables and parts of sharded parameters cannot be collected."
             )
             return
         write_file = super().save_checkpoint

@@ -1,4 +1,4 @@
-"""The strategy's memory options: activation checkpointing and tiles for the blocks of any module."""
+"""The strategy's memory options: activation checkpointing and MLP tiles for the blocks of any module."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from lightning_lss.sequence.layout import check_positive
 
 
 class MemoryOptions:
-    """What a strategy was asked to apply to a module for the time of a run; for the arguments see
+    """Memory options that a strategy applies to a module during a run; for the arguments see
     :class:`~lightning_lss.LSSStrategy`.
 
     Raises:
-        ValueError: if the kind of checkpointing is unknown, the tiles are not positive, or names are given for an option
-            that is off.
+        ValueError: if the kind of checkpointing is unknown, the number of tiles is not positive, or names are given for
+            an option that is off.
     """
 
     def __init__(
@@ -57,9 +57,9 @@ class MemoryOptions:
         """Change how blocks of ``module`` are called.
 
         Raises:
-            MisconfigurationException: if there are no such blocks.
+            MisconfigurationException: if a name matches no block, or there are no blocks to take by default.
         """
-        if self._tiles > 1:  # first, since a block that contains tiles is computed again in another way
+        if self._tiles > 1:  # first, since checkpointing recomputes a block that contains tiles differently
             blocks = self._find(module, self._tiled_modules, _mlps(module), "tiled_modules", "mlp_tiles=1")
             apply_tiles(blocks, self._tiles)
             self._changed += blocks
@@ -71,7 +71,7 @@ class MemoryOptions:
             self._changed += blocks
 
     def reset(self) -> None:
-        """Call the blocks as before."""
+        """Undo :meth:`apply`."""
         reset_calls(self._changed)
         self._changed = []
 
@@ -81,7 +81,7 @@ class MemoryOptions:
         if names is None and not default:
             raise MisconfigurationException(
                 f"{type(module).__name__} has no blocks that {option}=None would find. Name them, as in named_modules():"
-                f" {option}=['layers'], or leave them alone with {off}."
+                f" {option}=['layers'], or leave them unchanged with {off}."
             )
         try:
             return default if names is None else named_blocks(module, names)

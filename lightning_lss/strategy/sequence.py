@@ -1,4 +1,4 @@
-"""What Lightning strategies that split a sequence over several ranks have in common: the grid of ranks, and batches."""
+"""Common to all Lightning strategies that split a sequence over several ranks: the grid of ranks, and batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
 
 
 class SequenceParallel(ParallelStrategy):
-    """Mixed into a strategy of W = D x S processes, of which S neighbours get the segments of one batch.
+    """Mixin for a strategy of W = D x S processes: S neighbouring ranks get the segments of one batch.
 
     Args:
         sequence_parallel_size: S, a divisor of W; ``"auto"`` puts all ranks into one sequence group.
@@ -46,7 +46,7 @@ class SequenceParallel(ParallelStrategy):
 
     @override
     def _configure_launcher(self) -> None:
-        _ = self.sequence_parallel_size  # a size that does not divide the world is refused before processes are started
+        _ = self.sequence_parallel_size  # refuse a size that does not divide the world before processes are started
         super()._configure_launcher()
 
     @override
@@ -58,12 +58,13 @@ class SequenceParallel(ParallelStrategy):
 
     @property
     def num_ranks(self) -> int:
-        """W, also before processes have been started."""
+        """W, known before processes are started."""
         return self.num_nodes * self.num_processes  # type: ignore[attr-defined]
 
     @property
     def sequence_parallel_size(self) -> int:
-        """S, the number of ranks that share one sequence."""
+        """S, the number of ranks that share one sequence; raises ``MisconfigurationException`` if it does not divide
+        W."""
         try:
             return resolve_sequence_parallel_size(self.num_ranks, self._requested_size)
         except ValueError as error:
@@ -81,8 +82,7 @@ class SequenceParallel(ParallelStrategy):
 
     @property
     def shard_of_run(self) -> SequenceShard:
-        """The shard that modules work under now: the trivial one before and after a run, when they take whole
-        sequences."""
+        """The shard that modules run under now: the trivial one outside of a run, when they take whole sequences."""
         return WHOLE_SEQUENCE
 
     # -- batches -------------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ class SequenceParallel(ParallelStrategy):
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        # All ranks of a sequence group need the same samples. Read before the process group exists.
+        # All ranks of a sequence group need the same samples. Lightning reads this before the process group exists.
         return {"num_replicas": self.data_parallel_size, "rank": self.data_rank}
 
     @override

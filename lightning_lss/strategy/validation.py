@@ -1,4 +1,4 @@
-"""What LSS refuses or warns of, in one place: each with the values and the remedy, before any process communicates."""
+"""All checks that refuse a run, and warnings: each names the values and the remedy before any process communicates."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lightning_lss.sequence.layout import chunks_per_rank
 
 _OTHER_LIGHTNING = (
     "`pytorch_lightning` has been imported. lightning_lss works with `lightning` (`import lightning.pytorch as pl`): the"
-    " Trainer, LightningModules and callbacks of the two packages do not mix."
+    " Trainers, LightningModules and callbacks of the two packages do not mix."
 )
 
 
@@ -34,14 +34,14 @@ def check_module(module: pl.LightningModule, size: int, layout: str) -> None:
     """Refuse a module that cannot run on segments.
 
     Raises:
-        MisconfigurationException: if a step takes ``dataloader_iter``, or a positional table cannot be divided evenly among
-            ``size`` ranks.
+        MisconfigurationException: if a step takes ``dataloader_iter``, or a positional table cannot be divided evenly
+            among ``size`` ranks.
     """
     for step in ("training_step", "validation_step", "test_step", "predict_step"):
         if is_param_in_hook_signature(getattr(module, step), "dataloader_iter", explicit=True):
             raise MisconfigurationException(
-                f"{type(module).__name__}.{step} takes `dataloader_iter`, which bypasses the hook in which LSSStrategy"
-                " splits batches along the sequence. Take `batch` instead."
+                f"{type(module).__name__}.{step} takes `dataloader_iter`, which bypasses the hook where LSSStrategy splits"
+                " batches along the sequence. Take `batch` instead."
             )
     divisor = size * chunks_per_rank(size, layout)
     for table in module.modules():
@@ -65,8 +65,8 @@ def check_arguments(
     """Refuse arguments of :class:`~lightning_lss.LSSStrategy` that are incompatible.
 
     Raises:
-        ValueError: if ``sharding`` is unknown, one of ``ddp_kwargs`` has no meaning with it, two arguments say in which dtype
-            gradients are sent, or processes are started in a way that distributed checkpoints do not work with.
+        ValueError: if ``sharding`` is unknown, one of ``ddp_kwargs`` has no effect with it, two arguments set the dtype
+            of sent gradients, or distributed checkpoints do not support the start method.
     """
     if sharding not in (None, "fsdp", "hybrid"):
         raise ValueError(
@@ -78,11 +78,11 @@ def check_arguments(
             f"save_distributed_checkpoint=True and start_method={start_method!r} are incompatible: the process that starts the"
             " others takes over whole weights from them. Use start_method='popen', or save one file."
         )
-    without_meaning = [name for name, value in ddp_kwargs.items() if name not in _OF_DDP_STRATEGY and value is not None]
-    if sharding is not None and without_meaning:
+    of_ddp = [name for name, value in ddp_kwargs.items() if name not in _OF_DDP_STRATEGY and value is not None]
+    if sharding is not None and of_ddp:
         raise ValueError(
-            f"{', '.join(without_meaning)}: with sharding={sharding!r} gradients are reduced by FSDP, not by"
-            " DistributedDataParallel, for which these arguments are. Leave them out, or use sharding=None."
+            f"{', '.join(of_ddp)}: with sharding={sharding!r} FSDP reduces the gradients, so arguments of DistributedDataParallel"
+            " have no effect. Leave them out, or use sharding=None."
         )
     if communication_dtype is not None and ddp_kwargs.get("ddp_comm_hook") is not None:
         raise ValueError(
@@ -91,13 +91,13 @@ def check_arguments(
 
 
 def check_parameters(module: pl.LightningModule, sharding: str | None, size: int, world_size: int) -> None:
-    """Refuse a run whose parameters cannot lie as ``sharding`` says.
+    """Refuse a run whose parameters cannot be distributed as ``sharding`` requires.
 
     Raises:
-        MisconfigurationException: if an earlier run has sharded the parameters in another way, for callbacks that average
-            weights, for ``"hybrid"`` where there is nothing to shard over, and for parameters without values.
+        MisconfigurationException: if an earlier run has sharded the parameters in another way, a callback averages
+            sharded weights, ``"hybrid"`` has only one rank to shard over, or parameters have no values.
     """
-    if not _lies_as_wanted(module, sharding, size, world_size):
+    if not _is_compatible(module, sharding, size, world_size):
         raise MisconfigurationException(
             "The parameters of this module are sharded in another way already. Make a new module, and load a checkpoint."
         )
@@ -107,12 +107,12 @@ def check_parameters(module: pl.LightningModule, sharding: str | None, size: int
     averaging = [x for x in callbacks if isinstance(x, (WeightAveraging, StochasticWeightAveraging))]
     if averaging:
         raise MisconfigurationException(
-            f"{type(averaging[0]).__name__} keeps a copy of the whole model, which cannot be made of sharded parameters"
+            f"{type(averaging[0]).__name__} keeps a copy of the whole model, but sharded parameters cannot be copied"
             f" (sharding={sharding!r}). Leave the callback out, or use sharding=None."
         )
     if sharding == "hybrid" and size == 1 < world_size:
         raise MisconfigurationException(
-            "sharding='hybrid' shards over the sequence group, which has one rank here (sequence_parallel_size=1). Use"
+            "sharding='hybrid' shards over the sequence group, but that has one rank (sequence_parallel_size=1). Use"
             " sharding='fsdp', which shards over all ranks."
         )
     without_values = [name for name, x in module.named_parameters() if x.is_meta]
@@ -123,8 +123,8 @@ def check_parameters(module: pl.LightningModule, sharding: str | None, size: int
         )
 
 
-def _lies_as_wanted(module: nn.Module, sharding: str | None, size: int, world_size: int) -> bool:
-    """Whether parameters that an earlier run has sharded, if any, lie as this run wants them."""
+def _is_compatible(module: nn.Module, sharding: str | None, size: int, world_size: int) -> bool:
+    """Whether an earlier run has left the parameters unsharded, or sharded in the way that this run requires."""
     root = sharded_root(module)
     if root is None:
         return sharding is None or not any(isinstance(x, DTensor) for x in module.parameters())
@@ -133,26 +133,26 @@ def _lies_as_wanted(module: nn.Module, sharding: str | None, size: int, world_si
 
 
 def check_communication_dtype(dtype: torch.dtype | None, precision_plugin: Precision) -> None:
-    """Refuse to send gradients in float16 where nothing scales them.
+    """Refuse to send unscaled gradients in float16: those of a mean over many tokens would become 0.
 
     Raises:
-        MisconfigurationException: without a gradient scaler; gradients of a mean over many tokens would become 0.
+        MisconfigurationException: if ``dtype`` is float16 and the plugin has no gradient scaler.
     """
     scaler = getattr(precision_plugin, "scaler", None)
     if dtype == torch.float16 and (scaler is None or not scaler.is_enabled()):
         raise MisconfigurationException(
             f"communication_dtype={dtype} rounds gradients of a mean over many tokens to 0 unless they are scaled. Use"
-            " 'bfloat16', or Trainer(precision='16-mixed'), which has a gradient scaler."
+            " 'bfloat16', or Trainer(precision='16-mixed') with its gradient scaler."
         )
 
 
 def check_optimizers(optimizers: Iterable[Optimizer], sharding: str | None, averages_models: bool, count: int) -> None:
-    """Refuse optimizers that would mix up what ranks hold, where ``count`` parameters stand for one segment.
+    """Refuse optimizers that do not work with the run's parameters; ``count`` of them are segment-local.
 
     Raises:
-        MisconfigurationException: for ``ZeroRedundancyOptimizer`` and post-local SGD with such parameters, for
-            ``ZeroRedundancyOptimizer`` with sharding, and for ``foreach`` or ``fused`` over sharded and other parameters in
-            one group, which torch cannot do.
+        MisconfigurationException: for ``ZeroRedundancyOptimizer`` or post-local SGD with segment-local parameters,
+            ``ZeroRedundancyOptimizer`` with sharding, and ``foreach`` or ``fused`` with sharded and other parameters in
+            one group.
     """
     optimizers = list(optimizers)
     if sharding is not None:
@@ -170,8 +170,8 @@ def _check_sharded_optimizers(optimizers: Iterable[Optimizer]) -> None:
     for optimizer in optimizers:
         if isinstance(optimizer, ZeroRedundancyOptimizer):
             raise MisconfigurationException(
-                "ZeroRedundancyOptimizer shards the state of an optimizer, which is sharded with its parameters here"
-                " already. Use the optimizer that it wraps."
+                "ZeroRedundancyOptimizer shards the state of an optimizer, but it is sharded with its parameters already."
+                " Use the optimizer that it wraps."
             )
         for group in optimizer.param_groups:
             kinds = {isinstance(parameter, DTensor) for parameter in group["params"]}
@@ -184,33 +184,33 @@ def _check_sharded_optimizers(optimizers: Iterable[Optimizer]) -> None:
 
 
 def warn_of_batch_norm(module: nn.Module) -> None:
-    """Warn of statistics that are taken over a segment."""
+    """Warn about statistics that are computed over one segment only."""
     batch_norms = [(name, x) for name, x in module.named_modules() if isinstance(x, _BatchNorm)]
     names = [name for name, x in batch_norms if not isinstance(x, nn.SyncBatchNorm)]
     if names:
         rank_zero_warn(
-            f"Batch normalization ({', '.join(names)}) takes its statistics over one segment of the sequence, which is not"
-            " the training that one device would give. Use Trainer(sync_batchnorm=True) or LayerNorm."
+            f"Batch normalization ({', '.join(names)}) computes its statistics over one segment of the sequence, so training"
+            " differs from that on one device. Use Trainer(sync_batchnorm=True) or LayerNorm."
         )
 
 
 def warn_of_unsaved_state(names: Collection[str]) -> None:
-    """Warn of segment-local state whose rows on other ranks no checkpoint will hold."""
+    """Warn about segment-local state that checkpoints save from rank 0 only."""
     if names:
         rank_zero_warn(
-            f"Checkpoints will hold only rank 0's values of {', '.join(sorted(names))}: only positional tables"
-            " (SegmentPositionalEmbedding) are put together over ranks. Save the others in on_save_checkpoint."
+            f"Checkpoints will contain only rank 0's values of {', '.join(sorted(names))}: only positional tables"
+            " (SegmentPositionalEmbedding) are gathered from all ranks. Save the others in on_save_checkpoint."
         )
 
 
 def warn_of_other_lightning() -> None:
-    """Warn where ``pytorch_lightning`` is imported: its objects are easily handed to the wrong Trainer."""
+    """Warn if ``pytorch_lightning`` is imported, since its objects are easily passed to the wrong Trainer."""
     if "pytorch_lightning" in sys.modules:
         rank_zero_warn(_OTHER_LIGHTNING)
 
 
 def refuse_other_lightning() -> None:
-    """Have ``pytorch_lightning``, where it is imported already, say why it does not know ``"lss"``."""
+    """Make an already imported ``pytorch_lightning`` explain why it does not know ``"lss"``."""
     other = sys.modules.get("pytorch_lightning.strategies")
     if other is None:
         return
