@@ -27,6 +27,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lightning_lss import SegmentPositionalEmbedding, ShardedModule, lss_attention, sequence_shard
 from lightning_lss.callbacks import LSSThroughputMonitor
 from lightning_lss.nn.positions import TableSpec
+from lightning_lss.parallel.segment_local import SegmentLocal
+from lightning_lss.sequence.grid import build_grid
 from lightning_lss.sequence.segment import SequenceShard
 from lightning_lss.testing.collectives import CollectiveCounter
 from lightning_lss.testing.compare import assert_equal_on_ranks
@@ -312,13 +314,19 @@ def count_after_failure(rank: int, run: Run, folder: str) -> tuple[str, int]:
     return message, mode.tally.total() + len(barriers)
 
 
-def clip_large_half_gradients(rank: int) -> float:
-    from lightning_lss.parallel.segment_local import clip_grad_norm
+class SharedAndOwn(ShardedModule):
+    segment_local = ("own",)
 
-    parameters = [torch.nn.Parameter(torch.zeros(2, dtype=torch.float16)) for _ in range(2)]
-    for parameter in parameters:
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.own = (torch.nn.Parameter(torch.zeros(2, dtype=torch.float16)) for _ in range(2))
+
+
+def clip_large_half_gradients(rank: int) -> float:
+    module = SharedAndOwn()
+    for parameter in module.parameters():
         parameter.grad = torch.full((2,), 300.0, dtype=torch.float16)
-    return clip_grad_norm(parameters, 1.0, {parameters[1]}, dist.group.WORLD).item()
+    return SegmentLocal(module, build_grid(2, rank, 2)).clip_grad_norm(module.parameters(), 1.0).item()
 
 
 def test_the_norm_does_not_overflow_in_half_precision(world) -> None:

@@ -131,13 +131,6 @@ def apply_tiles(modules: Iterable[nn.Module], tiles: int) -> None:
         _mix_in(module).tiles = tiles
 
 
-def reset_calls(modules: Iterable[nn.Module]) -> None:
-    """Call the modules as they were called before :func:`apply_checkpointing` and :func:`apply_tiles`."""
-    modules = list(modules)
-    apply_tiles(modules, 1)
-    apply_checkpointing(modules, "none")
-
-
 def check_checkpointing(how: object) -> None:
     """Raise ``ValueError`` if ``how`` is not a kind of activation checkpointing."""
     if how not in ("none", "full", "selective", "offload"):

@@ -134,15 +134,9 @@ class FullyShard:
         """Shard ``module``, unless an earlier run has, and return the root that runs its steps."""
         root = sharded_root(module)
         if root is None:
-            root = ShardedRoot(
-                module,
-                sharding_mesh(grid, self._sharding, device.type),
-                device,
-                local.names,
-                self._unit_types,
-                self._broadcast_buffers,
-                self._reduce_dtype,
-            )
+            mesh, units = sharding_mesh(grid, self._sharding, device.type), units_of(module, self._unit_types)
+            policy = MixedPrecisionPolicy(reduce_dtype=self._reduce_dtype, cast_forward_inputs=False)
+            root = ShardedRoot(module, units, mesh, device, local, policy, self._broadcast_buffers)
         # Outside of fitting, Lightning broadcasts all parameters and buffers that are not ignored. None needs it: shared
         # ones are equal already, and the others must differ.
         root._ddp_params_and_buffers_to_ignore = [*dict(root.named_parameters()), *dict(root.named_buffers())]  # type: ignore[assignment]
@@ -215,12 +209,9 @@ class FullyShard:
         self.reshard()
         self._root = self._manual_root = None
         strategy.model = strategy.lightning_module
-        assert strategy.cluster_environment is not None
-        assert strategy.accelerator is not None
-        strategy.cluster_environment.teardown()
-        strategy.precision_plugin.teardown()
-        strategy.accelerator.teardown()
-        strategy.checkpoint_io.teardown()
+        parts: tuple[Any, ...] = (strategy.cluster_environment, strategy.precision_plugin, strategy.accelerator)
+        for part in (*parts, strategy.checkpoint_io):
+            part.teardown()
 
 
 def _make_whole(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
@@ -242,33 +233,29 @@ class ShardedRoot(nn.Module):
 
     Args:
         module: the LightningModule, sharded in place for good.
+        units: see :func:`units_of`.
         mesh: the ranks to shard over, see :func:`sharding_mesh`.
         device: the device of this rank's parts.
-        segment_local: names of segment-local parameters and buffers. They are neither sharded nor broadcast.
-        unit_types: see :func:`units_of`.
+        local: the segment-local parameters and buffers. They are neither sharded nor broadcast.
+        policy: the dtype in which gradients are sent and summed.
         broadcast_buffers: whether to copy rank 0's buffers to all ranks before each training step, as DDP does.
-        reduce_dtype: the dtype in which gradients are sent and summed; None for their own.
     """
 
     def __init__(
         self,
         module: pl.LightningModule,
+        units: list[nn.Module],
         mesh: DeviceMesh,
         device: torch.device,
-        segment_local: Collection[str] = (),
-        unit_types: Collection[type[nn.Module]] | None = None,
-        broadcast_buffers: bool = True,
-        reduce_dtype: torch.dtype | None = None,
+        local: SegmentLocal,
+        policy: MixedPrecisionPolicy,
+        broadcast_buffers: bool,
     ) -> None:
         super().__init__()
-        parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
-        local = [x for name, x in [*parameters.items(), *buffers.items()] if name in segment_local]
-        self.scalars = [x for x in parameters.values() if x.dim() == 0]  # fully_shard refuses them
-        ignored = {x for x in (*local, *self.scalars) if isinstance(x, nn.Parameter)}
-        self.shared_buffers = [x for name, x in buffers.items() if name not in segment_local]
-        units = units_of(module, unit_types)
-        policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-        for tensor in local:
+        self.scalars = [x for x in module.parameters() if x.dim() == 0]  # fully_shard refuses them
+        ignored = {*local.parameters, *self.scalars}
+        self.shared_buffers = [x for name, x in module.named_buffers() if name not in local.names]
+        for tensor in (*local.parameters, *local.buffers):
             tensor.data = tensor.data.to(device)
         _start_equally([*self.scalars, *self.shared_buffers], device)
         for unit in units:
@@ -321,9 +308,7 @@ class ShardedRoot(nn.Module):
     def before_manual_backward(self, loss: Tensor) -> None:
         """Have the root's gradients reduced at the end of the backward from ``loss``."""
         for owner, name, parameter in self._held_by_root:
-            parameter.requires_grad_(
-                getattr(owner, name).requires_grad
-            )  # users freeze the whole ones, which modules hold
+            parameter.requires_grad_(getattr(owner, name).requires_grad)  # users freeze those that modules hold
         fully_shard.state(self)._register_pre_backward_hook(loss)  # type: ignore[attr-defined]
 
     def _followed_by_whole_parameters(self, toggle: Callable[..., None]) -> Callable[..., None]:

@@ -8,7 +8,7 @@ their mean: it is divided by S and averaged over the data group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,6 +66,61 @@ class SegmentLocal:
                 handles.append(average_over(parameter, self._grid.data_group, should_sync))
         return handles
 
+    def total_norm(self, parameters: Iterable[Tensor]) -> Tensor:
+        """2-norm of the gradients of the whole model: total^2 = |shared|^2 + sum over ranks of |segment-local|^2.
+
+        Every rank of the sequence group must call it; with sharded parameters, every rank of the world.
+
+        Args:
+            parameters: all parameters of this rank; those without a gradient do not count.
+
+        Returns:
+            a scalar on the device of the parameters, in float32 or wider.
+        """
+        parameters, own = list(parameters), set(self.parameters)
+        grads = [(x.grad, x in own) for x in parameters if x.grad is not None]
+        device = parameters[0].device if parameters else torch.device("cpu")
+        local = _squared_norm([grad for grad, is_local in grads if is_local]).to(device)
+        shared = _squared_norm([grad for grad, is_local in grads if not is_local and not isinstance(grad, DTensor)])
+        sharded = _squared_norm([grad for grad, is_local in grads if isinstance(grad, DTensor)])
+        if self.group is not None:
+            dist.all_reduce(local, group=self.group)
+        return (local + shared.to(device) + sharded.to(device)).sqrt()
+
+    def clip_grad_norm(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+        """Clip like ``torch.nn.utils.clip_grad_norm_``, but by :meth:`total_norm`, equal on all ranks; return the norm."""
+        parameters = list(parameters)
+        norm = self.total_norm(parameters)
+        nn.utils.clip_grads_with_norm_(local_views(parameters), max_norm, norm)
+        return norm
+
+    def patch_precision_plugin(self, plugin: Precision, scaler_group: dist.ProcessGroup) -> None:
+        """Make gradient clipping and the gradient scaler take the gradients of all ranks into account.
+
+        Lightning clips in the precision plugin. There are many kinds, so the methods are replaced on the object.
+
+        Args:
+            plugin: the plugin, changed in place; :func:`restore_precision_plugin` restores its clipping.
+            scaler_group: the ranks with different gradients; they skip a step together.
+        """
+
+        def clip_grad_by_norm(optimizer: Optimizer, clip_val: int | float) -> None:
+            self.clip_grad_norm(plugin.main_params(optimizer), clip_val)
+
+        def clip_grad_by_value(optimizer: Optimizer, clip_val: int | float) -> None:
+            nn.utils.clip_grad_value_(local_views(plugin.main_params(optimizer)), clip_val)
+
+        plugin.clip_grad_by_norm = clip_grad_by_norm  # type: ignore[method-assign]
+        plugin.clip_grad_by_value = clip_grad_by_value  # type: ignore[method-assign]
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
+            plugin.scaler = SegmentGradScaler.like(plugin.scaler, scaler_group)
+
+
+def restore_precision_plugin(plugin: Precision) -> None:
+    """Restore Lightning's own clipping."""
+    for name in ("clip_grad_by_norm", "clip_grad_by_value"):
+        vars(plugin).pop(name, None)
+
 
 def average_over(parameter: nn.Parameter, group: dist.ProcessGroup, should_sync: Callable[[], bool]) -> RemovableHandle:
     """Average the accumulated gradient of ``parameter`` over ``group`` in the last backward pass of every accumulation
@@ -79,83 +134,11 @@ def average_over(parameter: nn.Parameter, group: dist.ProcessGroup, should_sync:
     return parameter.register_post_accumulate_grad_hook(average)
 
 
-def total_norm(
-    parameters: Iterable[Tensor], segment_local: Collection[Tensor], group: dist.ProcessGroup | None
-) -> Tensor:
-    """2-norm of the gradients of the whole model: total^2 = |shared|^2 + sum over ranks of |segment-local|^2.
-
-    Every rank of ``group`` must call it; with sharded parameters, every rank of the world.
-
-    Args:
-        parameters: all parameters of this rank; those without a gradient do not count.
-        segment_local: the segment-local ones among them.
-        group: the sequence group; None if no parameter is segment-local.
-
-    Returns:
-        a scalar on the device of the parameters, in float32 or wider.
-    """
-    parameters = list(parameters)
-    grads = [(x.grad, x in segment_local) for x in parameters if x.grad is not None]
-    device = parameters[0].device if parameters else torch.device("cpu")
-    local = _squared_norm([grad for grad, is_local in grads if is_local]).to(device)
-    shared = _squared_norm([grad for grad, is_local in grads if not is_local and not isinstance(grad, DTensor)])
-    sharded = _squared_norm([grad for grad, is_local in grads if isinstance(grad, DTensor)])
-    if group is not None:
-        dist.all_reduce(local, group=group)
-    return (local + shared.to(device) + sharded.to(device)).sqrt()
-
-
 def _squared_norm(grads: list[Tensor]) -> Tensor:
     norm = nn.utils.get_total_norm(grads)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     return norm.to(torch.promote_types(norm.dtype, torch.float32)) ** 2  # in float16 it would overflow from 256
-
-
-def clip_grad_norm(
-    parameters: Iterable[Tensor], max_norm: float, segment_local: Collection[Tensor], group: dist.ProcessGroup | None
-) -> Tensor:
-    """Clip like ``torch.nn.utils.clip_grad_norm_``, but by the norm of the whole model, equal on all ranks; return the
-    norm."""
-    parameters = list(parameters)
-    norm = total_norm(parameters, segment_local, group)
-    nn.utils.clip_grads_with_norm_(local_views(parameters), max_norm, norm)
-    return norm
-
-
-def patch_precision_plugin(
-    plugin: Precision,
-    segment_local: Collection[Tensor],
-    group: dist.ProcessGroup | None,
-    scaler_group: dist.ProcessGroup | None,
-) -> None:
-    """Make gradient clipping and the gradient scaler take the gradients of all ranks into account.
-
-    Lightning clips in the precision plugin. There are many kinds, so the methods are replaced on the object.
-
-    Args:
-        plugin: the plugin, changed in place; :func:`restore_precision_plugin` restores its clipping.
-        segment_local: the segment-local parameters.
-        group: the sequence group; None if no parameter is segment-local.
-        scaler_group: the ranks with different gradients; they skip a step together.
-    """
-
-    def clip_grad_by_norm(optimizer: Optimizer, clip_val: int | float) -> None:
-        clip_grad_norm(plugin.main_params(optimizer), clip_val, segment_local, group)
-
-    def clip_grad_by_value(optimizer: Optimizer, clip_val: int | float) -> None:
-        nn.utils.clip_grad_value_(local_views(plugin.main_params(optimizer)), clip_val)
-
-    plugin.clip_grad_by_norm = clip_grad_by_norm  # type: ignore[method-assign]
-    plugin.clip_grad_by_value = clip_grad_by_value  # type: ignore[method-assign]
-    if isinstance(plugin, MixedPrecision) and plugin.scaler is not None and scaler_group is not None:
-        plugin.scaler = SegmentGradScaler.like(plugin.scaler, scaler_group)
-
-
-def restore_precision_plugin(plugin: Precision) -> None:
-    """Restore Lightning's own clipping."""
-    for name in ("clip_grad_by_norm", "clip_grad_by_value"):
-        vars(plugin).pop(name, None)
 
 
 class SegmentGradScaler(torch.amp.GradScaler):

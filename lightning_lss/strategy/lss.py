@@ -35,12 +35,7 @@ from lightning_lss.nn.recompute import ActivationCheckpointing
 from lightning_lss.parallel.broadcast import assign_segments, reset_segments, share_random_state
 from lightning_lss.parallel.fsdp import FullyShard, Sharding, own_model_state
 from lightning_lss.parallel.replicated import Replicated, compress_hook
-from lightning_lss.parallel.segment_local import (
-    SegmentLocal,
-    patch_precision_plugin,
-    restore_precision_plugin,
-    total_norm,
-)
+from lightning_lss.parallel.segment_local import SegmentLocal, restore_precision_plugin
 from lightning_lss.sequence.batch import SequenceDims
 from lightning_lss.sequence.dtypes import resolve_communication_dtype
 from lightning_lss.sequence.grid import SequenceGrid, build_grid
@@ -101,8 +96,8 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
     Raises:
         ValueError: at once, if the layout, the sharding or the kind of checkpointing is unknown, a size is not
             positive, or arguments are incompatible.
-        MisconfigurationException: from the Trainer, before any process communicates, if S does not divide W, a named
-            submodule does not exist, or the module uses a feature that cannot be split.
+        MisconfigurationException: from the Trainer, before the first step, if S does not divide W, a named submodule
+            does not exist, or the module uses a feature that cannot be split.
     """
 
     def __init__(
@@ -143,7 +138,6 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         self._handles: list[RemovableHandle] = []
         self._running = False
         self._failed = False
-        self._example_input: Any = None
 
     def __repr__(self) -> str:  # shown by pytorch_lightning.Trainer when it refuses the object
         size, layout = self._requested_size, self._layout
@@ -241,7 +235,7 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         if self._shard.size > 1:
             validation.warn_of_batch_norm(self._module)
             validation.warn_of_unsaved_state(set(local.names) - tables_by_name(self._module).keys())
-            self._set_aside_example_input()
+            self.hide_example_input()
         if trainer.state.fn == TrainerFn.FITTING:
             self._setup_gradients(local)
 
@@ -253,7 +247,7 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         self._handles += self._parameters.average_others(self._is_last_backward)
         group = self._parameters.clipping_group(local)
         if group is not None:
-            patch_precision_plugin(self.precision_plugin, set(local.parameters), local.group, group)
+            local.patch_precision_plugin(self.precision_plugin, group)
 
     @override
     def model_to_device(self) -> None:
@@ -285,12 +279,10 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
             if self._start_method != "popen" and self.lightning_module is not None:
                 self._hand_over()
             self.barrier("LSSStrategy.teardown")
-        if self._example_input is not None:
-            self._module.example_input_array = self._example_input
-            self._example_input = None
         self._parameters.tear_down(self, super().teardown)
         self._running = False
         if self.lightning_module is not None:
+            self.restore_example_input()
             self._memory.reset()
             reset_segments(self._module)
 
@@ -309,14 +301,6 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         if not self._interrupted:  # the other ranks would not arrive
             super().barrier(*args, **kwargs)
-
-    def _set_aside_example_input(self) -> None:
-        """Hide the example input: Lightning would run it unsplit for the model summary, and on rank 0 alone for a
-        graph."""
-        if self._module.example_input_array is not None:
-            rank_zero_warn("`example_input_array` is ignored under LSSStrategy: a forward pass takes all ranks.")
-            self._example_input = self._module.example_input_array
-            self._module.example_input_array = None
 
     def _assign_segments(self) -> None:
         assign_segments(self._module, self._shard, self.root_device)
@@ -357,13 +341,7 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
     def on_validation_end(self) -> None:
         self._parameters.reshard()
 
-    @override
-    def on_test_end(self) -> None:
-        self._parameters.reshard()
-
-    @override
-    def on_predict_end(self) -> None:
-        self._parameters.reshard()
+    on_test_end = on_predict_end = on_validation_end
 
     def gradient_norm(self) -> Tensor:
         """2-norm of the gradients of the whole model, segment-local ones of all ranks included.
@@ -371,8 +349,7 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         Every rank must call it, during a run.
         """
         assert self._segment_local is not None
-        local = self._segment_local
-        return total_norm(self._parameters.parameters(self._module), set(local.parameters), local.group)
+        return self._segment_local.total_norm(self._parameters.parameters(self._module))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -437,25 +414,11 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
-        for name, start_method in (
-            ("lss", "popen"),
-            ("lss_spawn", "spawn"),
-            ("lss_fork", "fork"),
-            ("lss_notebook", "fork"),
-        ):
-            description = f"LSS sequence parallelism with `start_method` '{start_method}'"
-            strategy_registry.register(name, cls, description=description, start_method=start_method)
+        methods = {"lss": "popen", "lss_spawn": "spawn", "lss_fork": "fork", "lss_notebook": "fork"}
+        entries: dict[str, dict[str, Any]] = {name: {"start_method": method} for name, method in methods.items()}
+        for name in methods:  # as DDPStrategy does
             for value in (True, False):
-                strategy_registry.register(
-                    f"{name}_find_unused_parameters_{str(value).lower()}",
-                    cls,
-                    description=f"{description} and `find_unused_parameters` as {value}",
-                    start_method=start_method,
-                    find_unused_parameters=value,
-                )
-        strategy_registry.register(
-            "lss_fsdp",
-            cls,
-            description="LSS sequence parallelism with parameters sharded over all ranks",
-            sharding="fsdp",
-        )
+                options = {**entries[name], "find_unused_parameters": value}
+                entries[f"{name}_find_unused_parameters_{str(value).lower()}"] = options
+        for name, options in {**entries, "lss_fsdp": {"sharding": "fsdp"}}.items():
+            strategy_registry.register(name, cls, description=f"LSS sequence parallelism with {options}", **options)

@@ -9,12 +9,12 @@ from torch import nn
 
 from lightning_lss.nn.recompute import (
     ActivationCheckpointing,
+    Recomputed,
     apply_checkpointing,
     apply_tiles,
     check_checkpointing,
     named_blocks,
     repeated_blocks,
-    reset_calls,
 )
 from lightning_lss.sequence.layout import check_positive
 
@@ -51,7 +51,7 @@ class MemoryOptions:
         self._checkpointed_modules = checkpointed_modules
         self._tiles = tiles
         self._tiled_modules = tiled_modules
-        self._changed: list[nn.Module] = []
+        self._before: list[tuple[nn.Module, int, ActivationCheckpointing]] = []
 
     def apply(self, module: nn.Module) -> None:
         """Change how blocks of ``module`` are called.
@@ -61,19 +61,26 @@ class MemoryOptions:
         """
         if self._tiles > 1:  # first, since checkpointing recomputes a block that contains tiles differently
             blocks = self._find(module, self._tiled_modules, _mlps(module), "tiled_modules", "mlp_tiles=1")
+            self._remember(blocks)
             apply_tiles(blocks, self._tiles)
-            self._changed += blocks
         if self._checkpointing is not None:
             default = repeated_blocks(module)
             off = "activation_checkpointing=None"
             blocks = self._find(module, self._checkpointed_modules, default, "checkpointed_modules", off)
+            self._remember(blocks)
             apply_checkpointing(blocks, self._checkpointing)
-            self._changed += blocks
 
     def reset(self) -> None:
         """Undo :meth:`apply`."""
-        reset_calls(self._changed)
-        self._changed = []
+        for block, tiles, checkpointing in reversed(self._before):
+            apply_tiles([block], tiles)
+            apply_checkpointing([block], checkpointing)
+        self._before = []
+
+    def _remember(self, blocks: list[nn.Module]) -> None:
+        for block in blocks:
+            recomputed = isinstance(block, Recomputed)
+            self._before.append((block, *((block.tiles, block.checkpointing) if recomputed else (1, "none"))))
 
     def _find(
         self, module: nn.Module, names: Sequence[str] | None, default: list[nn.Module], option: str, off: str

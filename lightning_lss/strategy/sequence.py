@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.connectors.data_connector import _auto_add_worker_init_fn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_lss.sequence.batch import SequenceDims, check_same_batch, split_batch
@@ -43,6 +44,7 @@ class SequenceParallel(ParallelStrategy):
         self._sequence_dims = sequence_dims
         self._batches_to_check = check_batches
         self._batches_checked: Counter[tuple[Any, int]] = Counter()
+        self._example_input: Any = None
 
     @override
     def _configure_launcher(self) -> None:
@@ -53,6 +55,21 @@ class SequenceParallel(ParallelStrategy):
     def setup_environment(self) -> None:
         self._batches_checked.clear()
         super().setup_environment()
+
+    def hide_example_input(self) -> None:
+        """Hide the module's example input during a run. Lightning would run it unsplit for the model summary, and on rank 0
+        alone for a graph."""
+        module = self.lightning_module
+        if module is not None and module.example_input_array is not None:
+            rank_zero_warn(
+                f"`example_input_array` is ignored under {type(self).__name__}: a forward pass takes all ranks."
+            )
+            self._example_input, module.example_input_array = module.example_input_array, None
+
+    def restore_example_input(self) -> None:
+        """Undo :meth:`hide_example_input`."""
+        if self.lightning_module is not None and self._example_input is not None:
+            self.lightning_module.example_input_array, self._example_input = self._example_input, None
 
     # -- who this process is -------------------------------------------------------------------------------------------
 
