@@ -128,13 +128,11 @@ class FullyShard:
         support it later."""
         return None if sharded_root(module) is not None else layer_sync
 
-    def place(
-        self, module: pl.LightningModule, grid: SequenceGrid, device: torch.device, local: SegmentLocal
-    ) -> nn.Module:
+    def place(self, module: pl.LightningModule, local: SegmentLocal, device: torch.device) -> nn.Module:
         """Shard ``module``, unless an earlier run has, and return the root that runs its steps."""
         root = sharded_root(module)
         if root is None:
-            mesh, units = sharding_mesh(grid, self._sharding, device.type), units_of(module, self._unit_types)
+            mesh, units = sharding_mesh(local.grid, self._sharding, device.type), units_of(module, self._unit_types)
             policy = MixedPrecisionPolicy(reduce_dtype=self._reduce_dtype, cast_forward_inputs=False)
             root = ShardedRoot(module, units, mesh, device, local, policy, self._broadcast_buffers)
         # Outside of fitting, Lightning broadcasts all parameters and buffers that are not ignored. None needs it: shared
@@ -162,7 +160,7 @@ class FullyShard:
         assert self._root is not None
         return self._root.own_parameters
 
-    def accumulate(self, model: nn.Module) -> AbstractContextManager[Any]:
+    def accumulate(self, model: nn.Module | None) -> AbstractContextManager[Any]:
         """Return a context in which gradients accumulate; see :meth:`ShardedRoot.accumulate`."""
         return model.accumulate() if isinstance(model, ShardedRoot) else nullcontext()
 

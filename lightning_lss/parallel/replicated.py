@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lss.parallel.segment_local import SegmentLocal
-from lightning_lss.sequence.grid import SequenceGrid
 
 
 class Replicated:
@@ -37,9 +36,7 @@ class Replicated:
         """The Trainer's replacement of layers (``sync_batchnorm``) to apply to ``module``: all of it."""
         return layer_sync
 
-    def place(
-        self, module: pl.LightningModule, grid: SequenceGrid, device: torch.device, local: SegmentLocal
-    ) -> nn.Module:
+    def place(self, module: pl.LightningModule, local: SegmentLocal, device: torch.device) -> nn.Module:
         """Return the module that runs the steps of ``module``, before :meth:`wrap`: itself."""
         ignore_in_ddp(module, local.names)
         return module
@@ -60,7 +57,7 @@ class Replicated:
         """The parameters as optimizers hold them."""
         return module.parameters()
 
-    def accumulate(self, model: nn.Module) -> AbstractContextManager[Any]:
+    def accumulate(self, model: nn.Module | None) -> AbstractContextManager[Any]:
         """Return a context in which gradients accumulate and are not averaged."""
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 

@@ -40,12 +40,12 @@ class SegmentLocal:
         self.buffers = [buffers[name] for name in self.names if name in buffers]
         self.group = grid.sequence_group if self.parameters else None
         """The ranks whose gradients differ; None if no parameter is segment-local."""
-        self._grid = grid
+        self.grid = grid
 
     def start_equally(self) -> None:
         """Copy the values of the first rank that holds the segment; every rank must call it."""
-        if self._grid.data_group is not None:
-            broadcast_from_first([*self.parameters, *self.buffers], self._grid.data_group)
+        if self.grid.data_group is not None:
+            broadcast_from_first([*self.parameters, *self.buffers], self.grid.data_group)
 
     def average_gradients(self, should_sync: Callable[[], bool]) -> list[RemovableHandle]:
         """Scale the gradients in every backward pass from now on, and average them over the data group.
@@ -61,9 +61,9 @@ class SegmentLocal:
         """
         handles = []
         for parameter in self.parameters:
-            handles.append(parameter.register_hook(lambda grad: grad / self._grid.size))
-            if self._grid.data_group is not None:
-                handles.append(average_over(parameter, self._grid.data_group, should_sync))
+            handles.append(parameter.register_hook(lambda grad: grad / self.grid.size))
+            if self.grid.data_group is not None:
+                handles.append(average_over(parameter, self.grid.data_group, should_sync))
         return handles
 
     def total_norm(self, parameters: Iterable[Tensor]) -> Tensor:

@@ -74,21 +74,17 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
             Training is the same with all three. Positional tables are not sharded, since a rank has only its own rows.
             After a run the LightningModule holds a rank's parts: use ``trainer.test`` and the like, or a checkpoint.
         sharding_units: with ``sharding``, the classes of modules whose parameters are gathered together (they must be
-            called as modules, not through their children); None takes the repeated blocks of every ``nn.ModuleList``
-            and ``nn.Sequential``.
+            called as modules, not through their children); None takes the repeated blocks, as below.
         save_distributed_checkpoint: write checkpoints as folders instead of one file. Every rank writes its own part,
             and all ranks must see the same file system. Both kinds can be resumed with any number of ranks, layout and
             sharding; :func:`lightning_lss.checkpoint.consolidate` converts a folder to a file.
-        activation_checkpointing: what autograd keeps of the module's blocks between forward and backward: ``"full"``,
-            ``"selective"`` or ``"offload"``, see :func:`lightning_lss.nn.recompute.apply_checkpointing`. None does not
-            change the blocks.
+        activation_checkpointing: what autograd keeps of the module's blocks: ``"full"``, ``"selective"`` or ``"offload"``,
+            see :func:`lightning_lss.nn.recompute.apply_checkpointing`. None does not change the blocks.
         checkpointed_modules: names of the blocks, as in ``named_modules()``; an ``nn.ModuleList`` stands for its
             children, and ``*`` matches any part of a name. None takes the repeated blocks of every ``nn.ModuleList``
             and ``nn.Sequential``.
-        mlp_tiles: number of parts along the sequence in which the ``tiled_modules`` are computed; the backward pass
-            computes each part again.
-        tiled_modules: names of the modules to compute in tiles. They must map [B, l, E] token by token, as an MLP does.
-            None takes all modules called ``mlp``.
+        mlp_tiles: in how many parts along the sequence to compute ``tiled_modules``, each again in the backward pass.
+        tiled_modules: names of modules that map [B, l, E] token by token. None takes all that are called ``mlp``.
         **ddp_kwargs: arguments of :class:`~lightning.pytorch.strategies.DDPStrategy` and of
             :class:`~torch.nn.parallel.DistributedDataParallel`; with ``sharding``, only ``broadcast_buffers`` of the
             latter.
@@ -136,8 +132,7 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         self._shard = WHOLE_SEQUENCE
         self._segment_local: SegmentLocal | None = None
         self._handles: list[RemovableHandle] = []
-        self._running = False
-        self._failed = False
+        self._running = self._failed = False
 
     def __repr__(self) -> str:  # shown by pytorch_lightning.Trainer when it refuses the object
         size, layout = self._requested_size, self._layout
@@ -160,16 +155,10 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
 
     @property
     def device_mesh(self) -> DeviceMesh:
-        """The process groups as torch's DeviceMesh, with the dimensions ``data`` and ``sequence`` where larger than 1.
-
-        Raises:
-            RuntimeError: before the first run.
-            ValueError: in a world of one process.
-        """
+        """The process groups as torch's DeviceMesh, with the dimensions ``data`` and ``sequence`` where larger than 1; raises
+        ``RuntimeError`` before the first run."""
         if self._grid is None:
-            raise RuntimeError(
-                "The process groups do not exist yet: the strategy creates them when the Trainer starts a run."
-            )
+            raise RuntimeError("The process groups do not exist yet: the Trainer creates them when it starts a run.")
         return self._grid.device_mesh(self.root_device.type)
 
     @property
@@ -194,15 +183,14 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
             self._check_parameters()
             self._parameters.prepare_run(self._module.trainer)
         super().setup_environment()
-        size = self.sequence_parallel_size
-        if self._grid is None:
-            self._grid = build_grid(self.world_size, self.global_rank, size, self._timeout)
-        self._shard = SequenceShard(
-            self._grid.sequence_rank, size, self._layout, self._grid.sequence_group, self._communication_dtype
-        )
+        size, grid = self.sequence_parallel_size, self._grid
+        if grid is None:
+            self._grid = grid = build_grid(self.world_size, self.global_rank, size, self._timeout)
+        group, dtype = grid.sequence_group, self._communication_dtype
+        self._shard = SequenceShard(grid.sequence_rank, size, self._layout, group, dtype)
         self._running = True
-        if self._grid.sequence_group is not None:
-            share_random_state(self._grid.sequence_group, self.root_device)
+        if group is not None:
+            share_random_state(group, self.root_device)
         if self.lightning_module is not None:
             self._assign_segments()  # before any callback's setup: weight averaging copies the module there
 
@@ -236,13 +224,10 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
             validation.warn_of_batch_norm(self._module)
             validation.warn_of_unsaved_state(set(local.names) - tables_by_name(self._module).keys())
             self.hide_example_input()
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._setup_gradients(local)
-
-    def _setup_gradients(self, local: SegmentLocal) -> None:
-        validation.check_optimizers(
-            self.optimizers, self._sharding, self._model_averaging_period is not None, len(local.parameters)
-        )
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        averages_models = self._model_averaging_period is not None
+        validation.check_optimizers(self.optimizers, self._sharding, averages_models, len(local.parameters))
         self._handles = local.average_gradients(self._is_last_backward)
         self._handles += self._parameters.average_others(self._is_last_backward)
         group = self._parameters.clipping_group(local)
@@ -251,9 +236,9 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
 
     @override
     def model_to_device(self) -> None:
-        assert self._grid is not None
-        assert self._segment_local is not None
-        self.model = self._parameters.place(self._module, self._grid, self.root_device, self._segment_local)
+        local = self._segment_local
+        assert local is not None
+        self.model = self._parameters.place(self._module, local, self.root_device)
         super().model_to_device()
 
     @override
@@ -277,7 +262,11 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         # failure there is no barrier: the other ranks may hang in a collective of the step and never arrive.
         if not self._failed:
             if self._start_method != "popen" and self.lightning_module is not None:
-                self._hand_over()
+                for table in tables_by_name(
+                    self._module
+                ).values():  # the process that spawned this one takes weights over
+                    table.become_whole()
+                self._parameters.hand_over(self._module)
             self.barrier("LSSStrategy.teardown")
         self._parameters.tear_down(self, super().teardown)
         self._running = False
@@ -285,12 +274,6 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
             self.restore_example_input()
             self._memory.reset()
             reset_segments(self._module)
-
-    def _hand_over(self) -> None:
-        """Gather whole weights, since the process that spawned this one takes them over from rank 0."""
-        for table in tables_by_name(self._module).values():
-            table.become_whole()
-        self._parameters.hand_over(self._module)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -313,7 +296,6 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
     @contextmanager
     @override
     def block_backward_sync(self) -> Generator[None, None, None]:
-        assert self.model is not None
         with self._parameters.accumulate(self.model):
             yield
 
@@ -344,10 +326,7 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
     on_test_end = on_predict_end = on_validation_end
 
     def gradient_norm(self) -> Tensor:
-        """2-norm of the gradients of the whole model, segment-local ones of all ranks included.
-
-        Every rank must call it, during a run.
-        """
+        """2-norm of the gradients of the whole model; every rank must call it, during a run."""
         assert self._segment_local is not None
         return self._segment_local.total_norm(self._parameters.parameters(self._module))
 
@@ -391,9 +370,7 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         if not is_folder(checkpoint_path):
             return super().load_checkpoint(checkpoint_path, weights_only)
-        torch.cuda.empty_cache()
-        state = self._module.state_dict()
-        return load_folder(Path(checkpoint_path), state, tables_by_name(self._module), weights_only)
+        return load_folder(Path(checkpoint_path), self._module.state_dict(), tables_by_name(self._module), weights_only)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
