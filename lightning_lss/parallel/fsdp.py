@@ -143,8 +143,8 @@ class FullyShard:
                 self._broadcast_buffers,
                 self._reduce_dtype,
             )
-        # Outside of fitting, Lightning broadcasts all parameters and buffers that are not ignored. None needs it: shared
-        # ones are equal already, and the others must differ.
+        # Outside of fitting, Lightning broadcasts all parameters and buffers that are not ignored. None needs it:
+        # shared ones are equal already, and the others must differ.
         root._ddp_params_and_buffers_to_ignore = [*dict(root.named_parameters()), *dict(root.named_buffers())]  # type: ignore[assignment]
         self._root = root
         self._manual_root = None if module.automatic_optimization else root
