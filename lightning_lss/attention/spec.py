@@ -49,11 +49,11 @@ class AttentionSpec:
         Raises:
             ValueError: if the kernel cannot take ``q``, or the head chunks do not divide the heads of ``k``.
         """
-        chunks = self.head_chunks
-        if chunks is None:
-            chunks = choose_head_chunks(k.size(1), 2 * k.nbytes, self.keep_gathered)
-        check_head_chunks(chunks, k.size(1), self.keep_gathered)
-        return replace(self, kernel=select_kernel(q, self.kernel).name, head_chunks=chunks)
+        head_chunks = self.head_chunks
+        if head_chunks is None:
+            head_chunks = choose_head_chunks(k.size(1), 2 * k.nbytes, self.keep_gathered)
+        check_head_chunks(head_chunks, k.size(1), self.keep_gathered)
+        return replace(self, kernel=select_kernel(q, self.kernel).name, head_chunks=head_chunks)
 
     def tiles(self, local_length: int) -> tuple[Tile, ...]:
         """Tiles that this rank computes; the spec must be resolved."""
@@ -70,14 +70,14 @@ class AttentionSpec:
         return [slice(first, first + step) for first in range(0, heads, step)]
 
 
-def check_head_chunks(chunks: object, heads: int, keep_gathered: bool) -> None:
-    """Raise ``ValueError`` unless ``heads`` key/value heads can be gathered in ``chunks`` parts."""
-    if isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1 or heads % chunks:
-        raise ValueError(f"head_chunks={chunks!r} must be 'auto' or a divisor of the {heads} key/value heads.")
-    if keep_gathered and chunks != 1:
+def check_head_chunks(head_chunks: object, heads: int, keep_gathered: bool) -> None:
+    """Raise ``ValueError`` unless ``heads`` key/value heads can be gathered in ``head_chunks`` parts."""
+    if isinstance(head_chunks, bool) or not isinstance(head_chunks, int) or head_chunks < 1 or heads % head_chunks:
+        raise ValueError(f"head_chunks={head_chunks!r} must be 'auto' or a divisor of the {heads} key/value heads.")
+    if keep_gathered and head_chunks != 1:
         raise ValueError(
-            f"keep_gathered=True gathers all heads at once, so head_chunks={chunks} has no effect: leave it at 'auto', or set"
-            " keep_gathered=False to gather in head chunks."
+            f"keep_gathered=True gathers all heads at once, so head_chunks={head_chunks} has no effect: leave it at 'auto', or"
+            " set keep_gathered=False to gather in head chunks."
         )
 
 

@@ -163,7 +163,9 @@ def save_folder(checkpoint: dict[str, Any], folder: Path, tables: Tables, optimi
             elif isinstance(value, DTensor):
                 part = value.detach()
             elif path[0] in ("state_dict", "optimizer_states"):
-                part = value.detach() if dist.get_rank() == 0 else None  # equal on all ranks, or rank 0's counts
+                part = (
+                    value.detach() if dist.get_rank() == 0 else None
+                )  # equal on all ranks, or rank 0's is the one to keep
             else:
                 return value
             key = ".".join(map(str, path))
@@ -313,8 +315,8 @@ def load_meta(folder: Path, weights_only: bool | None) -> dict[str, Any]:
 def _read(
     folder: Path, checkpoint: dict[str, Any], paths: Mapping[str, KeyPath], owner: Callable[[KeyPath], tuple[Any, Any]]
 ) -> None:
-    """Read the tensors of ``paths`` into a checkpoint; ``owner`` gives the table and the parameter, or None, whose part of
-    a tensor this rank holds."""
+    """Read this rank's parts of the tensors of ``paths`` into a checkpoint; ``owner`` returns a tensor's positional
+    table or None, and its parameter or None."""
     stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     targets = {}
     for key, path in paths.items():
@@ -333,7 +335,7 @@ def _read(
 def _allocate(
     table: SegmentPositionalEmbedding | None, parameter: Tensor | None, size: torch.Size, dtype: torch.dtype
 ) -> Any:
-    """Memory for this rank's part of a tensor of the whole ``size``."""
+    """Allocate this rank's part of a tensor of the whole ``size``."""
     if table is not None and size and size[0] == table.num_positions:
         return SpreadRows(torch.empty(table.weight.size(0), *size[1:], dtype=dtype), table)
     if isinstance(parameter, DTensor) and parameter.shape == size:

@@ -15,16 +15,16 @@ class MegatronTransformer(LSSTransformer):
     checkpoints are the same."""
 
     def configure_model(self) -> None:
-        """Split the model over the ranks of the tensor-parallel group; without one it is an LSSTransformer.
+        """Split the model over the ranks of the tensor-parallel group; without one, do nothing.
 
         Raises:
-            MisconfigurationException: under a ModelParallelStrategy that would not finish the gradients.
+            MisconfigurationException: under any other ModelParallelStrategy than MegatronStrategy.
         """
         if self.device_mesh is None or isinstance(self.model.head.weight, DTensor):  # Lightning may call it again
             return
         if not isinstance(self.trainer.strategy, MegatronStrategy):
             raise MisconfigurationException(
-                f"{type(self.trainer.strategy).__name__} would neither split batches along the sequence nor finish the"
-                " gradients. Use lightning_lss.megatron.MegatronStrategy, which is a ModelParallelStrategy that does."
+                f"{type(self.trainer.strategy).__name__} would neither split batches along the sequence nor reduce the"
+                " gradients. Use lightning_lss.megatron.MegatronStrategy: it is a ModelParallelStrategy and does both."
             )
         parallelize(self.model, self.device_mesh)

@@ -1,10 +1,10 @@
-"""Nvidia's sequence parallelism for the same model: tensor parallelism whose norms, dropout and residuals work on
-segments of the sequence (Megatron-LM, "Reducing Activation Recomputation in Large Transformer Models", arXiv
-2205.05198), the baseline of the LSS Transformer's paper.
+"""Nvidia's sequence parallelism for the same model, the baseline of the LSS Transformer's paper.
 
-It is written as a Lightning user would write it today: a plan for torch's ``parallelize_module`` under Lightning's
-``ModelParallelStrategy``. Attention and MLP each gather the sequence, compute on a share of the heads or of the hidden
-width, and scatter the sum: four collectives a layer forward and four backward, each of [B, L, E].
+It is tensor parallelism, with norms, dropout and residuals on segments of the sequence (Megatron-LM, "Reducing
+Activation Recomputation in Large Transformer Models", arXiv 2205.05198, section 4.2.2). The implementation is that of a
+Lightning user today: a plan for torch's ``parallelize_module`` under Lightning's ``ModelParallelStrategy``. Attention
+and MLP each gather the sequence, compute a part of the heads or of the hidden width, and scatter the sum. That makes
+four collectives a layer forward and four backward, each of [B, L, E].
 """
 
 from __future__ import annotations
@@ -36,19 +36,18 @@ from lightning_lss.sequence.layout import check_heads, check_length
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard, ShardedModule
 
 DATA, TENSOR = "data_parallel", "tensor_parallel"
-"""The dimensions of Lightning's device mesh."""
+"""Names of the dimensions of Lightning's device mesh."""
 
 
 def parallelize(model: Transformer, mesh: DeviceMesh) -> None:
-    """Share out ``model`` over the ranks of a tensor-parallel group, in place; every rank of the mesh must call it.
+    """Split ``model`` over the ranks of a tensor-parallel group, in place; every rank of the mesh must call it.
 
-    Afterwards a rank gives the model its contiguous segment of the tokens, int64 [B, l], and gets that segment's logits
-    [B, l, V]. All parameters are DTensors on the mesh's tensor-parallel dimension and start from the values of its
-    first rank. The loss of the group is the *sum* of what its ranks call backward on; :func:`reduce_gradients` has to
-    be called between backward and the optimizer's step. (:class:`~lightning_lss.megatron.strategy.MegatronStrategy`
-    sees to all of it.)
+    Afterwards the model maps a rank's contiguous segment of the tokens, int64 [B, l], to its logits [B, l, V]. All
+    parameters are DTensors on the mesh's tensor-parallel dimension and start from the values of its first rank.
 
-    The gathered input of attention and MLP is kept for the backward pass, as torch's styles do it.
+    The group's loss is the *sum* of the losses of its ranks. Call :func:`reduce_gradients` between backward and the
+    optimizer's step. (:class:`~lightning_lss.megatron.strategy.MegatronStrategy` does both.) As with torch's styles,
+    autograd keeps the gathered inputs of attention and MLP.
 
     Args:
         model: the whole model.
@@ -65,7 +64,7 @@ def parallelize(model: Transformer, mesh: DeviceMesh) -> None:
             module.set_shard(SequenceShard(tensor.get_local_rank(), tensor.size(), "contiguous"))
         elif isinstance(
             module, LSSAttention
-        ):  # nothing is gathered, and the heads are fewer than chunks were meant for
+        ):  # gathers nothing; the configured head chunks may not divide its own heads
             module.head_chunks = "auto"
     parallelize_module(model, tensor, _outer_plan(model))
     if model.config.tie_embeddings:
@@ -78,8 +77,8 @@ def parallelize(model: Transformer, mesh: DeviceMesh) -> None:
 
 
 def check_sizes(config: TransformerConfig, size: int) -> None:
-    """Raise ``ValueError`` where ``size`` ranks cannot share out the heads, the hidden width or the learned positions
-    equally."""
+    """Raise ``ValueError`` if heads, hidden width or learned positions cannot be divided evenly among ``size``
+    ranks."""
     check_heads(config.num_heads, size)
     if config.positions == "learned":
         check_length(config.seq_len, size, "contiguous")
@@ -91,7 +90,7 @@ def check_sizes(config: TransformerConfig, size: int) -> None:
 
 
 def _outer_plan(model: Transformer) -> dict[str, ParallelStyle]:
-    """Everything before and after the blocks works on segments, with whole weights; so does the loss."""
+    """Plan for the layers around the blocks: they work on segments with whole weights, and so does the loss."""
     plan: dict[str, ParallelStyle] = {
         "embedding": SequenceParallel(use_local_output=True),
         "norm": SequenceParallel(use_local_output=True),
@@ -114,7 +113,7 @@ def _block_plan(config: TransformerConfig, rank: int, size: int) -> dict[str, Pa
         "attention_norm": SequenceParallel(use_local_output=True),
         "attention": gather(),
         "attention.query": ColwiseParallel(),
-        # heads that cannot be divided evenly: each rank projects only those that its query heads attend to
+        # where heads cannot be divided evenly, each rank projects only those that its query heads attend to
         "attention.key_value": _WholeWeight(own_rows) if config.kv_heads % size else ColwiseParallel(),
         "attention.out": RowwiseParallel(output_layouts=Shard(1)),
         "mlp_norm": SequenceParallel(use_local_output=True),
@@ -126,7 +125,8 @@ def _block_plan(config: TransformerConfig, rank: int, size: int) -> dict[str, Pa
 
 
 def _cast_before_gather(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Under autocast norms give float32, and twice the bytes would travel for the same result."""
+    """Cast inputs to autocast's dtype: norms return float32 under autocast, so twice the bytes would be sent for the
+    same result."""
     device = inputs[0].device.type
     if inputs[0].dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return inputs
@@ -134,7 +134,7 @@ def _cast_before_gather(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[
 
 
 class _OwnRows(ParallelStyle):
-    """A learned positional table of which each rank holds and learns the rows of its segment."""
+    """Style for a learned positional table: each rank holds and learns the rows of its segment."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, SegmentPositionalEmbedding)
@@ -154,17 +154,17 @@ class _OwnRowsTable(SegmentPositionalEmbedding):
             ranks = self.num_positions // rows.size(0)
             raise ValueError(
                 f"A sequence of length {local_length * ranks} ({local_length} on each of {ranks} ranks) does not fit a"
-                f" learned table of {self.num_positions} positions: under tensor parallelism it takes exactly that many."
-                " Use sequences of that length, set seq_len to theirs, or positions='rotary', which takes any length."
+                f" learned table of {self.num_positions} positions: under tensor parallelism it takes exactly that many. Use"
+                " sequences of that length, set seq_len to the length of yours, or use positions='rotary', which takes any length."
             )
         return rows
 
 
 class _WholeWeight(ParallelStyle):
-    """A linear layer without bias of which every rank has the whole weight, and computes the given rows (all if none
-    are given) on tensors of its own.
+    """Style for a linear layer without bias: every rank holds the whole weight and applies its given rows (by default
+    all) to its own tensors.
 
-    ``SequenceParallel`` would do for the head, but for its backward pass torch gathers the sequence.
+    ``SequenceParallel`` would also work for the head, but torch gathers the sequence in its backward pass.
     """
 
     def __init__(self, rows: Sequence[slice] = ()) -> None:
@@ -196,8 +196,8 @@ class _WholeWeightHead(_WholeWeightLinear, Head):
 
 
 def own_key_value_heads(config: TransformerConfig, rank: int, size: int) -> list[int]:
-    """The key/value heads that the query heads of ``rank`` attend to: each once where all serve equally many of them,
-    else one for every query head."""
+    """List the key/value heads that the query heads of ``rank`` attend to: each once if all serve equally many query
+    heads of the rank, else one for every query head."""
     queries, queries_per_head = config.num_heads // size, config.num_heads // config.kv_heads
     heads = [query // queries_per_head for query in range(rank * queries, (rank + 1) * queries)]
     distinct = sorted(set(heads))
@@ -205,13 +205,13 @@ def own_key_value_heads(config: TransformerConfig, rank: int, size: int) -> list
 
 
 def own_copy(x: Tensor) -> Tensor:
-    """This rank's copy of a replicated DTensor, of whose gradient each rank computes a part of the sum; another tensor
-    as it is."""
+    """Return this rank's copy of a replicated DTensor, and any other tensor unchanged; the DTensor's gradient is the
+    sum of those of the copies."""
     return x.to_local(grad_placements=[Partial()]) if isinstance(x, DTensor) else x
 
 
 def _start_equally(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Start every rank from the first one's weights, as DDP does; torch's styles have sent out only what they
+    """Start every rank from the first one's weights, as DDP does; torch's styles broadcast only the weights they
     split."""
     parameters = list(model.parameters())
     if mesh[TENSOR].size() > 1:
@@ -222,15 +222,15 @@ def _start_equally(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def reduce_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
-    """After a backward pass, make the gradients of whole weights (norms, embedding, head) those of the whole sequence,
-    and average all gradients over data-parallel ranks.
+    """Complete the gradients after a backward pass; every rank of the mesh must call it.
 
-    Each rank has computed its segment's part of the former; the parts are summed in one all-reduce for all of them, as
-    Megatron-LM finalizes its gradients.
+    Each rank has computed its segment's part of the gradients of whole weights (norms, embedding, head). One all-reduce
+    sums the parts of all of them, as Megatron-LM finalizes its gradients. Then all gradients are averaged over the
+    data-parallel ranks.
 
     Args:
-        parameters: those of a model that :func:`parallelize` has split.
-        mesh: the mesh it was given.
+        parameters: parameters of a model that :func:`parallelize` has split.
+        mesh: the mesh given to :func:`parallelize`.
     """
     with_grad = [parameter for parameter in parameters if parameter.grad is not None]
     parts = [x for x in with_grad if _placed_as(x.grad, Partial)]
@@ -253,6 +253,6 @@ def _placed_as(x: Tensor | None, placement: type[Placement]) -> bool:
 
 
 def _local(x: Tensor | None) -> Tensor:
-    """The tensor itself that a DTensor holds on this rank."""
+    """Return the local tensor of a DTensor, not a view."""
     assert isinstance(x, DTensor)
     return x._local_tensor

@@ -1,4 +1,4 @@
-"""``MegatronStrategy``: Lightning's ``ModelParallelStrategy`` for modules that are written for LSS."""
+"""``MegatronStrategy``: Lightning's ``ModelParallelStrategy`` for modules written for LSS."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ class MegatronStrategy(SequenceParallel, ModelParallelStrategy):
     """Nvidia's sequence parallelism (arXiv 2205.05198) under Lightning's ``ModelParallelStrategy``.
 
     The world is a grid of data-parallel groups x tensor-parallel groups. The ranks of a tensor-parallel group share a
-    batch, of which each gets its contiguous segment; the module's ``configure_model`` shares out the model with
-    :func:`lightning_lss.megatron.parallelize`, as :class:`~lightning_lss.megatron.MegatronTransformer` does. Losses follow the rule
-    of :func:`~lightning_lss.token_mean`: their average over the world is the loss of the global batch.
+    batch, and each gets its contiguous segment. The module's ``configure_model`` splits the model with
+    :func:`lightning_lss.megatron.parallelize`, as :class:`~lightning_lss.megatron.MegatronTransformer` does. Losses
+    follow the rule of :func:`~lightning_lss.token_mean`: their average over the world is the loss of the global batch.
 
     Args:
-        sequence_parallel_size: number of ranks of a tensor-parallel group, a divisor of the world size; ``"auto"`` puts
+        sequence_parallel_size: number of ranks in a tensor-parallel group, a divisor of the world size; ``"auto"`` puts
             all ranks into one group.
         check_batches: how many of the first batches of each data loader are compared over a tensor-parallel group.
         **kwargs: further arguments of :class:`~lightning.pytorch.strategies.ModelParallelStrategy`, such as
-            ``save_distributed_checkpoint=False`` for checkpoints of one file.
+            ``save_distributed_checkpoint=False`` for checkpoints in one file.
 
     Raises:
         ValueError: at once, if the size is not positive.
-        MisconfigurationException: from the Trainer, if the size does not divide the world size.
+        MisconfigurationException: from the Trainer, if the size does not divide the world size, or the module has no
+            ``configure_model``.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class MegatronStrategy(SequenceParallel, ModelParallelStrategy):
     @property
     @override
     def shard_of_run(self) -> SequenceShard:
-        """The segment of the sequence that this process gets; the whole before the first run."""
+        """This process's place in its tensor-parallel group; the trivial shard before the first run."""
         if self._device_mesh is None:
             return WHOLE_SEQUENCE
         mesh = self._device_mesh[TENSOR]
@@ -71,7 +72,7 @@ class MegatronStrategy(SequenceParallel, ModelParallelStrategy):
 
     @override
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # The adjoints of a group's collectives add up what its ranks' losses say; their mean is meant.
+        # The adjoints of a group's collectives sum the gradients of its ranks' losses, but the loss is their mean.
         return super().backward(closure_loss / self.sequence_parallel_size, *args, **kwargs)
 
     @override
@@ -82,7 +83,7 @@ class MegatronStrategy(SequenceParallel, ModelParallelStrategy):
     @contextmanager
     @override
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """While gradients accumulate, leave them as they are."""
+        """Do not reduce gradients while they accumulate."""
         self._syncs_gradients = False
         try:
             yield

@@ -23,14 +23,14 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule: a linear warm-up, then a cosine over the steps that the Trainer will take.
+    """AdamW and its schedule: a linear warm-up, then a cosine over the remaining steps of the run.
 
     Args:
         lr: highest learning rate.
         min_lr: learning rate at the end of the cosine.
-        weight_decay: on the matrices of linear layers.
-        betas: of AdamW.
-        warmup_steps: steps of the warm-up.
+        weight_decay: weight decay of the matrices of linear layers; other parameters have none.
+        betas: AdamW's coefficients of the running averages.
+        warmup_steps: number of steps of the warm-up.
     """
 
     lr: float = 3e-4
@@ -40,11 +40,11 @@ class OptimizerConfig:
     warmup_steps: int = 100
 
     def __post_init__(self) -> None:
-        first, second = self.betas  # a configuration file has a list
+        first, second = self.betas  # a list in configuration files
         object.__setattr__(self, "betas", (first, second))
 
     def lr_factor(self, step: int, total_steps: Callable[[], float]) -> float:
-        """The learning rate of a step as a fraction of ``lr``; ``total_steps`` is only asked after the warm-up."""
+        """Learning rate of a step as a fraction of ``lr``; ``total_steps`` is called only after the warm-up."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         progress = min(1.0, (step - self.warmup_steps) / max(1, total_steps() - self.warmup_steps))  # 0 if endless
@@ -55,23 +55,22 @@ class OptimizerConfig:
 class LSSTransformer(pl.LightningModule):
     """The LSS Transformer (arXiv 2311.02382): a decoder by default, an encoder with ``causal=False``.
 
-    A batch is a dict of ``inputs`` and ``targets``, int64 [B, L], with the targets shifted already (targets[i] =
-    inputs[i + 1]): shifting after the split would lose a target at every border between segments. Targets of -100 do
+    A batch is a dict of ``inputs`` and ``targets``, int64 [B, L]. Targets must be shifted already (targets[i] =
+    inputs[i + 1]), since a shift after the split would lose a target at every border between chunks. Targets of -100 do
     not count.
 
-    It runs under any strategy, and without one. Under :class:`~lightning_lss.LSSStrategy` each rank works on its
-    segment.
+    It runs under any strategy. Under :class:`~lightning_lss.LSSStrategy` each rank works on its segment.
 
     Args:
-        config: sizes.
-        optimizer: the optimizer and its schedule.
+        config: sizes of the model.
+        optimizer: options of the optimizer and its schedule.
         execution: how a step is computed.
-        bytes_per_token: mean number of bytes of text in a token, for bits per byte; 1 for bytes.
+        bytes_per_token: mean number of bytes of text per token, for bits per byte; 1 where tokens are bytes.
         **options: fields of the three configurations by name, such as ``width=512, lr=1e-3, keep_gathered=True``. They
-            replace those of the configurations that are given.
+            override the fields of ``config``, ``optimizer`` and ``execution``.
 
     Raises:
-        ValueError: if sizes do not fit together.
+        ValueError: if an option is out of range, or options are incompatible.
         TypeError: if an option is not a field of a configuration.
     """
 
@@ -105,22 +104,22 @@ class LSSTransformer(pl.LightningModule):
 
     @property
     def flops_per_batch(self) -> float | None:
-        """Floating-point operations of this rank in the last training batch, for throughput monitors; None in
+        """Floating-point operations of this rank in the last training batch, for throughput monitors; None during
         evaluation."""
         return self._flops if self.training else None
 
     def setup(self, stage: str) -> None:
-        """Compile the blocks, where that is asked for."""
+        """Compile the blocks with ``compile_blocks``."""
         if self.execution.compile_blocks:
             self.model.compile_blocks()
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits [B, l, V] of tokens, int64 [B, l]; with targets, int64 [B, l], the sum of their cross entropies instead,
-        without the logits. Within a run under LSS these are of the segment, else of whole sequences."""
+        """Compute logits [B, l, V] of tokens, int64 [B, l]; with targets, int64 [B, l], the sum of their cross
+        entropies instead. During a run under LSS tokens are this rank's segment, else whole sequences."""
         return self.model(tokens, targets)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean cross entropy over all tokens of all ranks, in nats."""
+        """Return this rank's loss; its average over the ranks is the mean cross entropy over all tokens, in nats."""
         loss_sum, num_tokens = self._loss(batch)
         loss = token_mean(loss_sum, num_tokens)
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
@@ -129,25 +128,25 @@ class LSSTransformer(pl.LightningModule):
         self._flops = self._training_flops(batch_size, local_length)
         return loss
 
-    @torch.compiler.disable  # Lightning's log cannot be traced: a module compiled as a whole would fail in it
+    @torch.compiler.disable  # Lightning's log cannot be traced and would fail in a module compiled as a whole
     def log(self, *args: Any, **kwargs: Any) -> None:
         """See :meth:`lightning.pytorch.LightningModule.log`."""
         super().log(*args, **kwargs)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Count towards ``val/loss`` (nats per token) and ``val/bits_per_byte``."""
+        """Update ``val/loss`` (nats per token) and ``val/bits_per_byte``."""
         self._evaluate(batch, "val", self.val_loss, self.val_bits_per_byte)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Count towards ``test/loss`` and ``test/bits_per_byte``."""
+        """Update ``test/loss`` (nats per token) and ``test/bits_per_byte``."""
         self._evaluate(batch, "test", self.test_loss, self.test_bits_per_byte)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The most probable token at every position of the whole sequence, int64 [B, L], on every rank."""
+        """Predict the most probable token at every position of the whole sequence, int64 [B, L], on every rank."""
         return sequence_shard(self).gather(self(batch["inputs"]).argmax(-1))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW with a linear warm-up and a cosine down to ``min_lr`` over the steps that the Trainer will take."""
+        """Configure AdamW and the schedule of :class:`OptimizerConfig`."""
         chosen = replace(self.optimizer_config, lr=self.lr)
         groups = self.model.parameter_groups(chosen.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=chosen.lr, betas=chosen.betas)
@@ -157,7 +156,7 @@ class LSSTransformer(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"}}
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum of the cross entropies of the local tokens that count, and their number."""
+        """Sum the cross entropies of the local tokens that count; also return their number."""
         return self(batch["inputs"], batch["targets"]), (batch["targets"] != IGNORED).sum()
 
     def _evaluate(self, batch: Batch, stage: str, loss: MeanMetric, bits_per_byte: BitsPerByte) -> None:
@@ -168,13 +167,12 @@ class LSSTransformer(pl.LightningModule):
         self.log(f"{stage}/bits_per_byte", bits_per_byte, prog_bar=True)
 
     def _training_flops(self, batch_size: int, local_length: int) -> float:
-        shares = sequence_shard(self).size
-        whole = self.model.config.training_flops(batch_size, local_length * shares)
-        return whole / shares
+        size = sequence_shard(self).size
+        return self.model.config.training_flops(batch_size, local_length * size) / size
 
 
 def _with_options(config: Any, options: dict[str, Any]) -> Any:
-    """``config`` with the options that are its fields, which are taken out of ``options``."""
+    """Move the options that are fields of ``config`` from ``options`` to a copy of ``config``."""
     return replace(config, **{field.name: options.pop(field.name) for field in fields(config) if field.name in options})
 
 

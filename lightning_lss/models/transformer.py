@@ -1,9 +1,8 @@
-"""The transformer as plain ``nn.Module``s; it knows nothing of launchers or strategies.
+"""The transformer as plain ``nn.Module``s, independent of launchers and strategies.
 
-A pre-norm transformer in the manner of GPT-2, with the options that came after it: rotary positions (arXiv 2104.09864),
-SwiGLU (arXiv 2002.05202) and grouped-query heads (arXiv 2305.13245). Run on a segment of the sequence it gives that
-segment's logits: every layer but attention works token by token, and attention is
-:class:`~lightning_lss.LSSAttention`.
+It is a pre-norm transformer like GPT-2, with later options: rotary positions (arXiv 2104.09864), SwiGLU (arXiv
+2002.05202) and grouped-query heads (arXiv 2305.13245). On a segment of the sequence it returns that segment's logits:
+attention is :class:`~lightning_lss.LSSAttention`, and every other layer works token by token.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ _CHOICES = {"positions": Positions, "mlp": MLP}
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of a :class:`Transformer`, and what its layers are made of.
+    """Sizes and kinds of layers of a :class:`Transformer`.
 
     Args:
-        vocab_size: number of token values, 256 for bytes.
+        vocab_size: vocabulary size V, 256 for bytes.
         seq_len: global sequence length L, the number of learned positions.
         width: model width E.
         num_layers: number of blocks.
@@ -45,12 +44,12 @@ class TransformerConfig:
         mlp: ``"gelu"`` or ``"swiglu"``.
         mlp_width: hidden width of the MLP; None for 4 E with GELU and 8/3 E, rounded up to a multiple of 64, with
             SwiGLU.
-        causal: decoder if true, encoder (every token sees all) if false.
+        causal: true for a decoder, false for an encoder, where every token sees all others.
         tie_embeddings: whether the output head is the embedding's transpose.
         dropout: probability of dropping an element of the embedding and of each residual branch.
 
     Raises:
-        ValueError: if sizes do not fit together.
+        ValueError: if a size is not positive, sizes are incompatible, or a kind of layer is unknown.
     """
 
     vocab_size: int = 256
@@ -96,12 +95,12 @@ class TransformerConfig:
         return 4 * self.width if self.mlp == "gelu" else -(-8 * self.width // 3 // 64) * 64
 
     def training_flops(self, batch_size: int, length: int) -> float:
-        """Floating-point operations of one training step on ``batch_size`` sequences of ``length``, forward and
-        backward.
+        """Count the floating-point operations of one training step, forward and backward, on ``batch_size`` sequences
+        of ``length`` tokens.
 
-        Matrix multiplications only, as for model FLOP/s utilization (PaLM, arXiv 2204.02311, appendix B): 6 for each
-        weight and token, and 12 E for each layer and visible query-key pair; a causal mask hides half of the pairs. The
-        embedding look-up is free.
+        It counts matrix multiplications only, as for model FLOP/s utilization (PaLM, arXiv 2204.02311, appendix B): 6
+        for each weight and token, and 12 E for each layer and visible query-key pair. A causal mask hides half of the
+        pairs. The embedding look-up counts 0.
         """
         hidden_weights = self.hidden_width * (3 if self.mlp == "swiglu" else 2)
         projections = self.width * (2 * self.width + 2 * self.kv_heads * self.head_dim)
@@ -112,20 +111,22 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """How a step of a :class:`Transformer` is computed; the result is the same.
+    """How a step of a :class:`Transformer` is computed; no option changes the result.
 
     Args:
-        head_chunks: in how many parts the key/value heads are gathered, a divisor of their number, or ``"auto"``. More parts
-            need less memory and send smaller messages. See :func:`lightning_lss.lss_attention`.
-        keep_gathered: keep gathered keys and values for the backward pass; see there.
-        activation_checkpointing: what is kept of a block between forward and backward: ``"none"`` (all of it), ``"full"``,
-            ``"selective"`` or ``"offload"``; see :func:`lightning_lss.nn.recompute.apply_checkpointing`.
-        mlp_tiles: in how many parts along the sequence the MLP is computed, each again in the backward pass. It lowers the
-            peak where the MLP's hidden activations of one block are the largest part, as with activation checkpointing.
+        head_chunks: number of parts in which the key/value heads are gathered, a divisor of their number, or
+            ``"auto"``. More parts need less memory and send smaller messages. See :func:`lightning_lss.lss_attention`.
+        keep_gathered: keep gathered keys and values for the backward pass; see :func:`lightning_lss.lss_attention`.
+        activation_checkpointing: what autograd keeps of a block between forward and backward: ``"none"`` (everything it
+            asks for), ``"full"``, ``"selective"`` or ``"offload"``; see
+            :func:`lightning_lss.nn.recompute.apply_checkpointing`.
+        mlp_tiles: number of parts along the sequence in which the MLP is computed; the backward pass computes each part
+            again. It lowers the peak where one block's hidden MLP activations dominate it, as with activation
+            checkpointing.
         compile_blocks: compile each block with ``torch.compile``, without graph breaks unless there is dropout.
 
     Raises:
-        ValueError: if a value is out of range.
+        ValueError: if the number of tiles is not positive, or the kind of activation checkpointing is unknown.
     """
 
     head_chunks: HeadChunks = "auto"
@@ -140,7 +141,7 @@ class ExecutionConfig:
 
 
 class SelfAttention(nn.Module):
-    """Projections around attention: [B, l, E] -> [B, l, E]."""
+    """Attention and its projections: [B, l, E] -> [B, l, E]."""
 
     def __init__(
         self, config: TransformerConfig, rotary: RotaryEmbedding | None = None, execution: ExecutionConfig | None = None
@@ -196,15 +197,15 @@ class Block(nn.Module):
         self._compiled: Callable[[Tensor], Tensor] | None = None
 
     def compile_forward(self, **options: Any) -> None:
-        """Compile the block with ``torch.compile(**options)``, but not hooks around it: those of FSDP cannot be
-        traced."""
+        """Compile the block with ``torch.compile(**options)``, without the hooks around it, since those of FSDP cannot
+        be traced."""
         self._compiled = torch.compile(self._forward, **options)
 
     def __getstate__(self) -> dict[str, Any]:  # compiled code belongs to this object and this process
         return {**super().__getstate__(), "_compiled": None}
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, l, E] -> [B, l, E]."""
+        """Apply attention and MLP: [B, l, E] -> [B, l, E]."""
         return self._forward(x) if self._compiled is None else self._compiled(x)
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -213,16 +214,16 @@ class Block(nn.Module):
 
 
 class Head(nn.Linear):
-    """Features [..., E] to logits [..., V], or to their loss without the logits."""
+    """Map features [..., E] to logits [..., V], or to their loss without holding all logits."""
 
     def loss(self, features: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the cross entropies of features [N, E] with targets, int64 [N]; see
+        """Sum the cross entropies of features [N, E] with targets, int64 [N]; see
         :func:`~lightning_lss.linear_cross_entropy`."""
         return linear_cross_entropy(features, self.weight, targets)
 
 
 class Transformer(nn.Module):
-    """Tokens of a segment to logits: int64 [B, l] -> [B, l, V].
+    """Map tokens of a segment to logits: int64 [B, l] -> [B, l, V].
 
     Raises:
         ValueError: if the head chunks of ``execution`` do not divide the key/value heads.
@@ -249,8 +250,8 @@ class Transformer(nn.Module):
         apply_checkpointing(self.blocks, execution.activation_checkpointing)
 
     def reset_parameters(self) -> None:
-        """GPT-2's initialization: normal with 0.02, and what adds to the residual stream scaled by 1 / sqrt(2 *
-        layers)."""
+        """Initialize weights like GPT-2: normal with standard deviation 0.02, divided by sqrt(2 * layers) for layers
+        that add to the residual stream."""
         residual_std = 0.02 / (2 * self.config.num_layers) ** 0.5
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -263,12 +264,13 @@ class Transformer(nn.Module):
             block.compile_forward(fullgraph=self.config.dropout == 0)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits [B, l, V] of the local tokens [B, l]; with targets, int64 [B, l], the sum of their cross entropies."""
+        """Compute logits [B, l, V] of the local tokens, int64 [B, l]; with targets, int64 [B, l], the sum of their
+        cross entropies instead."""
         features = self.features(tokens)
         return self.head(features) if targets is None else self.head.loss(features.flatten(0, 1), targets.flatten())
 
     def features(self, tokens: Tensor) -> Tensor:
-        """The head's input, [B, l, E], of the local tokens [B, l]."""
+        """Compute the head's input [B, l, E] of the local tokens, int64 [B, l]."""
         x = self.embedding(tokens)
         if self.positions is not None:
             x = x + self.positions(tokens.size(1))
@@ -280,7 +282,7 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:
-        """Parameters for an optimizer: weight decay for the matrices of linear layers and for nothing else."""
+        """Group parameters for an optimizer, with weight decay only for the matrices of linear layers."""
         linear = {id(m.weight) for m in self.modules() if isinstance(m, nn.Linear)}
         linear -= {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}  # a tied head is an embedding
         decayed = [p for p in self.parameters() if id(p) in linear]

@@ -183,7 +183,7 @@ class SegmentGradScaler(torch.amp.GradScaler):
 
 
 def count_parameters(module: nn.Module, size: int = 1) -> int:
-    """Number of parameters of the whole model; segment-local ones lie on ``size`` ranks in equal parts."""
+    """Number of parameters of the whole model, with segment-local ones in equal parts on ``size`` ranks."""
     local = set(segment_local_names(module))
     whole = {name: x for name, x in module.named_parameters() if name not in local or isinstance(x, DTensor)}
     parts = [x for name, x in module.named_parameters() if name not in whole]

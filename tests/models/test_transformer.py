@@ -142,7 +142,7 @@ def test_parameters_are_counted_once_and_tables_on_all_ranks() -> None:
     model = make_model()
     weights = 11 * 32 + 2 * (12 * 32**2) + 5 * 2 * 32  # embedding, layers, norms with bias
     assert count_parameters(model) == weights + 16 * 32
-    assert count_parameters(model, shares=4) == weights + 4 * 16 * 32
+    assert count_parameters(model, size=4) == weights + 4 * 16 * 32
 
 
 # -- initialization ----------------------------------------------------------------------------------------------------
