@@ -281,10 +281,12 @@ def fail_and_save(rank: int, run: Run, folder: str) -> str:
     return "nothing was raised"
 
 
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
-def test_no_collectives_on_the_way_out(world, tmp_path, positions) -> None:
-    # Trap 14. Saving on exception gathers the table and ends in a barrier, neither of which the other ranks join.
-    run = Run(size=2, module=FailingTransformer, model={"positions": positions})
+@pytest.mark.parametrize(("positions", "folder"), [("learned", False), ("rotary", False), ("rotary", True)])
+def test_no_collectives_on_the_way_out(world, tmp_path, positions, folder) -> None:
+    # Trap 14. Saving on exception gathers the table and ends in a barrier, neither of which the other ranks join. A
+    # folder is written in collectives whatever the model holds.
+    strategy = {"save_distributed_checkpoint": folder}
+    run = Run(size=2, module=FailingTransformer, model={"positions": positions}, strategy=strategy)
     counted = world.run(2, count_after_failure, run, str(tmp_path))
     assert counted == [("the error that the user must see", 0)] * 2
 
@@ -383,10 +385,11 @@ def load_on_rank_zero(rank: int, run: Run, table: Tensor) -> dict[str, Tensor]:
     return trainer.strategy.lightning_module_state_dict()
 
 
-def test_rows_start_from_those_of_rank_zero(world) -> None:
+@pytest.mark.parametrize("length", [LENGTH, 3 * 4096 + 64])  # tables are sent 4,096 rows at a time
+def test_rows_start_from_those_of_rank_zero(world, length) -> None:
     # as DDP starts from rank 0's weights, whatever the other ranks made of theirs
-    table = torch.randn(LENGTH, 16)
-    for state in world.run(4, load_on_rank_zero, Run(size=4, steps=0), table):
+    table = torch.randn(length, 16)
+    for state in world.run(4, load_on_rank_zero, Run(size=4, steps=0, model={"seq_len": length}), table):
         assert torch.equal(state[TABLE], table)
 
 

@@ -13,34 +13,41 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor
 
 from lightning_lss.checkpoint.file import AtomicCheckpointIO
+from lightning_lss.checkpoint.folder import is_folder
 from lightning_lss.testing.compare import assert_equal, assert_equal_on_ranks
 from tests.training import Run, SGDTransformer, epochs, fit, make_loader, make_module, make_samples, make_trainer
 
 
-def save_after_a_crash(rank: int, run: Run, path: str) -> tuple[list[str], bool]:
-    """Names that a crash before the last rename leaves behind, and whether the next save works."""
+def save_after_a_crash(rank: int, run: Run, path: str, where: str) -> tuple[list[str], bool]:
+    """Names that lie there after a crash at ``where`` while a checkpoint is replaced, and whether the next save works."""
     module, trainer = make_module(run), make_trainer(rank, run)
     trainer.fit(module, make_loader(trainer, make_samples(8), 2))
-    crash = patch("os.replace", side_effect=OSError("the machine goes down"))
-    no_way_out = patch("shutil.rmtree"), patch.object(Path, "unlink"), patch.object(trainer.strategy, "barrier")
+    trainer.save_checkpoint(path)
+    patches = [
+        patch(where, side_effect=OSError("the machine goes down")),
+        *(patch(name) for name in ("shutil.rmtree", "pathlib.Path.unlink") if name != where),  # no time to clean up
+        patch.object(trainer.strategy, "barrier"),
+    ]
     with suppress(OSError), ExitStack() as stack:
-        for patched in (crash, *no_way_out):
-            stack.enter_context(patched)
+        for crash in patches:
+            stack.enter_context(crash)
         trainer.save_checkpoint(path)
     trainer.strategy.barrier()
     left = [x.name for x in Path(path).parent.iterdir()]
     trainer.strategy.barrier()
     trainer.save_checkpoint(path)
-    return left, Path(path).exists()
+    return left, is_folder(path) if run.strategy["save_distributed_checkpoint"] else Path(path).is_file()
 
 
-@pytest.mark.parametrize("distributed", [False, True])
-def test_what_a_crash_leaves_does_not_block_the_next_save(world, tmp_path, distributed) -> None:
+@pytest.mark.parametrize(
+    ("distributed", "where"), [(False, "os.replace"), (True, "os.replace"), (True, "shutil.rmtree")]
+)
+def test_what_a_crash_leaves_does_not_block_the_next_save(world, tmp_path, distributed, where) -> None:
     path = tmp_path / "saved.ckpt"
     run = Run(size=2, steps=1, strategy={"save_distributed_checkpoint": distributed})
-    for left, written in world.run(2, save_after_a_crash, run, str(path)):
-        assert len(left) == 1
-        assert left[0] != path.name
+    for left, written in world.run(2, save_after_a_crash, run, str(path), where):
+        assert len(left) == 2
+        assert path.name in left
         assert written
 
 
