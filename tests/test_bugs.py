@@ -155,7 +155,9 @@ def seen_batches(rank: int, run: Run, workers: int) -> Tensor:
     try:
         trainer = make_trainer(rank, run, use_distributed_sampler=True)
         data = NoisySamples() if workers else make_samples(16)
-        trainer.fit(module, DataLoader(data, batch_size=2, num_workers=workers))
+        context = "fork" if workers else None  # ranks in tests would have it start Python anew
+        loader = DataLoader(data, batch_size=2, num_workers=workers, multiprocessing_context=context)
+        trainer.fit(module, loader)
     finally:
         os.environ.pop("PL_SEED_WORKERS", None)
         os.environ.pop("PL_GLOBAL_SEED", None)
