@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,3 +39,15 @@ def test_a_file_is_one_idea() -> None:
 
 def test_nothing_but_the_root_lies_directly_in_the_package() -> None:
     assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "version.py"}
+
+
+TESTS = Path(__file__).parent
+TEST_FILES = sorted(TESTS.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", TEST_FILES, ids=lambda path: path.relative_to(TESTS).as_posix())
+def test_tests_share_the_toolbox_and_helpers_only(path) -> None:
+    found = set(imports(path))
+    assert not [name for name in found if re.match(r"tests\.(\w+\.)*test_", name)]
+    if path.parent.name != "benchmarks":
+        assert not [name for name in found if name.split(".")[0] == "benchmarks"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._pytree import tree_leaves
 
 from lightning_lss.testing.dispatch import Watch
@@ -74,8 +76,7 @@ class CollectiveCounter(Watch):
     one other: the other receives it. A collective that is not in the table raises ``RuntimeError``.
 
     Bytes are the payload that a rank has to receive from others in a ring: (n - 1) / n of an all-gather's output, a
-    reduce-scatter's input or an all-to-all's input, and twice that of an all-reduce's tensor, of n ranks. They are right
-    where all groups are the whole world.
+    reduce-scatter's input or an all-to-all's input, and twice that of an all-reduce's tensor, in a group of n ranks.
 
     Args:
         phase: what is counted first; set the attribute to go on to another.
@@ -120,12 +121,26 @@ def _received(kind: str, args: tuple[Any, ...], result: Any) -> int:
 
     For gathers and scatters the larger of output and input is the whole, in whatever order the operation takes them.
     """
-    ranks = dist.get_world_size()
+    ranks = _group_size(args)
     if kind == "all_reduce":
         return 2 * _nbytes(args[0]) * (ranks - 1) // ranks
     if kind in ("receive", "broadcast"):
         return _nbytes(args[0])
     return max(_nbytes(part) for part in (*args, result)) * (ranks - 1) // ranks
+
+
+def _group_size(args: tuple[Any, ...]) -> int:
+    """Ranks of the group that a collective is given, as an object or, last of its strings, by name."""
+    names = [part for part in args if isinstance(part, str)]
+    if names:
+        return _resolve_process_group(names[-1]).size()  # type: ignore[arg-type]
+    for part in args:
+        if isinstance(part, dist.ProcessGroup):
+            return part.size()
+        if isinstance(part, torch.ScriptObject):
+            with suppress(RuntimeError):  # of another class, such as the operation of a reduction
+                return dist.ProcessGroup.unbox(part).size()
+    raise RuntimeError(f"No process group is among the arguments of a collective: {[type(x) for x in args]}.")
 
 
 def _nbytes(part: Any) -> int:

@@ -107,9 +107,13 @@ class World:
         self._start_missing()
         with tempfile.TemporaryDirectory() as folder:
             call = _Call(fn, args, size if group else 0, threads, Path(folder) / "meeting", timeout)
-            for _, connection in self._workers[:size]:
-                connection.send(call)
-            return self._collect(size, timeout)
+            try:
+                for _, connection in self._workers[:size]:
+                    connection.send(call)
+                return self._collect(size, timeout)
+            except BaseException:  # an interrupt too: answers that are left would be taken for those of the next call
+                self.close()
+                raise
 
     def close(self) -> None:
         """End all workers. A later call starts new ones."""
@@ -121,6 +125,8 @@ class World:
         atexit.unregister(self.close)
 
     def _start_missing(self) -> None:
+        if not all(worker.is_alive() for worker, _ in self._workers):
+            self.close()
         if not self._workers:
             atexit.register(self.close)  # else Python waits at exit for workers that wait for calls
         while len(self._workers) < self.size:
@@ -148,7 +154,6 @@ class World:
                 errors |= dict.fromkeys(silent.values(), "It did not answer in time.")
                 break
         if errors:
-            self.close()
             raise WorkerError("\n".join(f"rank {rank}:\n{errors[rank]}" for rank in sorted(errors)))
         return [results[rank] for rank in range(size)]
 

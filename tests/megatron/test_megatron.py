@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
@@ -105,6 +106,24 @@ def test_float32_without_clipping_and_with_a_table_that_is_built_in_parts(world)
     reference = world.run(1, fit, make_run(**common))[0]
     states = world.run(4, fit_whole, make_run(size=4, strategy={"megatron": True}, **common))
     assert_equal_on_ranks(states, reference, 1e-5)
+
+
+class Unequal(DoubleTransformer):
+    """Starts from other weights on every rank, as a module does that is built without a seed."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter += dist.get_rank()
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_ranks_start_from_the_first_one(world, steps) -> None:
+    common = {"module": Unequal, "model": {"positions": "rotary"}, "steps": steps, "trainer": {}}
+    reference = world.run(1, fit, Run(**common))[0]
+    run = Run(size=2, strategy={"megatron": True}, **common)
+    assert_equal_on_ranks(world.run(4, fit_whole, run), reference, 1e-10)
 
 
 def count_left_over(rank: int, checkpointing: str, tiles: int) -> int:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_lss.models.lightning_module import LSSTransformer
-from lightning_lss.models.transformer import Transformer, TransformerConfig
+from lightning_lss.models.transformer import Block, Transformer, TransformerConfig
 from lightning_lss.sequence.segment import SequenceShard, segment_modules
 from lightning_lss.testing.compare import assert_equal
 from tests.training import Run, fit, make_loader, make_module, make_samples, make_trainer
@@ -69,8 +69,10 @@ NEEDS_COMPILER = pytest.mark.skipif(
 def test_blocks_are_compiled_by_configuration(world, dropout) -> None:
     # with dropout random numbers are drawn outside of the graph, in the same order
     plain, compiled = (
-        world.run(2, fit, Run(size=2, model={"dropout": dropout, "compile_blocks": compile_blocks}), timeout=200)[0]
-        for compile_blocks in (False, True)
+        world.run(2, fit, Run(size=2, model={"num_layers": 1, "dropout": dropout, "compile_blocks": own}), timeout=200)[
+            0
+        ]
+        for own in (False, True)
     )
     assert_equal(compiled, plain, 1e-5)
 
@@ -79,13 +81,10 @@ def test_blocks_are_compiled_by_configuration(world, dropout) -> None:
 @NEEDS_COMPILER
 def test_compiled_blocks_may_be_sharded_and_validated_before(world) -> None:
     # FSDP's hooks around a block cannot be traced, and angles of a validation must not be kept for training
-    common = {"size": 2, "strategy": {"sharding": "fsdp"}}
-    plain, compiled = (
-        world.run(
-            2, fit_after_validation, Run(**common, model={"positions": "rotary", "compile_blocks": own}), timeout=200
-        )[0]
-        for own in (False, True)
-    )
+    strategy = {"sharding": "fsdp", "sharding_units": [Block]}  # a single block, since compiling takes the time
+    models = [{"positions": "rotary", "num_layers": 1, "compile_blocks": own} for own in (False, True)]
+    runs = [Run(size=2, strategy=strategy, model=model) for model in models]
+    plain, compiled = (world.run(2, fit_after_validation, run, timeout=200)[0] for run in runs)
     assert_equal(compiled, plain, 1e-5)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from typing import Any
 
@@ -57,6 +58,17 @@ def test_failures_name_their_ranks_and_the_next_call_finds_new_workers() -> None
                 own.run(2, fail, how, group=False)
             after = own.run(2, describe_rank, 0, timeout=60)
             assert {x[0] for x in before}.isdisjoint(x[0] for x in after)
+
+
+def die_after_the_call(rank: int) -> None:
+    threading.Timer(0.2, lambda: os._exit(1)).start()
+
+
+def test_a_worker_that_dies_between_calls_is_replaced() -> None:
+    with World(2) as own:
+        own.run(2, die_after_the_call, group=False)
+        time.sleep(1)
+        assert [x[1] for x in own.run(2, describe_rank, 0)] == [1, 1]
 
 
 def count(rank: int) -> Tally:
