@@ -1,7 +1,7 @@
 """``LSSStrategy`` connects the parts of LSS to Lightning's Trainer.
 
-It is composed of two objects. One distributes parameters over the ranks (:mod:`lightning_lss.parallel`), the other
-writes checkpoints (:mod:`lightning_lss.checkpoint`). Both are chosen once, and hooks delegate to them.
+Two objects are chosen once: one distributes parameters over the ranks (:mod:`lightning_lss.parallel`), one writes
+checkpoints (:mod:`lightning_lss.checkpoint`). Hooks delegate to them.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
             None sends every tensor in the dtype that it is computed in.
         sharding: how parameters, gradients and optimizer state are distributed.
 
-            - None: whole on every rank, with gradients averaged by DistributedDataParallel.
-            - ``"fsdp"``: sharded over all W = D x S ranks by torch's ``fully_shard``; needs the least memory.
+            - None: whole on every rank; DistributedDataParallel averages gradients.
+            - ``"fsdp"``: sharded over all W = D x S ranks by torch's ``fully_shard``, for the least memory.
             - ``"hybrid"``: sharded over the S ranks of a sequence group, with D copies. Parameters are gathered within
               a group; only gradients are sent between groups, once a step. Use it where the links between groups are
               slower than those within. With D = 1 it is the same as ``"fsdp"``.
 
-            Training is the same with all three. Positional tables are not sharded, since a rank has only its own rows.
-            After a run the LightningModule holds a rank's parts: use ``trainer.test`` and the like, or a checkpoint.
+            Positional tables are not sharded, since a rank has only its own rows. After a run the LightningModule holds a
+            rank's parts: use ``trainer.test`` and the like, or a checkpoint.
         sharding_units: with ``sharding``, the classes of modules whose parameters are gathered together (they must be
             called as modules, not through their children); None takes the repeated blocks, as below.
         save_distributed_checkpoint: write checkpoints as folders instead of one file. Every rank writes its own part,
@@ -85,9 +85,8 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
             and ``nn.Sequential``.
         mlp_tiles: in how many parts along the sequence to compute ``tiled_modules``, each again in the backward pass.
         tiled_modules: names of modules that map [B, l, E] token by token. None takes all that are called ``mlp``.
-        **ddp_kwargs: arguments of :class:`~lightning.pytorch.strategies.DDPStrategy` and of
-            :class:`~torch.nn.parallel.DistributedDataParallel`; with ``sharding``, only ``broadcast_buffers`` of the
-            latter.
+        **ddp_kwargs: arguments of :class:`~lightning.pytorch.strategies.DDPStrategy` and of torch's
+            ``DistributedDataParallel``; with ``sharding``, of the latter only ``broadcast_buffers``.
 
     Raises:
         ValueError: at once, if the layout, the sharding or the kind of checkpointing is unknown, a size is not
@@ -135,8 +134,8 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         self._running = self._failed = False
 
     def __repr__(self) -> str:  # shown by pytorch_lightning.Trainer when it refuses the object
-        size, layout = self._requested_size, self._layout
-        return f"LSSStrategy(sequence_parallel_size={size!r}, layout={layout!r}) for lightning.pytorch.Trainer"
+        size = self._requested_size
+        return f"LSSStrategy(sequence_parallel_size={size!r}, layout={self._layout!r}) for lightning.pytorch.Trainer"
 
     # -- who this process is -------------------------------------------------------------------------------------------
 
@@ -215,10 +214,10 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         self._check_parameters()  # once more, with what configure_model has made
         self._memory.apply(self._module)
         self._segment_local = local = SegmentLocal(self._module, self._grid)
-        layer_sync = self._layer_sync
-        self._layer_sync = self._parameters.layer_sync(self._module, layer_sync)
+        chosen = self._layer_sync
+        self._layer_sync = self._parameters.layer_sync(self._module, chosen)
         super().setup(trainer)
-        self._layer_sync = layer_sync
+        self._layer_sync = chosen
         local.start_equally()
         if self._shard.size > 1:
             validation.warn_of_batch_norm(self._module)
@@ -363,8 +362,8 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
                 " tables and parts of sharded parameters cannot be collected."
             )
             return
-        write_file = super().save_checkpoint
-        self._checkpoints.write(checkpoint, filepath, storage_options, self._module, self.optimizers, write_file)
+        write = super().save_checkpoint
+        self._checkpoints.write(checkpoint, filepath, storage_options, self._module, self.optimizers, write)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
