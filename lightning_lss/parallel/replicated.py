@@ -25,12 +25,14 @@ class Replicated:
     :class:`~lightning_lss.parallel.fsdp.FullyShard` has the same methods; the strategy chooses between the two once.
     """
 
+    def _do_nothing(self, *args: Any) -> None:
+        """Whole parameters need nothing at these moments."""
+
+    prepare_run = before_backward = after_backward = before_step = after_step = reshard = hand_over = _do_nothing
+
     def init_device(self, device: torch.device) -> torch.device:
         """The device on which modules are built: the rank's."""
         return device
-
-    def prepare_run(self, trainer: pl.Trainer) -> None:
-        """Prepare nothing."""
 
     def layer_sync(self, module: nn.Module, layer_sync: LayerSync | None) -> LayerSync | None:
         """The Trainer's replacement of layers (``sync_batchnorm``) to apply to ``module``: all of it."""
@@ -61,27 +63,9 @@ class Replicated:
         """Return a context in which gradients accumulate and are not averaged."""
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
-    def before_backward(self, loss: Tensor) -> None:
-        """Do nothing."""
-
-    def after_backward(self) -> None:
-        """Do nothing."""
-
-    def before_step(self) -> None:
-        """Do nothing."""
-
-    def after_step(self) -> None:
-        """Do nothing."""
-
-    def reshard(self) -> None:
-        """Do nothing: parameters stay whole."""
-
     def keep_for_checkpoint(self, tensor: Tensor) -> Any:
         """Return a tensor that was gathered for a checkpoint, on every rank."""
         return tensor
-
-    def hand_over(self, module: nn.Module) -> None:
-        """Do nothing: the process that spawned this one can take over the parameters as they are."""
 
     def tear_down(self, strategy: ParallelStrategy, tear_down: Callable[[], None]) -> None:
         """End a run with ``tear_down``, the strategy's own method."""
