@@ -11,8 +11,6 @@ from pathlib import Path
 import pooch
 from filelock import FileLock
 
-_RETRIES = 2  # pooch waits 1 s before the first retry and 2 s before the second
-
 
 class DownloadError(RuntimeError):
     """A file could not be downloaded, or the server sent another one."""
@@ -20,19 +18,12 @@ class DownloadError(RuntimeError):
 
 @dataclass(frozen=True)
 class ZipSource:
-    """An archive on the web and the one file (member) wanted from it.
+    """An archive on the web and the one file (member) wanted from it, with the size and SHA-256 of both."""
 
-    Args:
-        url: the archive's http or https address.
-        zip_bytes, zip_sha256: the archive's size, and its SHA-256 in hexadecimal digits.
-        member: the file's name in the archive.
-        member_bytes, member_sha256: the file's size and SHA-256.
-    """
-
-    url: str
+    url: str  # http or https
     zip_bytes: int
-    zip_sha256: str
-    member: str
+    zip_sha256: str  # hexadecimal digits
+    member: str  # its name in the archive
     member_bytes: int
     member_sha256: str
 
@@ -40,6 +31,10 @@ class ZipSource:
     def zip_name(self) -> str:
         """The archive's name on disk."""
         return f"{self.member}.zip"
+
+    def is_unpacked_at(self, path: Path) -> bool:
+        """Return whether ``path`` is the member, judged by its size."""
+        return path.is_file() and path.stat().st_size == self.member_bytes
 
 
 def locate(source: ZipSource, path: Path) -> Path:
@@ -65,11 +60,6 @@ def locate(source: ZipSource, path: Path) -> Path:
     )
 
 
-def is_unpacked(source: ZipSource, path: Path) -> bool:
-    """Return whether ``path`` is the member, judged by its size."""
-    return path.is_file() and path.stat().st_size == source.member_bytes
-
-
 def fetch(source: ZipSource, folder: Path, archive: Path | None = None) -> Path:
     """Return the path of the member in ``folder``; unpack it first if it is not there.
 
@@ -83,16 +73,13 @@ def fetch(source: ZipSource, folder: Path, archive: Path | None = None) -> Path:
     target = folder / source.member
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{source.member}.lock"):  # pooch itself has no lock
-        if not is_unpacked(source, target):  # otherwise another process was first
-            _unpack(source, _download(source, folder) if archive is None else _verified(source, archive), target)
+        if not source.is_unpacked_at(target):  # otherwise another process was first
+            if archive is None:
+                archive = _download(source, folder)
+            elif pooch.file_hash(archive) != source.zip_sha256:
+                raise ValueError(f"{archive} is damaged: its SHA-256 is not {source.zip_sha256}. Copy it again.")
+            _unpack(source, archive, target)
     return target
-
-
-def _verified(source: ZipSource, archive: Path) -> Path:
-    """Return ``archive``; raise ``ValueError`` if its SHA-256 is wrong."""
-    if pooch.file_hash(archive) != source.zip_sha256:
-        raise ValueError(f"{archive} is damaged: its SHA-256 is not {source.zip_sha256}. Copy it again.")
-    return archive
 
 
 def _download(source: ZipSource, folder: Path) -> Path:
@@ -101,9 +88,8 @@ def _download(source: ZipSource, folder: Path) -> Path:
     pooch writes to a temporary file, which it renames once the SHA-256 is right and removes otherwise.
     """
     name = source.zip_name
-    files = pooch.create(
-        folder, base_url="", registry={name: source.zip_sha256}, urls={name: source.url}, retry_if_failed=_RETRIES
-    )
+    # pooch waits 1 s before the first retry and 2 s before the second.
+    files = pooch.create(folder, "", registry={name: source.zip_sha256}, urls={name: source.url}, retry_if_failed=2)
     try:
         return Path(files.fetch(name, downloader=pooch.HTTPDownloader(progressbar=True)))
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
@@ -115,11 +101,7 @@ def _download(source: ZipSource, folder: Path) -> Path:
 
 
 def _unpack(source: ZipSource, archive: Path, target: Path) -> None:
-    """Write the member of a verified archive to ``target``, all of it or nothing.
-
-    Raises:
-        ValueError: if the member's SHA-256 is wrong.
-    """
+    """Write the member of a verified archive to ``target``, or nothing and raise ``ValueError`` if its hash is wrong."""
     part = target.with_name(f"{target.name}.part")  # a fixed name: the next call overwrites what a killed one left
     with zipfile.ZipFile(archive) as container, container.open(source.member) as packed, part.open("wb") as file:
         shutil.copyfileobj(packed, file)

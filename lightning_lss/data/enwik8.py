@@ -7,15 +7,8 @@ from pathlib import Path
 
 import pooch
 
-from lightning_lss.data.download import ZipSource, fetch, is_unpacked, locate
-from lightning_lss.data.sequences import (
-    SampleDataset,
-    SequenceDataModule,
-    Split,
-    TokenFiles,
-    WindowDataset,
-    spans_by_position,
-)
+from lightning_lss.data.download import ZipSource, fetch, locate
+from lightning_lss.data.sequences import SequenceDataModule, Split, TokenFiles, WindowDataset, spans_by_position
 
 ENWIK8 = ZipSource(
     url="http://mattmahoney.net/dc/enwik8.zip",
@@ -31,23 +24,19 @@ SHARES = (0.9, 0.05, 0.05)  # the customary 90, 5 and 5 million bytes
 class Enwik8DataModule(SequenceDataModule):
     """enwik8 as bytes: the first 90 MB for training, the next 5 MB for validation, the last 5 MB for test.
 
-    Batches are those of :class:`~lightning_lss.data.sequences.SequenceDataModule`. ``prepare_data`` downloads the
-    archive (36 MB) once and unpacks it; both stay in ``cache_dir``.
+    ``prepare_data`` downloads the archive (36 MB) once and unpacks it; both stay in ``cache_dir``.
 
     Args:
-        seq_len: global sequence length L.
-        batch_size: sequences B per sequence group and step.
         path: a copy on disk: the file, its zip archive, or a folder that holds one of them; None to download it.
         cache_dir: where the download is kept; None for ``lightning_lss/enwik8`` in the user's cache folder
             (``$XDG_CACHE_HOME`` or ``~/.cache`` on Linux, ``~/Library/Caches`` on macOS).
         url: another http or https address of the same archive.
-        num_workers: number of loading processes per rank.
         source: the archive's address, and the sizes and hashes to expect.
+        seq_len, batch_size, num_workers: as in :class:`~lightning_lss.data.sequences.SequenceDataModule`.
 
     Raises:
         FileNotFoundError: if there is nothing at ``path``; in ``setup``, if ``prepare_data`` did not run.
-        ValueError: if the file at ``path`` has the wrong size, or a number is out of range; in ``prepare_data``, if
-            the archive at ``path`` is damaged; in ``setup``, if a split is too short.
+        ValueError: if the file at ``path`` has the wrong size; in ``prepare_data``, if the archive there is damaged.
         DownloadError: in ``prepare_data``, if the download fails; the message says where to put a copy.
     """
 
@@ -63,25 +52,20 @@ class Enwik8DataModule(SequenceDataModule):
     ) -> None:
         super().__init__(seq_len, batch_size, num_workers)
         self.source = source if url is None else dataclasses.replace(source, url=url)
-        folder = pooch.os_cache("lightning_lss") / "enwik8" if cache_dir is None else Path(cache_dir)
-        self.cache_dir = folder.expanduser()
+        self.cache_dir = Path(cache_dir or pooch.os_cache("lightning_lss") / "enwik8").expanduser()
         self.copy = None if path is None else locate(self.source, Path(path).expanduser())
-
-    @property
-    def text_path(self) -> Path:
-        """The path of the unpacked file, which ``prepare_data`` makes if it is not there."""
-        if self.copy is not None and is_unpacked(self.source, self.copy):
-            return self.copy
-        return self.cache_dir / self.source.member
+        self.text_path = self.cache_dir / self.source.member  # prepare_data makes it if it is not there
+        if self.copy is not None and self.source.is_unpacked_at(self.copy):
+            self.text_path = self.copy
 
     def prepare_data(self) -> None:
         """Download and unpack the file if needed. Lightning calls this on one rank per node."""
-        if not is_unpacked(self.source, self.text_path):
+        if not self.source.is_unpacked_at(self.text_path):
             fetch(self.source, self.cache_dir, archive=self.copy)
 
-    def dataset(self, split: Split) -> SampleDataset:
+    def dataset(self, split: Split) -> WindowDataset:
         """Return windows of the part of the file that belongs to ``split``."""
-        if not is_unpacked(self.source, self.text_path):
+        if not self.source.is_unpacked_at(self.text_path):
             raise FileNotFoundError(f"{self.text_path} is missing or incomplete. Call prepare_data() first.")
         tokens = TokenFiles([self.text_path])
         span = spans_by_position(len(tokens), SHARES)[split]

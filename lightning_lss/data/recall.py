@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -11,26 +13,19 @@ from lightning_lss.nn.loss import IGNORED
 _STREAM: dict[Split, int] = {"train": 0, "val": 1, "test": 2}
 
 
+@dataclass(frozen=True)
 class RecallDataset(SampleDataset):
     """Random tokens whose second half repeats the first.
 
     In each sample ``targets[L/2:]`` equals ``inputs[:L/2]``: at position i >= L/2 the token to predict is the one at
-    i - L/2. Earlier targets would be random; they are -100, so the loss ignores them.
-
-    Args:
-        seq_len: length L of a sample, even.
-        vocab_size: number of token values.
-        num_samples: number of samples.
-        seed: two or more integers, each at least 0; different seeds give different datasets.
-
-    A sample depends only on the seed and its index, so it is the same in every process.
+    i - L/2. Earlier targets would be random; they are -100, so the loss ignores them. A sample depends only on the
+    seed and its index, so it is the same in every process.
     """
 
-    def __init__(self, seq_len: int, vocab_size: int, num_samples: int, seed: tuple[int, ...]) -> None:
-        self.seq_len = seq_len
-        self.vocab_size = vocab_size
-        self.num_samples = num_samples
-        self.seed = seed
+    seq_len: int  # L, even
+    vocab_size: int
+    num_samples: int
+    seed: tuple[int, ...]  # two or more integers, each at least 0; different seeds give different datasets
 
     def __len__(self) -> int:
         return self.num_samples
@@ -51,17 +46,14 @@ class RecallDataModule(SequenceDataModule):
     """Random tokens whose second half repeats the first; only the second half counts in the loss.
 
     A model that sees the whole sequence reaches a loss of 0. A model that sees less than half of it stays at
-    ln(vocab_size). Batches are those of :class:`~lightning_lss.data.sequences.SequenceDataModule`, with -100 as the
-    targets of the first half.
+    ln(vocab_size). The targets of the first half are -100.
 
     Args:
-        seq_len: global sequence length L, even.
-        batch_size: sequences B per sequence group and step.
         vocab_size: number of token values.
         train_samples: number of samples in an epoch.
         val_samples: number of samples for validation, and of others for test.
         seed: different seeds give different samples.
-        num_workers: number of loading processes per rank.
+        seq_len, batch_size, num_workers: as in :class:`~lightning_lss.data.sequences.SequenceDataModule`.
 
     Raises:
         ValueError: if a number is out of range or ``seq_len`` is odd.
@@ -89,6 +81,6 @@ class RecallDataModule(SequenceDataModule):
         self.num_samples: dict[Split, int] = {"train": train_samples, "val": val_samples, "test": val_samples}
         self.seed = seed
 
-    def dataset(self, split: Split) -> SampleDataset:
+    def dataset(self, split: Split) -> RecallDataset:
         """Return the samples of ``split``; each split has a random stream of its own."""
         return RecallDataset(self.seq_len, self.vocab_size, self.num_samples[split], (self.seed, _STREAM[split]))

@@ -20,19 +20,13 @@ Split = Literal["train", "val", "test"]
 Sample = dict[str, Tensor]
 
 TOKEN_DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
-_SPLITS_OF_STAGE: dict[str | None, tuple[Split, ...]] = {
-    "fit": ("train", "val"),
-    "validate": ("val",),
-    "test": ("test",),
-    "predict": ("test",),
-    None: ("train", "val", "test"),
-}
+_STAGES: dict[Split, set[str]] = {"train": {"fit"}, "val": {"fit", "validate"}, "test": {"test", "predict"}}
 
 
 class TokenFiles:
     """The tokens of one or several files, joined end to end into one stream.
 
-    Reading maps only the requested piece, so the files may be larger than memory. The object itself holds only paths and
+    The files are memory-mapped when read, so they may be larger than memory. The object itself holds only paths and
     sizes, so it can be sent to the workers of a DataLoader at no cost.
 
     Args:
@@ -48,9 +42,16 @@ class TokenFiles:
         if dtype not in TOKEN_DTYPES:
             raise ValueError(f"dtype={dtype!r} is unknown: choose one of {', '.join(map(repr, TOKEN_DTYPES))}.")
         self.dtype = np.dtype(dtype)
-        sizes = {path: _tokens_in(path, self.dtype) for path in paths}
+        sizes = {path: path.stat().st_size for path in paths}
+        token = self.dtype.itemsize
+        for path, size in sizes.items():
+            if size % token:
+                raise ValueError(
+                    f"{path} has {size} bytes, which is not a multiple of the {token} bytes of a token of dtype={dtype!r}. "
+                    "Give the dtype that the file was written with."
+                )
         self.paths = [path for path in paths if sizes[path]]  # an empty file cannot be mapped
-        self._starts = [0, *itertools.accumulate(sizes[path] for path in self.paths)]
+        self._starts = [0, *itertools.accumulate(sizes[path] // token for path in self.paths)]
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -63,26 +64,10 @@ class TokenFiles:
         """
         if not 0 <= start < stop <= len(self):
             raise IndexError(f"Tokens {start} to {stop} are out of range for a stream of {len(self)}.")
-        first = bisect.bisect_right(self._starts, start) - 1
-        last = bisect.bisect_left(self._starts, stop) - 1
-        pieces = [self._read_file(file, start, stop) for file in range(first, last + 1)]
+        touched = slice(bisect.bisect_right(self._starts, start) - 1, bisect.bisect_left(self._starts, stop))
+        files = zip(self.paths[touched], self._starts[touched])
+        pieces = [np.memmap(path, self.dtype, "r")[max(start - begin, 0) : stop - begin] for path, begin in files]
         return torch.from_numpy(np.concatenate(pieces, dtype=np.int64))
-
-    def _read_file(self, file: int, start: int, stop: int) -> np.ndarray:
-        """Return those of tokens ``start`` to ``stop`` that lie in one file."""
-        begin, end = max(start, self._starts[file]), min(stop, self._starts[file + 1])
-        offset = (begin - self._starts[file]) * self.dtype.itemsize
-        return np.memmap(self.paths[file], self.dtype, mode="r", offset=offset, shape=(end - begin,))
-
-
-def _tokens_in(path: Path, dtype: np.dtype) -> int:
-    size = path.stat().st_size
-    if size % dtype.itemsize:
-        raise ValueError(
-            f"{path} has {size} bytes, which is not a multiple of the {dtype.itemsize} bytes of a token of dtype={dtype.name!r}."
-            " Give the dtype that the file was written with."
-        )
-    return size // dtype.itemsize
 
 
 class SampleDataset(Dataset[Sample], ABC):
@@ -142,8 +127,7 @@ class WindowDataset(SampleDataset):
 def spans_by_position(length: int, shares: Sequence[float]) -> dict[Split, range]:
     """Cut a stream of ``length`` tokens into three parts: training, then validation, then test.
 
-    Raises:
-        ValueError: if ``shares`` are not three positive numbers that sum to 1.
+    Raises ``ValueError`` if ``shares`` are not three positive numbers that sum to 1.
     """
     if len(shares) != 3 or min(shares) <= 0 or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
         raise ValueError(
@@ -165,7 +149,8 @@ class SequenceDataModule(pl.LightningDataModule, ABC):
         num_workers: number of loading processes per rank.
 
     Raises:
-        ValueError: if a number is out of range; in ``setup``, if a split is too short.
+        ValueError: if a number is out of range; in ``setup``, if a split is too short for one sample, or the training
+            split for one batch.
     """
 
     vocab_size: int = 256
@@ -173,11 +158,8 @@ class SequenceDataModule(pl.LightningDataModule, ABC):
 
     def __init__(self, seq_len: int, batch_size: int, num_workers: int = 0) -> None:
         super().__init__()
-        for name, value, least in (
-            ("seq_len", seq_len, 1),
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-        ):
+        sizes = {"seq_len": (seq_len, 1), "batch_size": (batch_size, 1), "num_workers": (num_workers, 0)}
+        for name, (value, least) in sizes.items():
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}.")
         self.seq_len = seq_len
@@ -190,13 +172,9 @@ class SequenceDataModule(pl.LightningDataModule, ABC):
         """Return the samples of one split."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Make the datasets of ``stage``: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``; None makes all.
-
-        Raises:
-            ValueError: if a split is too short for one sample, or the training split for one batch.
-        """
-        for split in _SPLITS_OF_STAGE[stage]:
-            self.datasets[split] = self.dataset(split)
+        """Make the datasets of ``stage``: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``; None makes all."""
+        splits = [split for split, stages in _STAGES.items() if stage is None or stage in stages]
+        self.datasets |= {split: self.dataset(split) for split in splits}
         if "train" in self.datasets and len(self.datasets["train"]) < self.batch_size:
             raise ValueError(
                 f"The train split has {len(self.datasets['train'])} samples of seq_len={self.seq_len}, fewer than "
@@ -205,7 +183,7 @@ class SequenceDataModule(pl.LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Return the training samples, shuffled; an incomplete last batch is dropped."""
-        return self._loader("train", shuffle=True, drop_last=True)
+        return self._loader("train")
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """Return the validation samples in order."""
@@ -215,16 +193,14 @@ class SequenceDataModule(pl.LightningDataModule, ABC):
         """Return the test samples in order."""
         return self._loader("test")
 
-    def predict_dataloader(self) -> DataLoader[Sample]:
-        """Return the test samples in order."""
-        return self._loader("test")
+    predict_dataloader = test_dataloader
 
-    def _loader(self, split: Split, shuffle: bool = False, drop_last: bool = False) -> DataLoader[Sample]:
+    def _loader(self, split: Split) -> DataLoader[Sample]:
         return DataLoader(
             self.datasets[split],
             batch_size=self.batch_size,  # by name, because Lightning passes another when it rebuilds the loader for prediction
-            shuffle=shuffle,
-            drop_last=drop_last,
+            shuffle=split == "train",
+            drop_last=split == "train",
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

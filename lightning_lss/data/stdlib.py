@@ -6,19 +6,12 @@ import os
 import sysconfig
 from pathlib import Path
 
-from lightning_lss.data.sequences import SampleDataset, SequenceDataModule, Split, TokenFiles, WindowDataset
+from lightning_lss.data.sequences import SequenceDataModule, Split, TokenFiles, WindowDataset
 
 MIN_FILES = 200  # a full library has more than 600
-_LEFT_OUT = {
-    "site-packages",
-    "dist-packages",  # other packages
-    "__pycache__",
-    "test",
-    "tests",
-    "idle_test",  # as much as all the rest together
-    "pydoc_data",  # one generated file, larger than a split
-}
-_EVERY = 20  # of this many files one is for validation and the next for test
+# Other packages; tests, which are as much as all the rest together; one generated file, larger than a split.
+_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "pydoc_data"}
+_OF_EVERY_20: dict[int, Split] = {18: "val", 19: "test"}  # files by their place; the others are for training
 
 
 class StdlibDataModule(SequenceDataModule):
@@ -26,31 +19,20 @@ class StdlibDataModule(SequenceDataModule):
 
     Of every 20 files, in the order of their paths, 18 are for training, one for validation and one for test, so the
     splits are alike and share no file. The text, and with it the loss, depends on the version of Python: compare only
-    runs with the same one. Batches are those of :class:`~lightning_lss.data.sequences.SequenceDataModule`.
-
-    Args:
-        seq_len: global sequence length L.
-        batch_size: sequences B per sequence group and step.
-        num_workers: number of loading processes per rank.
+    runs with the same one. The arguments are those of :class:`~lightning_lss.data.sequences.SequenceDataModule`.
 
     Raises:
         FileNotFoundError: if the interpreter comes without its library's source.
-        ValueError: if a number is out of range; in ``setup``, if a split is too short.
     """
 
     def __init__(self, seq_len: int, batch_size: int, num_workers: int = 0) -> None:
         super().__init__(seq_len, batch_size, num_workers)
         self.files = _find_sources(Path(sysconfig.get_path("stdlib")))
 
-    def dataset(self, split: Split) -> SampleDataset:
+    def dataset(self, split: Split) -> WindowDataset:
         """Return windows of the files of ``split``, joined end to end."""
-        files = [file for index, file in enumerate(self.files) if _split_of(index) == split]
+        files = [file for index, file in enumerate(self.files) if _OF_EVERY_20.get(index % 20, "train") == split]
         return WindowDataset(TokenFiles(files), self.seq_len, self.vocab_size, name=f"{split} split")
-
-
-def _split_of(index: int) -> Split:
-    place = index % _EVERY
-    return "val" if place == _EVERY - 2 else "test" if place == _EVERY - 1 else "train"
 
 
 def _find_sources(root: Path) -> list[Path]:
