@@ -10,12 +10,9 @@ import lightning.pytorch as pl
 import torch
 from typing_extensions import override
 
-_GIB = 2**30
-
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that this process has held so far: GPU memory, or its resident set if ``device`` is a
-    CPU."""
+    """Return the most bytes that this process has held so far, on the GPU or, for a CPU, in its resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -23,11 +20,9 @@ def peak_memory(device: torch.device) -> int:
 
 
 class PeakMemoryMonitor(pl.Callback):
-    """Logs the highest peak memory of all ranks, ``memory/peak``, and that of each, ``memory/rank_0`` and so on, in
-    GiB.
+    """Logs the highest peak memory of all ranks in GiB, ``memory/peak``, and each rank's, ``memory/rank_0`` and so on.
 
-    Args:
-        most_ranks: with more ranks than this only the highest is logged.
+    With more than ``most_ranks`` ranks only the highest is logged.
     """
 
     def __init__(self, most_ranks: int = 64) -> None:
@@ -39,15 +34,14 @@ class PeakMemoryMonitor(pl.Callback):
         self._last_step = trainer.global_step
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
         if step == self._last_step or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         self._last_step = step  # under accumulation several batches end at the same step
-        own = torch.tensor(peak_memory(trainer.strategy.root_device) / _GIB, device=trainer.strategy.root_device)
-        peaks = trainer.strategy.all_gather(own).flatten().tolist()
+        device = trainer.strategy.root_device
+        gib = torch.tensor(peak_memory(device) / 2**30, device=device)
+        peaks = trainer.strategy.all_gather(gib).flatten().tolist()
         metrics = {"memory/peak": max(peaks)}
         if 1 < len(peaks) <= self.most_ranks:
             metrics |= {f"memory/rank_{rank}": peak for rank, peak in enumerate(peaks)}

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from lightning_lss.attention.module import LSSAttention
 from lightning_lss.callbacks.tiles_figure import draw_attention_tiles
 from lightning_lss.parallel.segment_local import count_parameters
 from lightning_lss.sequence.dtypes import in_autocast_dtype
-from lightning_lss.sequence.segment import SequenceShard, sequence_shard
+from lightning_lss.sequence.segment import sequence_shard
 
 
 class _AttentionCall(NamedTuple):
@@ -49,22 +48,17 @@ class RunLayout(pl.Callback):
 
     def _note_call(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         assert isinstance(module, LSSAttention)
-        queries = kwargs["q"] if "q" in kwargs else args[0]
-        keys = kwargs["k"] if "k" in kwargs else args[1]
-        dtype = module.shard.communication_dtype or in_autocast_dtype(keys.new_empty(0))[0].dtype
-        self._calls.append(_AttentionCall(module, queries.shape, keys.shape, dtype))
+        tensors = dict(zip("qkv", args)) | kwargs
+        dtype = module.shard.communication_dtype or in_autocast_dtype(tensors["k"].new_empty(0))[0].dtype
+        self._calls.append(_AttentionCall(module, tensors["q"].shape, tensors["k"].shape, dtype))
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not self._handles:
-            return
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
-        if self._calls:
+        if self._calls and trainer.is_global_zero:
             _write_layout(trainer, pl_module, self._calls[0])
+        self._handles, self._calls = [], []
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -74,61 +68,41 @@ class RunLayout(pl.Callback):
             return
         self._hyperparameters_written = True
         metrics = {monitored: trainer.callback_metrics[monitored].item()}
-        for logger in _tensorboard_loggers(trainer):
-            # The step is the one of Lightning's own point, so the second one lies on it.
-            logger.log_hyperparams(logger.hparams, metrics, step=trainer.global_step - 1)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                # The step is the one of Lightning's own point, so the second one lies on it.
+                logger.log_hyperparams(logger.hparams, metrics, step=trainer.global_step - 1)
 
 
-@rank_zero_only
 def _write_layout(trainer: pl.Trainer, pl_module: pl.LightningModule, call: _AttentionCall) -> None:
-    shard = sequence_shard(pl_module)
-    rows = _table_rows(trainer, pl_module, shard, call)
+    shard, attention = sequence_shard(pl_module), call.attention
+    rows = _table_rows(trainer, pl_module, call)
     table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
-    for logger in _tensorboard_loggers(trainer):
-        logger.experiment.add_text("run layout", table)
-        if not _splits_heads(call, shard):
-            tiles = draw_attention_tiles(_length(call), shard.size, shard.layout, call.attention.causal)
-            logger.experiment.add_figure("attention tiles", tiles)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text("run layout", table)
+            if attention.shard.size == shard.size:  # otherwise ranks share out heads, and each has the whole matrix
+                tiles = draw_attention_tiles(call.keys[2] * shard.size, shard.size, shard.layout, attention.causal)
+                logger.experiment.add_figure("attention tiles", tiles)
 
 
-def _table_rows(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, shard: SequenceShard, call: _AttentionCall
-) -> dict[str, str]:
-    batch_size, heads, _, head_dim = call.keys
-    length, causal = _length(call), "causal" if call.attention.causal else "bidirectional"
-    where = " on each rank" if _splits_heads(call, shard) else ""
+def _table_rows(trainer: pl.Trainer, pl_module: pl.LightningModule, call: _AttentionCall) -> dict[str, str]:
+    shard = sequence_shard(pl_module)
+    batch_size, heads, rows, head_dim = call.keys
+    length = rows * call.attention.shard.size
+    if call.attention.shard.size == shard.size:  # LSS: a rank receives the other ranks' keys and values
+        elements, where = 2 * call.keys.numel(), ""
+    else:  # tensor parallelism: a layer gathers and sums [B, l, E] twice each, as many elements as a rank's queries
+        elements, where = 4 * call.queries.numel(), " on each rank"
+    direction = "causal" if call.attention.causal else "bidirectional"
     return {
         "processes W = D x S": f"{trainer.world_size} = {trainer.world_size // shard.size} x {shard.size}",
         "sequence length L": f"{length:,}",
         "segment length l = L / S": f"{length // shard.size:,}",
         "layout": shard.layout if shard.size > 1 else "whole sequence on each rank",
         "batch per sequence group": f"{batch_size}",
-        "attention": f"{causal}, {heads} key/value heads of width {head_dim}{where}",
+        "attention": f"{direction}, {heads} key/value heads of width {head_dim}{where}",
         "parameters": f"{count_parameters(pl_module, shard.size):,}",
-        "bytes received per layer and rank, forward": f"{_bytes_received(call, shard):,}",
+        "bytes received per layer and rank, forward": f"{elements * call.dtype.itemsize * (shard.size - 1):,}",
         "precision": str(trainer.precision),
     }
-
-
-def _length(call: _AttentionCall) -> int:
-    """Return the global sequence length L."""
-    return call.keys[2] * call.attention.shard.size
-
-
-def _splits_heads(call: _AttentionCall, shard: SequenceShard) -> bool:
-    """Return whether ranks compute heads of whole sequences (tensor parallelism) instead of rows of all heads."""
-    return call.attention.shard.size != shard.size
-
-
-def _bytes_received(call: _AttentionCall, shard: SequenceShard) -> int:
-    """Return what a rank receives in the forward pass of one layer.
-
-    Under LSS these are the other ranks' keys and values. Under tensor parallelism the layer gathers and sums [B, l, E]
-    twice each, which has as many elements as a rank's queries.
-    """
-    elements = 4 * call.queries.numel() if _splits_heads(call, shard) else 2 * call.keys.numel()
-    return elements * call.dtype.itemsize * (shard.size - 1)
-
-
-def _tensorboard_loggers(trainer: pl.Trainer) -> list[TensorBoardLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

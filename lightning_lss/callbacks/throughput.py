@@ -25,9 +25,8 @@ class LSSThroughputMonitor(ThroughputMonitor):
 
     Args:
         window_size: number of batches to average over.
-        batch_size_fn: number of sequences in a batch; by default the first dimension of its first tensor with at least
-            two dimensions.
-        length_fn: number of local tokens in a batch; by default the product of that tensor's first two dimensions.
+        batch_size_fn: number of sequences in a batch; by default B of its first tensor of shape [B, l, ...].
+        length_fn: number of local tokens in a batch; by default B * l of that tensor.
     """
 
     def __init__(
@@ -36,32 +35,27 @@ class LSSThroughputMonitor(ThroughputMonitor):
         batch_size_fn: Callable[[Any], int] = lambda batch: _first_sequence(batch).size(0),
         length_fn: Callable[[Any], int] = lambda batch: _first_sequence(batch).shape[:2].numel(),
     ) -> None:
-        super().__init__(batch_size_fn, length_fn, window_size=window_size, separator="/")
+        super().__init__(batch_size_fn, length_fn, window_size=window_size)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        sequence_size = sequence_shard(pl_module).size
-        self._throughputs = {
-            stage: _SequenceThroughput(
-                sequence_size, available_flops=self.available_flops, world_size=trainer.world_size, **self.kwargs
-            )
-            for stage in self._throughputs
-        }
+        size, flops = sequence_shard(pl_module).size, self.available_flops
+        for stage in self._throughputs:
+            self._throughputs[stage] = _SequenceThroughput(size, flops, trainer.world_size, **self.kwargs)
 
     @property
     def tokens_per_second(self) -> float | None:
         """Mean training rate of the whole world in the window, tokens per second; None before the window is full."""
         throughput = self._throughputs.get(RunningStage.TRAINING)
-        rate = throughput.compute().get("tokens_per_sec") if throughput is not None and throughput._time else None
-        return None if rate is None else float(rate)
+        return throughput.compute().get("tokens_per_sec") if throughput is not None and throughput._time else None
 
 
 class _SequenceThroughput(Throughput):
     """Lightning's rates, corrected: it counts a sequence on each of the S ranks that share it."""
 
-    def __init__(self, sequence_size: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, sequence_size: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.sequence_size = sequence_size
 
     @override
@@ -70,9 +64,8 @@ class _SequenceThroughput(Throughput):
         for name in metrics:
             if name.endswith(("batches_per_sec", "samples_per_sec")):
                 metrics[name] /= self.sequence_size
-        tokens_per_device = metrics.get(f"device{self.separator}items_per_sec")
-        if tokens_per_device is not None:
-            metrics["tokens_per_sec"] = tokens_per_device * self.world_size
+        if "device/items_per_sec" in metrics:
+            metrics["tokens_per_sec"] = metrics["device/items_per_sec"] * self.world_size
         return metrics
 
 

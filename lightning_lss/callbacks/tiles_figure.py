@@ -6,23 +6,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Polygon
 
-from lightning_lss.attention.tiles import Tile, attention_tiles
+from lightning_lss.attention.tiles import Tile, attention_tiles, pairs_of_rank
 from lightning_lss.sequence.layout import position_ranges
-
-_MOST_NAMED = 16  # more ranks than this do not fit the legend
 
 
 def draw_attention_tiles(length: int, size: int, layout: str, causal: bool) -> Figure:
-    """Draw the attention matrix of a sequence: the tiles of each rank have its colour.
+    """Draw the attention matrix of a sequence of ``length`` L over ``size`` ranks: each rank's tiles have its colour.
 
-    Args:
-        length: global sequence length L.
-        size: number of ranks S.
-        layout: ``contiguous`` or ``zigzag``.
-        causal: whether the upper triangle is hidden.
-
-    Raises:
-        ValueError: if the layout cannot divide the length evenly among the ranks.
+    With ``causal`` the upper triangle is hidden. Raises ``ValueError`` if ``layout`` cannot divide the length evenly.
     """
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
     paint_attention_tiles(figure.subplots(), length, size, layout, causal)
@@ -32,7 +23,7 @@ def draw_attention_tiles(length: int, size: int, layout: str, causal: bool) -> F
 def paint_attention_tiles(axes: Axes, length: int, size: int, layout: str, causal: bool) -> None:
     """Draw what :func:`draw_attention_tiles` draws onto existing axes."""
     tiles = [attention_tiles(length, rank, size, layout, causal) for rank in range(size)]
-    pairs = [sum(tile.pairs for tile in own) for own in tiles]
+    pairs = [pairs_of_rank(length, rank, size, layout, causal) for rank in range(size)]
     handles = []
     for rank, own in enumerate(tiles):
         color = f"C{rank}"  # matplotlib's cycle of colours, which starts again when it ends
@@ -40,7 +31,7 @@ def paint_attention_tiles(axes: Axes, length: int, size: int, layout: str, causa
             for corners in _outlines(tile, position_ranges(length, rank, size, layout)):
                 axes.add_patch(Polygon(corners, facecolor=color, edgecolor="white", linewidth=0.8))
         handles.append(Patch(color=color, label=f"rank {rank}: {100 * pairs[rank] / sum(pairs):.1f} %"))
-    named = handles[:_MOST_NAMED]
+    named = handles[:16]  # more do not fit the legend
     axes.legend(handles=named, title="share of the work", loc="upper right" if causal else "center", fontsize=9)
     axes.set(xlim=(0, length), ylim=(length, 0), aspect="equal", xlabel="key position", ylabel="query position")
     axes.set_title(f"{layout}, S = {size}, L = {length:,}, {'causal' if causal else 'bidirectional'}")
@@ -48,14 +39,10 @@ def paint_attention_tiles(axes: Axes, length: int, size: int, layout: str, causa
 
 def _outlines(tile: Tile, runs: tuple[range, ...]) -> list[list[tuple[int, int]]]:
     """Return the corners (key, query) of a tile, one outline for each run of positions that its rows cover."""
-    outlines, row = [], 0
+    outlines, row, left, right = [], 0, tile.k_start, tile.k_stop
     for run in runs:
         if tile.q_start <= row < tile.q_stop:
-            left, right = tile.k_start, tile.k_stop
-            top, bottom = run.start, run.stop
-            if tile.causal:
-                outlines.append([(left, top), (left, bottom), (right, bottom)])
-            else:
-                outlines.append([(left, top), (left, bottom), (right, bottom), (right, top)])
+            corners = [(left, run.start), (left, run.stop), (right, run.stop), (right, run.start)]
+            outlines.append(corners[:3] if tile.causal else corners)
         row += len(run)
     return outlines
