@@ -17,10 +17,8 @@ class PredictionWriter(BasePredictionWriter):
     """Writes what ``predict_step`` returned on the first rank of each sequence group to ``predictions-<data rank>.pt``.
 
     The file holds a dict of what Lightning passes on: ``"predictions"`` is a list of batches (of several loaders, a
-    list of such lists), ``"indices"`` lists for each loader, batch by batch, the samples' places in the dataset.
-
-    Args:
-        folder: where to write; the first rank's, should ranks name different ones.
+    list of such lists), ``"indices"`` lists for each loader, batch by batch, the samples' places in the dataset. It is
+    written to ``folder``, the first rank's if ranks name different ones.
     """
 
     def __init__(self, folder: str | Path) -> None:

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -46,8 +46,7 @@ class RunLayout(pl.Callback):
         modules = [module for module in pl_module.modules() if isinstance(module, LSSAttention)]
         self._handles = [module.register_forward_pre_hook(self._note_call, with_kwargs=True) for module in modules]
 
-    def _note_call(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        assert isinstance(module, LSSAttention)
+    def _note_call(self, module: LSSAttention, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         tensors = dict(zip("qkv", args)) | kwargs
         dtype = module.shard.communication_dtype or in_autocast_dtype(tensors["k"].new_empty(0))[0].dtype
         self._calls.append(_AttentionCall(module, tensors["q"].shape, tensors["k"].shape, dtype))
