@@ -11,33 +11,18 @@ from typing import Any, cast
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-WIDTH = 100  # characters of a line
-LEFT = 38  # of its left column
+WIDTH, LEFT = 100, 38  # characters of a line, and of its left column
 
-USAGE = """\
-{name}: train the LSS Transformer on sequences that do not fit one device.
-
-    {command} [GROUP=CHOICE ...] [KEY=VALUE ...] [--config-dir FOLDER] [--multirun]
-
-Examples
-
-    # two CPU ranks share sequences of 4,096 bytes
-    {command}
-    # two groups of two ranks
-    {command} seq_len=8192 devices=4 sequence_parallel_size=2
-    # your own file or folder, as bytes
-    {command} data=text data.path=/my/text.txt
-    # what fits, how fast, what to choose; nothing is trained
-    {command} mode=plan model=1b seq_len=1048576 devices=64 hardware=h100
-    # resume, on any number of ranks
-    {command} ckpt_path=outputs/.../checkpoints/last.ckpt trainer.max_steps=400
-    # several runs, each in a folder of its own
-    {command} --multirun seq_len=1024,2048
-    # choices of your own: my_conf/model/mine.yaml
-    {command} --config-dir my_conf model=mine
-    # the keys below, as they are with other choices
-    {command} --help model=8b mode=plan hardware=h100
-"""
+EXAMPLES = {
+    "two CPU ranks share sequences of 4,096 bytes": "",
+    "two groups of two ranks": "seq_len=8192 devices=4 sequence_parallel_size=2",
+    "your own file or folder, as bytes": "data=text data.path=/my/text.txt",
+    "what fits, how fast, what to choose; nothing is trained": "mode=plan model=1b seq_len=1048576 devices=64 hardware=h100",
+    "resume, on any number of ranks": "ckpt_path=outputs/.../checkpoints/last.ckpt trainer.max_steps=400",
+    "several runs, each in a folder of its own": "--multirun seq_len=1024,2048",
+    "choices of your own: my_conf/model/mine.yaml": "--config-dir my_conf model=mine",
+    "the keys below, as they are with other choices": "--help model=8b mode=plan hardware=h100",
+}
 
 
 def help_text(_root_: DictConfig) -> str:
@@ -47,19 +32,21 @@ def help_text(_root_: DictConfig) -> str:
     """
     runtime = _root_.hydra.runtime
     folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
-    choices = {
-        group: runtime.choices[group] for group in reversed(list(runtime.choices)) if not group.startswith("hydra")
-    }
-    cfg = cast("dict[str, Any]", OmegaConf.to_container(_root_, resolve=False))
-    text = [USAGE.format(name=program_name(), command=_command())]
-    text += ["Groups: GROUP=CHOICE, * marks what is chosen", *_group_lines(folders, choices)]
-    text += [
-        "",
-        "Keys: KEY=VALUE, with the values that these choices give them",
-        *_key_lines(cfg, choices, comments(folders, choices)),
+    choices = {group: name for group, name in reversed(dict(runtime.choices).items()) if not group.startswith("hydra")}
+    name = program_name()
+    command = {"train.py": "python train.py", "lightning_lss.cli": "python -m lightning_lss.cli"}.get(name, name)
+    lines = [
+        f"{name}: train the LSS Transformer on sequences that do not fit one device.\n",
+        f"    {command} [GROUP=CHOICE ...] [KEY=VALUE ...] [--config-dir FOLDER] [--multirun]\n",
+        "Examples\n",
+        *(f"    # {what}\n    {command} {words}".rstrip() for what, words in EXAMPLES.items()),
+        "\nGroups: GROUP=CHOICE, * marks what is chosen",
+        *_group_lines(folders, choices),
+        "\nKeys: KEY=VALUE, with the values that these choices give them",
+        *_key_lines(cast("dict[str, Any]", OmegaConf.to_container(_root_)), choices, comments(folders, choices)),
+        "\n--hydra-help shows Hydra's own options. HYDRA_FULL_ERROR=1 shows where an error was found.",
     ]
-    text += ["", "--hydra-help shows Hydra's own options. HYDRA_FULL_ERROR=1 shows where an error was found."]
-    return "\n".join(text).replace("$", "$$")
+    return "\n".join(lines).replace("$", "$$")
 
 
 def program_name() -> str:
@@ -68,17 +55,12 @@ def program_name() -> str:
     return "lightning_lss.cli" if name == "__main__.py" else name
 
 
-def _command() -> str:
-    name = program_name()
-    return {"train.py": "python train.py", "lightning_lss.cli": "python -m lightning_lss.cli"}.get(name, name)
-
-
 def _group_lines(folders: list[Path], choices: dict[str, str | None]) -> Iterator[str]:
     for group, chosen in choices.items():
         yield ""
         files = {file.stem: file for folder in folders for file in sorted((folder / group).glob("*.yaml"))}
         for name, file in files.items():
-            yield from _columns(f"{'*' if name == chosen else ' '} {group}={name}", description(file))
+            yield _columns(f"{'*' if name == chosen else ' '} {group}={name}", description(file))
 
 
 def _key_lines(cfg: dict[str, Any], choices: dict[str, str | None], told: dict[str, str]) -> Iterator[str]:
@@ -86,34 +68,28 @@ def _key_lines(cfg: dict[str, Any], choices: dict[str, str | None], told: dict[s
     sections = {"": top, **{f"{group}.": cfg[group] for group in choices if cfg.get(group)}}
     for prefix, section in sections.items():
         yield ""
-        for key, value, comment in keys(section, prefix, told):
-            yield from _columns(f"  {key}" if value is None else f"  {key}={value}", comment)
+        yield from (_columns(f"  {key}{value}", comment) for key, value, comment in keys(section, prefix, told))
 
 
-def _columns(left: str, right: str) -> Iterator[str]:
+def _columns(left: str, right: str) -> str:
     """``left`` and beside it ``right``, wrapped; below it where ``left`` is too long."""
-    lines = textwrap.wrap(right, WIDTH - LEFT, break_long_words=False) or [""]
-    if len(left) > LEFT - 2:
-        yield left
-    else:
-        yield f"{left:{LEFT}}{lines.pop(0)}".rstrip()
-    yield from (" " * LEFT + line for line in lines)
+    margin = " " * LEFT
+    block = textwrap.fill(right, WIDTH, initial_indent=margin, subsequent_indent=margin, break_long_words=False)
+    return f"{left}\n{block}".rstrip() if len(left) > LEFT - 2 else left + block[len(left) :]
 
 
-def keys(section: dict[str, Any], prefix: str, told: dict[str, str]) -> Iterator[tuple[str, str | None, str]]:
-    """Each key below ``prefix`` with its value, as YAML, and its comment; ``""`` where it has none.
+def keys(section: dict[str, Any], prefix: str, told: dict[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Each key below ``prefix``, its value as ``=YAML``, and its comment; ``""`` where it has none.
 
     A mapping is a value itself unless it makes an object or one of its keys has a comment.
     """
     for name, value in section.items():
         key = f"{prefix}{name}"
-        if name == "_target_":
-            continue
         if isinstance(value, dict) and ("_target_" in value or any(other.startswith(f"{key}.") for other in told)):
-            yield key, None, told.get(key, "")
+            yield key, "", told.get(key, "")
             yield from keys(value, f"{key}.", told)
-        else:
-            yield key, _as_yaml(value), told.get(key, "")
+        elif name != "_target_":
+            yield key, f"={_as_yaml(value)}", told.get(key, "")
 
 
 def _as_yaml(value: Any) -> str:
@@ -126,12 +102,11 @@ def _as_yaml(value: Any) -> str:
 
 def comments(folders: list[Path], choices: dict[str, str | None]) -> dict[str, str]:
     """The comment of each key, such as ``model.width``, in the main file, the files chosen and those they build on."""
-    told = {}
-    for folder in folders:
-        for file in folder.glob("*.yaml"):
-            told.update(comments_of(file))
+    told: dict[str, str] = {}
+    for file in (file for folder in folders for file in folder.glob("*.yaml")):
+        told |= comments_of(file)
     for group, choice in choices.items():
-        told.update(_with_bases(folders, group, choice))
+        told |= _with_bases(folders, group, choice)
     return told
 
 
@@ -140,37 +115,30 @@ def _with_bases(folders: list[Path], group: str, choice: str | None) -> dict[str
     file = next((file for folder in folders if (file := folder / group / f"{choice}.yaml").is_file()), None)
     if file is None:
         return {}
-    told = {}
+    told: dict[str, str] = {}
     for base in yaml.safe_load(file.read_text()).get("defaults", []):
-        if isinstance(base, str) and base != choice:
-            told.update(_with_bases(folders, group, base))
+        if isinstance(base, str):  # others change the choice of another group
+            told |= _with_bases(folders, group, base)
     prefix = "" if "# @package _global_" in file.read_text() else f"{group}."
-    return {**told, **{f"{prefix}{key}": comment for key, comment in comments_of(file).items()}}
+    return told | {f"{prefix}{key}": comment for key, comment in comments_of(file).items()}
 
 
 def comments_of(file: Path) -> dict[str, str]:
     """The comment beside each key of a YAML file; keys within keys are joined by dots, and those without are left out."""
-    text = file.read_text()
-    lines = text.splitlines()
-    told = {}
-
-    def visit(mapping: yaml.MappingNode, prefix: str) -> None:
+    lines, told = file.read_text().splitlines(), {}
+    mappings: list[tuple[str, Any]] = [("", yaml.compose("\n".join(lines)))]
+    for prefix, mapping in mappings:  # the list grows by the mappings within
         for key, value in mapping.value:
             line = key.start_mark.line
             end = value.end_mark if value.end_mark.line == line else key.end_mark  # a # within a value is part of it
-            _, _, comment = lines[line][end.column :].partition("#")
-            if comment:
+            if comment := lines[line][end.column :].partition("#")[2]:
                 told[f"{prefix}{key.value}"] = comment.strip()
             if isinstance(value, yaml.MappingNode) and not value.flow_style:
-                visit(value, f"{prefix}{key.value}.")
-
-    visit(cast("yaml.MappingNode", yaml.compose(text)), "")
+                mappings.append((f"{prefix}{key.value}.", value))
     return told
 
 
 def description(file: Path) -> str:
     """The first line of comment of a YAML file; ``""`` if there is none above its keys."""
-    for line in file.read_text().splitlines():
-        if not line.startswith("# @package"):
-            return line.removeprefix("#").strip() if line.startswith("#") else ""
-    return ""
+    first = next((line for line in file.read_text().splitlines() if not line.startswith("# @package")), "")
+    return first.removeprefix("#").strip() if first.startswith("#") else ""

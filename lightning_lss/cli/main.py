@@ -8,7 +8,6 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -40,37 +39,27 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def composed(cfg: DictConfig) -> float | None:
-    """One run, or one of a multirun."""
+    """One run, or one of a multirun: check ``cfg`` and do what its mode says; returns what a run of a sweep came to."""
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the data here is cheap to load
     warnings.filterwarnings("ignore", "Detected an existing checkpoint")  # last.ckpt, a folder with strategy=megatron
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.")  # its own use of torch
     try:
-        return dispatch(cfg)
+        check(cfg)
+        if cfg.mode == "plan":
+            run_plan(cfg)
+        elif HydraConfig.get().mode == RunMode.MULTIRUN:
+            return run_in_new_process()
+        else:
+            run(cfg)
+        return None
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)  # the run has said why
     except Exception as error:
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
         if os.environ.get("HYDRA_FULL_ERROR") == "1" or not isinstance(cause, USER_ERRORS):
             raise
-        fail(str(cause))
-
-
-def dispatch(cfg: DictConfig) -> float | None:
-    """Check ``cfg`` and do what its mode says; returns what a run of a sweep came to."""
-    check(cfg)
-    if cfg.mode == "plan":
-        run_plan(cfg)
-    elif HydraConfig.get().mode == RunMode.MULTIRUN:
-        return run_in_new_process()
-    else:
-        run(cfg)
-    return None
-
-
-def fail(message: str) -> NoReturn:
-    """End with a sentence instead of a stack of frames."""
-    print(f"{program_name()}: {message}\n(HYDRA_FULL_ERROR=1 shows where this was found.)", file=sys.stderr)
-    sys.exit(1)
+        print(f"{program_name()}: {cause}\n(HYDRA_FULL_ERROR=1 shows where this was found.)", file=sys.stderr)
+        sys.exit(1)  # a sentence instead of a stack of frames
 
 
 def keep_to_own_folder() -> None:

@@ -19,16 +19,15 @@ RESULT = "result.json"
 def report(trainer: pl.Trainer, folder: Path) -> None:
     """Print what the run came to and where things lie; write the metrics to ``result.json``."""
     result = {name: value.item() for name, value in trainer.callback_metrics.items()}
-    rates = [x.tokens_per_second for x in trainer.callbacks if isinstance(x, LSSThroughputMonitor)]  # type: ignore[attr-defined]
     table = Table.grid(padding=(0, 2))
     for stage in ("val", "test"):
         if f"{stage}/bits_per_byte" in result:
             table.add_row(f"{stage} bits per byte", f"{result[f'{stage}/bits_per_byte']:.3f}")
-    if rates and rates[0] is not None:
-        result["train/tokens_per_sec"] = rates[0]
-        table.add_row("tokens per second", f"{rates[0]:,.0f}")
-    checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    if checkpoint:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, LSSThroughputMonitor) and callback.tokens_per_second is not None:
+            result["train/tokens_per_sec"] = callback.tokens_per_second
+            table.add_row("tokens per second", f"{callback.tokens_per_second:,.0f}")
+    if checkpoint := getattr(trainer.checkpoint_callback, "best_model_path", ""):
         table.add_row("checkpoint", shown(checkpoint))
     if (folder / "predictions").is_dir():
         table.add_row("predictions", shown(folder / "predictions"))
@@ -44,5 +43,4 @@ def report(trainer: pl.Trainer, folder: Path) -> None:
 
 def shown(path: str | Path) -> str:
     """A path as the user would type it from here."""
-    near = Path(path).absolute().is_relative_to(Path.cwd())
-    return os.path.relpath(path) if near else str(path)
+    return os.path.relpath(path) if Path(path).absolute().is_relative_to(Path.cwd()) else str(path)

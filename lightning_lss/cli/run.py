@@ -21,21 +21,16 @@ def run(cfg: DictConfig) -> None:
     """Instantiate everything that ``cfg`` names and do what its mode says."""
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = hydra.utils.instantiate(cfg.data)
-    from_data = {
-        name: getattr(datamodule, name) for name in ("vocab_size", "bytes_per_token") if cfg.model[name] is None
-    }
+    unset = [name for name in ("vocab_size", "bytes_per_token") if cfg.model[name] is None]
+    from_data = {name: getattr(datamodule, name) for name in unset}
     model = hydra.utils.instantiate(cfg.model, _convert_="all", **from_data)
     logger = hydra.utils.instantiate(cfg.logger) if cfg.get("logger") else False
     callbacks = [hydra.utils.instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
-    if not logger:  # LearningRateMonitor refuses to work without one
-        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
-    trainer: pl.Trainer = hydra.utils.instantiate(
-        cfg.trainer,
-        strategy=hydra.utils.instantiate(cfg.strategy),
-        logger=logger,
-        callbacks=callbacks,
-        default_root_dir=cfg.output_dir,
-    )
+    # LearningRateMonitor refuses to work without a logger.
+    callbacks = [callback for callback in callbacks if logger or not isinstance(callback, LearningRateMonitor)]
+    strategy = hydra.utils.instantiate(cfg.strategy)
+    given = {"strategy": strategy, "logger": logger, "callbacks": callbacks, "default_root_dir": cfg.output_dir}
+    trainer: pl.Trainer = hydra.utils.instantiate(cfg.trainer, **given)
     options = {"return_predictions": False} if cfg.mode == "predict" else {}
     getattr(trainer, cfg.mode)(model, datamodule=datamodule, ckpt_path=cfg.ckpt_path, **options)
     if trainer.is_global_zero:
@@ -45,20 +40,15 @@ def run(cfg: DictConfig) -> None:
 def run_in_new_process() -> float | None:
     """One run of a sweep, in an interpreter of its own, since ranks and their process group outlive a run.
 
-    Returns:
-        Validation bits per byte, for sweepers that search, or None if nothing was validated.
-
-    Raises:
-        ValueError: under torchrun.
-        subprocess.CalledProcessError: if the run failed; it has printed why.
+    Returns validation bits per byte, for sweepers that search, or None if nothing was validated. Raises ``ValueError``
+    under torchrun, and ``subprocess.CalledProcessError`` if the run failed, which has printed why.
     """
     if "RANK" in os.environ:
         raise ValueError("-m starts a process for each run and does not work under torchrun: give one run at a time.")
     folder = Path(HydraConfig.get().runtime.output_dir)
     overrides = [*HydraConfig.get().overrides.task, f'hydra.run.dir="{folder}"', *config_choice(sys.argv[1:])]
     subprocess.run([*program(), *overrides], check=True, cwd=hydra.utils.get_original_cwd())
-    result = json.loads((folder / RESULT).read_text())
-    return result.get("val/bits_per_byte")
+    return json.loads((folder / RESULT).read_text()).get("val/bits_per_byte")
 
 
 def program() -> list[str]:
