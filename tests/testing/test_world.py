@@ -47,16 +47,16 @@ def fail(rank: int, how: str) -> None:
 
 
 def test_failures_name_their_ranks_and_the_next_call_finds_new_workers() -> None:
-    with World(2, timeout=3) as own:
-        for how, words in [
-            ("all", r"(?s)rank 0:.*of rank 0.*rank 1:.*of rank 1"),
-            ("death", r"rank 1:\nThe process died"),
-            ("silence", r"rank 1:\nIt did not answer in time"),
+    with World(2) as own:
+        for how, seconds, words in [
+            ("all", 60, r"(?s)rank 0:.*of rank 0.*rank 1:.*of rank 1"),
+            ("death", 60, r"rank 1:\nThe process died"),
+            ("silence", 3, r"rank 1:\nIt did not answer in time"),
         ]:
-            before = own.run(2, describe_rank, 0, timeout=60)
+            before = own.run(2, describe_rank, 0)
             with pytest.raises(WorkerError, match=words):
-                own.run(2, fail, how, group=False)
-            after = own.run(2, describe_rank, 0, timeout=60)
+                own.run(2, fail, how, group=False, timeout=seconds)
+            after = own.run(2, describe_rank, 0)
             assert {x[0] for x in before}.isdisjoint(x[0] for x in after)
 
 
