@@ -27,9 +27,8 @@ DEFAULT_DIM = 1
 def split_batch(batch: Any, shard: SequenceShard, sequence_dims: SequenceDims | None = None) -> Any:
     """Cut a batch to this rank's segment.
 
-    Tensors with two or more dimensions are cut along dimension 1 (``[batch, length, ...]``); others stay whole. They
-    may be nested in dicts, dict-like containers, lists, tuples, namedtuples and dataclasses. Containers keep their
-    types.
+    Tensors with two or more dimensions are cut along dimension 1 (``[batch, length, ...]``); others stay whole. They may
+    be nested in dicts, dict-like containers, lists, tuples, namedtuples and dataclasses, which keep their types.
 
     Args:
         batch: a batch of the data loader, with whole sequences.
@@ -66,7 +65,7 @@ def _check(leaves: list[tuple[Path, Tensor]], shard: SequenceShard, dims: Sequen
             raise ValueError(
                 f"sequence_dims names dimension {dim} of {_show(path, tensor)}, which has {tensor.dim()} dimensions."
             )
-    unnamed = [(path, tensor) for path, tensor, _ in cuts if _named_dim(path, dims) is _UNNAMED]
+    unnamed = [(path, tensor) for path, tensor, _ in cuts if dims.keys().isdisjoint(path)]
     if len({tensor.size(DEFAULT_DIM) for _, tensor in unnamed}) > 1:
         entries = "; ".join(_show(path, tensor) for path, tensor in unnamed)
         raise ValueError(
@@ -81,18 +80,9 @@ def _check(leaves: list[tuple[Path, Tensor]], shard: SequenceShard, dims: Sequen
             raise ValueError(f"Batch entry {_show(path, tensor)}, dimension {dim}: {error}") from None
 
 
-_UNNAMED: Any = object()
-
-
-def _named_dim(path: Path, dims: SequenceDims) -> Any:
-    return next((dims[key] for key in reversed(path) if key in dims), _UNNAMED)
-
-
 def _dim_of(path: Path, tensor: Tensor, dims: SequenceDims) -> int | None:
-    named = _named_dim(path, dims)
-    if named is _UNNAMED:
-        return DEFAULT_DIM if tensor.dim() > DEFAULT_DIM else None
-    return named
+    default = DEFAULT_DIM if tensor.dim() > DEFAULT_DIM else None
+    return next((dims[key] for key in reversed(path) if key in dims), default)
 
 
 def _show(path: Path, tensor: Tensor) -> str:
@@ -156,11 +146,10 @@ def check_same_batch(batch: Any, group: dist.ProcessGroup, device: torch.device)
     Raises:
         ValueError: on every rank, if the batches of any two differ. The message names the likely causes.
     """
-    digest = torch.tensor([batch_digest(batch)], dtype=torch.int64, device=device)
-    extremes = torch.cat((digest, -digest))
+    digest = batch_digest(batch)
+    extremes = torch.tensor([digest, -digest], device=device)
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
-    highest, lowest = extremes[0].item(), -extremes[1].item()
-    if highest != lowest:
+    if extremes.sum() != 0:  # the highest digest less the lowest
         raise ValueError(
             "The ranks of one sequence group were given different batches, but they must work on segments of the same one. Likely causes:"
             " a DistributedSampler of your own (let Lightning make it, or build it from trainer.distributed_sampler_kwargs); a"

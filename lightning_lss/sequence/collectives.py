@@ -3,9 +3,6 @@
 Each has two forms. :func:`all_gather` and :func:`reduce_scatter` are torch's own; over gloo they use the coalesced
 operators, since the plain ones copy rank by rank and take twice the time to gather and a third more to scatter.
 :func:`exchange` and :func:`all_to_all_sum` do the same in operations that gloo does faster.
-
-``torch`` 2.13 renamed ``all_gather_into_tensor`` and ``reduce_scatter_tensor`` and deprecated the old names. 2.11 has
-only those, so the module takes whichever exists.
 """
 
 from __future__ import annotations
@@ -18,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+# torch 2.13 renamed all_gather_into_tensor and reduce_scatter_tensor, and deprecated the names of 2.11
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 

@@ -7,8 +7,7 @@ from torch import Tensor
 
 
 def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast the tensors to autocast's dtype where autocast is on, as torch's attention and linear layers do; float64
-    stays."""
+    """Cast tensors, except of float64, to autocast's dtype where autocast is on, as torch's linear layers do."""
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
@@ -25,10 +24,9 @@ def resolve_communication_dtype(dtype: torch.dtype | str | None) -> torch.dtype 
     Raises:
         ValueError: if ``dtype`` is not bfloat16, float16 or None.
     """
-    if dtype is None or dtype in _HALF.values():
-        return dtype  # type: ignore[return-value]
-    if isinstance(dtype, str) and dtype.removeprefix("torch.") in _HALF:
-        return _HALF[dtype.removeprefix("torch.")]
+    resolved = _HALF.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if dtype is None or resolved in _HALF.values():
+        return resolved
     raise ValueError(
         f"communication_dtype={dtype!r} must be 'bfloat16' or 'float16', or None to send tensors in the dtype that they"
         " are computed in."

@@ -52,15 +52,10 @@ class SequenceGrid:
     def device_mesh(self, device_type: str) -> DeviceMesh:
         """The grid as torch's DeviceMesh; its dimensions are ``data`` and ``sequence`` where larger than 1."""
         grid = torch.arange(self.world_size).view(self.data_size, self.size)
-        dims = [
-            (name, group) for name, group in (("data", self.data_group), ("sequence", self.sequence_group)) if group
-        ]
+        dims = {name: x for name, x in (("data", self.data_group), ("sequence", self.sequence_group)) if x is not None}
         if not dims:
             raise ValueError("A world of one process has no device mesh.")
-        names, groups = zip(*dims)
-        if len(groups) == 1:
-            return DeviceMesh.from_group(groups[0], device_type, mesh=grid.flatten(), mesh_dim_names=names)
-        return DeviceMesh.from_group(list(groups), device_type, mesh=grid, mesh_dim_names=names)
+        return DeviceMesh.from_group(list(dims.values()), device_type, mesh=grid.squeeze(), mesh_dim_names=tuple(dims))
 
 
 def build_grid(world_size: int, global_rank: int, size: int, timeout: timedelta | None = None) -> SequenceGrid:
@@ -77,10 +72,5 @@ def build_grid(world_size: int, global_rank: int, size: int, timeout: timedelta 
             return dist.group.WORLD  # plain data parallelism needs no second group
         return dist.new_subgroups_by_enumeration(ranks, timeout=timeout)[0]
 
-    return SequenceGrid(
-        world_size,
-        size,
-        global_rank,
-        sequence_group=subgroup(sequence_group_ranks(world_size, size)),
-        data_group=subgroup(data_group_ranks(world_size, size)),
-    )
+    sequence_group = subgroup(sequence_group_ranks(world_size, size))
+    return SequenceGrid(world_size, size, global_rank, sequence_group, subgroup(data_group_ranks(world_size, size)))

@@ -5,9 +5,7 @@ A sequence of ``length`` positions is cut into equal *chunks*. Each of ``size`` 
 - ``contiguous``: of ``size`` chunks, rank ``r`` holds chunk ``r``;
 - ``zigzag``: of ``2 * size`` chunks, rank ``r`` holds chunks ``r`` and ``2 * size - 1 - r``, an early and a late one.
   Under a causal mask every rank then computes the same number of query-key pairs (the load balancing of Llama 3's
-  context parallelism, arXiv 2407.21783, section 3.3.2).
-
-With one rank both layouts are the whole sequence in order.
+  context parallelism, arXiv 2407.21783, section 3.3.2). One rank holds the whole sequence in order.
 """
 
 from __future__ import annotations
@@ -62,23 +60,19 @@ def check_length(length: int, size: int, layout: str) -> None:
     if length > 0 and length % divisor == 0:
         return
     below = length // divisor * divisor
-    nearest = f"{below} or {below + divisor}" if below > 0 else f"{divisor}"
-    why = (
-        "the sequence-parallel size"
-        if divisor == size
-        else "twice the sequence-parallel size, as layout='zigzag' needs"
-    )
+    nearest = f"{below} or {below + divisor}" if below > 0 else divisor
+    why = "the sequence-parallel size"
     remedy = f"Use a length that is a multiple of {divisor} (such as {nearest}) or another sequence_parallel_size"
-    if divisor != size and length > 0 and length % size == 0:
-        remedy += ", or layout='contiguous'"
+    if divisor != size:
+        why = f"twice {why}, as layout='zigzag' needs"
+        remedy += ", or layout='contiguous'" if length > 0 and length % size == 0 else ""
     raise ValueError(
         f"A sequence of length {length} cannot be split over {size} ranks: it is not divisible by {divisor} ({why}). {remedy}."
     )
 
 
 def check_heads(num_heads: int, size: int) -> None:
-    """Raise ``ValueError`` if ``num_heads`` query heads cannot be divided evenly among ``size`` tensor-parallel
-    ranks."""
+    """Raise ``ValueError`` if ``num_heads`` query heads cannot be divided among ``size`` tensor-parallel ranks."""
     if num_heads % size:
         divisors = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
         raise ValueError(
@@ -89,18 +83,13 @@ def check_heads(num_heads: int, size: int) -> None:
 
 def chunks_of_rank(rank: int, size: int, layout: str) -> tuple[int, ...]:
     """Indices of the chunks that ``rank`` holds, in local order."""
-    if chunks_per_rank(size, layout) == 1:
-        return (rank,)
-    return (rank, 2 * size - 1 - rank)
+    return (rank,) if chunks_per_rank(size, layout) == 1 else (rank, 2 * size - 1 - rank)
 
 
 def holder_of_chunks(size: int, layout: str) -> tuple[tuple[int, int], ...]:
-    """Invert :func:`chunks_of_rank`: for each chunk in position order, its rank and its index among the rank's
-    chunks."""
-    holder = {
-        chunk: (rank, slot) for rank in range(size) for slot, chunk in enumerate(chunks_of_rank(rank, size, layout))
-    }
-    return tuple(holder[chunk] for chunk in range(len(holder)))
+    """Return the rank of each chunk in position order, and its index among the rank's chunks."""
+    held = ((chunk, rank, i) for rank in range(size) for i, chunk in enumerate(chunks_of_rank(rank, size, layout)))
+    return tuple((rank, index) for _, rank, index in sorted(held))
 
 
 def position_ranges(length: int, rank: int, size: int, layout: str) -> tuple[range, ...]:

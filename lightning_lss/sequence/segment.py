@@ -61,10 +61,8 @@ class SequenceShard:
     def split(self, x: Tensor, dim: int = 1) -> Tensor:
         """Cut ``x`` to this rank's segment along ``dim``: [..., L, ...] -> [..., l, ...].
 
-        Differentiable; the gradient reaches only the rank's own segment.
-
-        Raises:
-            ValueError: if L cannot be divided evenly.
+        Differentiable; the gradient reaches only the rank's own segment. Raises ``ValueError`` if L cannot be divided
+        evenly.
         """
         if self.size == 1:
             return x
@@ -77,14 +75,9 @@ class SequenceShard:
 
         Differentiable. The adjoint is exact: a reduce-scatter sums the gradients of the gathered tensor over the ranks,
         and each rank receives those of its own segment. (Slicing the local gradient would lose the contributions of
-        other ranks' losses.)
-
-        Raises:
-            RuntimeError: if S > 1 and there is no process group.
+        other ranks' losses.) Raises ``RuntimeError`` if S > 1 and there is no process group.
         """
-        if self.size == 1:
-            return x
-        return _Gather.apply(x, self, dim % x.dim())
+        return x if self.size == 1 else _Gather.apply(x, self, dim % x.dim())
 
     def chunks_in_order(self, stacked: Tensor, dim: int) -> tuple[Tensor, ...]:
         """View segments stacked by rank, [S, ..., l, ...], as chunks in position order; ``dim`` is that of l in a
@@ -99,27 +92,18 @@ class SequenceShard:
         return [[chunks[chunk] for chunk in chunks_of_rank(rank, self.size, self.layout)] for rank in range(self.size)]
 
     def in_position_order(self, stacked: Tensor, dim: int, out: Tensor | None = None) -> Tensor:
-        """Copy segments stacked by rank to one sequence: [S, ..., l, ...] -> [..., L, ...].
-
-        Args:
-            stacked: the segments.
-            dim: the dimension of l in a segment.
-            out: where to write, in its own dtype; None allocates it.
-        """
-        if out is None:
-            shape = list(stacked.shape[1:])
-            shape[dim] *= self.size
-            out = stacked.new_empty(shape)
+        """Copy segments stacked by rank, [S, ..., l, ...], to one sequence [..., L, ...]: to ``out``, in its own dtype,
+        or else to a new one. ``dim`` is that of l in a segment."""
         chunks = self.chunks_in_order(stacked, dim)
+        if out is None:
+            return torch.cat(chunks, dim)
         for part, chunk in zip(out.chunk(len(chunks), dim), chunks):
             part.copy_(chunk)
         return out
 
     def stacked_by_rank(self, x: Tensor, dim: int) -> Tensor:
         """Invert :meth:`in_position_order`: [..., L, ...] -> contiguous [S, ..., l, ...]."""
-        shape = list(x.shape)
-        shape[dim] //= self.size
-        stacked = x.new_empty((self.size, *shape))
+        stacked = x.new_empty(self.size, *x.shape[:dim], x.size(dim) // self.size, *x.shape[dim + 1 :])
         chunks = self.chunks_in_order(stacked, dim)
         for chunk, part in zip(chunks, x.chunk(len(chunks), dim)):
             chunk.copy_(part)
@@ -135,11 +119,10 @@ class SequenceShard:
         return self.group
 
     # A process group belongs to its process: copies of a model share it, and a pickled shard arrives without one.
-    def __copy__(self) -> SequenceShard:
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> SequenceShard:
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SequenceShard:
-        return self
+    __copy__ = __deepcopy__
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (SequenceShard, (self.rank, self.size, self.layout, None, self.communication_dtype))
@@ -154,8 +137,8 @@ class ShardedModule(nn.Module):
 
     :class:`~lightning_lss.LSSStrategy` calls :meth:`set_shard` on every such submodule before training. Subclass it for
     modules of your own. ``segment_local`` lists the names of the module's *segment-local* parameters and buffers: they
-    stand for one segment only, and their gradients are averaged over the data group instead of the world. The names are
-    kept on the module because attributes of a ``Parameter`` do not survive the start of a spawned process.
+    stand for one segment only, and their gradients are averaged over the data group instead of the world. (Attributes of
+    a ``Parameter`` do not survive the start of a spawned process.)
     """
 
     segment_local: tuple[str, ...] = ()
@@ -187,7 +170,7 @@ def segment_local_names(root: nn.Module) -> list[str]:
 def sequence_shard(module: nn.Module) -> SequenceShard:
     """Return the shard that a LightningModule, or a :class:`ShardedModule`, runs under.
 
-    It is the trivial shard (rank 0 of 1) under any other strategy, without a trainer, and outside of a run, so a module
+    Under any other strategy, without a trainer and outside of a run it is the trivial shard (rank 0 of 1), so a module
     written for LSS runs unchanged everywhere.
     """
     if isinstance(module, ShardedModule):
