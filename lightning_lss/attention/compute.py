@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,14 +29,6 @@ class ForwardRows(NamedTuple):
     lse: Tensor
     """Log of the sum of the exponentials of each row's scores, [B, H, l], filled in."""
 
-    def of_heads(self, heads: slice) -> ForwardRows:
-        """The same rows of some heads."""
-        return ForwardRows(*(x[:, heads] for x in self))
-
-    def span(self, rows: slice) -> ForwardRows:
-        """Some of the rows."""
-        return ForwardRows(*(x[:, :, rows] for x in self))
-
 
 class BackwardRows(NamedTuple):
     """Rows of queries, the inputs of their backward pass, and the gradient that it fills in."""
@@ -52,13 +44,13 @@ class BackwardRows(NamedTuple):
     grad_q: Tensor
     """Gradient of the queries [B, H, l, D], filled in."""
 
-    def of_heads(self, heads: slice) -> BackwardRows:
-        """The same rows of some heads."""
-        return BackwardRows(*(x[:, heads] for x in self))
 
-    def span(self, rows: slice) -> BackwardRows:
-        """Some of the rows."""
-        return BackwardRows(*(x[:, :, rows] for x in self))
+Rows = TypeVar("Rows", ForwardRows, BackwardRows)
+
+
+def cut_rows(rows: Rows, heads: slice = slice(None), span: slice = slice(None)) -> Rows:
+    """View some heads of some of the rows."""
+    return type(rows)(*(x[:, heads, span] for x in rows))
 
 
 def empty_rows(q: Tensor) -> Tensor:
@@ -75,7 +67,7 @@ def compute_tiles(rows: ForwardRows, keys_values: Tensor, tiles: Sequence[Tile],
     """Fill in the output and log-sum-exp of ``rows`` over the tiles of K and V [2, B, g, L, D]."""
     kernel = KERNELS[spec.kernel]
     for span, row_tiles in _by_rows(tiles):
-        q, out, lse = rows.span(span)
+        q, out, lse = cut_rows(rows, span=span)
         joint: tuple[Tensor, Tensor] | None = None
         keys = kernel.forward_keys(span.stop - span.start)
         for tile in (part for whole in row_tiles for part in whole.cut(keys)):
@@ -96,7 +88,7 @@ def compute_tiles_backward(
     sums = list(zip(*chunks))  # of K, of V: the chunks of the sequence in position order
     filled = 0  # positions that have a gradient so far; the last rows come first, since they see the most keys
     for span, row_tiles in reversed(list(_by_rows(tiles))):
-        grad, q, out, lse, grad_q = rows.span(span)
+        grad, q, out, lse, grad_q = cut_rows(rows, span=span)
         sum_q: Tensor | None = None
         for tile in (part for whole in row_tiles for part in whole.cut(kernel.backward_keys)):
             k, v = keys_values[..., tile.k_start : tile.k_stop, :]

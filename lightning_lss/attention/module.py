@@ -27,12 +27,8 @@ class LSSAttention(ShardedModule):
         as_operator: bool = False,
     ) -> None:
         super().__init__()
-        self.causal = causal
-        self.scale = scale
-        self.kernel = kernel
-        self.head_chunks = head_chunks
-        self.keep_gathered = keep_gathered
-        self.as_operator = as_operator
+        self.causal, self.scale, self.kernel = causal, scale, kernel
+        self.head_chunks, self.keep_gathered, self.as_operator = head_chunks, keep_gathered, as_operator
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend: q [B, H, l, D], k and v [B, G, l, D] -> [B, H, l, D]; see :func:`lss_attention`."""

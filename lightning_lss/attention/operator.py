@@ -19,20 +19,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_lss.attention import exchange
 from lightning_lss.attention.compute import (
     BackwardRows,
     ForwardRows,
     compute_tiles,
     compute_tiles_backward,
+    cut_rows,
     empty_rows,
     no_autocast,
-)
-from lightning_lss.attention.exchange import (
-    Buffers,
-    empty_head_chunk,
-    gathered_head_chunks,
-    heads_first,
-    scatter_gradients,
 )
 from lightning_lss.attention.spec import AttentionSpec
 from lightning_lss.sequence.collectives import Pending, resolve_group
@@ -63,8 +58,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Attended:
     tiles, attended = spec.tiles(q.size(2)), empty_attended(q)
     rows = ForwardRows(q, attended.out, attended.lse)
     with no_autocast(q.device.type):
-        for heads, keys_values in zip(spec.split_heads(q.size(1)), gathered_head_chunks(k, v, spec)):
-            compute_tiles(rows.of_heads(heads), keys_values, tiles, spec)
+        for heads, keys_values in zip(spec.split_heads(q.size(1)), exchange.gathered_head_chunks(k, v, spec)):
+            compute_tiles(cut_rows(rows, heads), keys_values, tiles, spec)
             if spec.keep_gathered:
                 return attended._replace(gathered=keys_values)
     return attended
@@ -78,13 +73,13 @@ def attend_backward(
     spec = spec.resolve(q, k)
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
-    gathered = iter([attended.gathered]) if spec.keep_gathered else gathered_head_chunks(k, v, spec)
+    gathered = iter([attended.gathered]) if spec.keep_gathered else exchange.gathered_head_chunks(k, v, spec)
     rows = BackwardRows(grad, q, attended.out, attended.lse, empty_rows(q))
     with no_autocast(q.device.type):
         grads = list(_scattered_head_chunks(rows, gathered, k.size(1), spec))
     del gathered  # frees the buffers before the whole gradient is allocated
     whole = grads[0] if len(grads) == 1 else torch.cat(grads, 3)
-    return rows.grad_q, heads_first(whole.to(q.dtype))
+    return rows.grad_q, exchange.heads_first(whole.to(q.dtype))
 
 
 def _scattered_head_chunks(
@@ -94,15 +89,15 @@ def _scattered_head_chunks(
     flight; fill in ``rows.grad_q``."""
     tiles, size = spec.tiles(rows.q.size(2)), spec.shard.size
     like_keys = rows.q[:, spec.split_heads(kv_heads)[0]]
-    buffers = Buffers(2, lambda: empty_head_chunk(like_keys, size).unflatten(0, (size, -1)))
+    buffers = exchange.Buffers(2, lambda: exchange.empty_head_chunk(like_keys, size).unflatten(0, (size, -1)))
     in_flight: Pending | None = None
     for heads in spec.split_heads(rows.q.size(1)):
         keys_values, by_rank = next(gathered), buffers.next()
-        compute_tiles_backward(rows.of_heads(heads), keys_values, by_rank, tiles, spec)
+        compute_tiles_backward(cut_rows(rows, heads), keys_values, by_rank, tiles, spec)
         if in_flight is not None:
             yield in_flight.wait()
             in_flight = None  # frees the received addends before those of the next are allocated
-        in_flight = scatter_gradients(by_rank, spec)
+        in_flight = exchange.scatter_gradients(by_rank, spec)
     assert in_flight is not None
     yield in_flight.wait()
 
@@ -110,10 +105,10 @@ def _scattered_head_chunks(
 class SplitAttention(torch.autograd.Function):
     """:func:`attend` with its adjoint.
 
-    ======== =============================================== ===================================================
-    forward  q [B, H, l, D], k and v [B, G, l, D]            K, V <- all-gather(k, v) [B, G, L, D]; out [B, H, l, D]
-    backward grad of out [B, H, l, D]                        dq [B, H, l, D]; dk, dv <- reduce-scatter(dK, dV) [B, G, l,
-    D] ======== =============================================== ===================================================
+    ======== ===================================== =========================================================
+    forward  q [B, H, l, D], k and v [B, G, l, D]  K, V <- all-gather(k, v) [B, G, L, D]; out [B, H, l, D]
+    backward grad of out [B, H, l, D]              dq [B, H, l, D]; dk, dv <- reduce-scatter(dK, dV) [B, G, l, D]
+    ======== ===================================== =========================================================
     """
 
     @staticmethod
@@ -146,12 +141,11 @@ _SPEC = (
     "SymInt rank, SymInt size, str layout, str group, ScalarType? communication_dtype, bool causal, float scale,"
     " str kernel_name, SymInt? head_chunks, bool keep_gathered"
 )
-"""The fields of :class:`AttentionSpec`, and of its shard, as keyword arguments of the operators. (Inductor calls a
-parameter of its own ``kernel``.)"""
+"""The keyword arguments of the operators. (Inductor calls a parameter of its own ``kernel``.)"""
 
 
 def spec_fields(spec: AttentionSpec) -> dict[str, Any]:
-    """The keyword arguments of the operators; a process group is passed by its name in torch."""
+    """Return the fields of ``spec`` and of its shard as in ``_SPEC``; a process group goes by its name in torch."""
     shard = spec.shard
     return {
         "rank": shard.rank,
@@ -168,16 +162,9 @@ def spec_fields(spec: AttentionSpec) -> dict[str, Any]:
 
 
 def _spec_of(
-    rank: int,
-    size: int,
-    layout: str,
-    group: str,
-    communication_dtype: torch.dtype | None,
-    kernel_name: str,
-    **options: Any,
+    rank: int, size: int, layout: str, group: str, communication_dtype: Any, kernel_name: str, **options: Any
 ) -> AttentionSpec:
-    process_group = resolve_group(group) if size > 1 else None
-    shard = SequenceShard(rank, size, layout, process_group, communication_dtype)
+    shard = SequenceShard(rank, size, layout, resolve_group(group) if size > 1 else None, communication_dtype)
     return AttentionSpec(shard, kernel=kernel_name, **options)
 
 
@@ -193,16 +180,13 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, **fields: Any) -> tuple[Tensor, 
 @_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *, size: int, keep_gathered: bool, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
     out, lse, gathered = empty_attended(q)
-    return out, lse, heads_first(empty_head_chunk(k, size)) if keep_gathered else gathered
+    return out, lse, exchange.heads_first(exchange.empty_head_chunk(k, size)) if keep_gathered else gathered
 
 
 @torch.library.custom_op(
     "lightning_lss::attention_backward",
     mutates_args=(),
-    schema=(
-        "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor gathered,"
-        f" *, {_SPEC}) -> (Tensor, Tensor)"
-    ),
+    schema=f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor gathered, *, {_SPEC}) -> (Tensor, Tensor)",
 )
 def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, gathered: Tensor, **fields: Any
@@ -212,7 +196,7 @@ def _attention_backward(
 
 @_attention_backward.register_fake
 def _(grad: Tensor, q: Tensor, k: Tensor, *rest: Any, **fields: Any) -> tuple[Tensor, Tensor]:
-    return empty_rows(q), heads_first(empty_head_chunk(q[:, : k.size(1)], 1))
+    return empty_rows(q), exchange.heads_first(exchange.empty_head_chunk(q[:, : k.size(1)], 1))
 
 
 def _setup_context(

@@ -58,11 +58,9 @@ def attention_tiles(
         return (Tile(0, sum(map(len, ranges)), 0, length, False),)
     tiles, row = [], 0
     for positions in ranges:
-        rows = (row, row + len(positions))
-        row = rows[1]
-        if offset_diagonal or positions.start == 0:
-            tiles.append(Tile(*rows, 0, positions.stop, True))
-        else:
-            tiles.append(Tile(*rows, 0, positions.start, False))
-            tiles.append(Tile(*rows, positions.start, positions.stop, True))
+        rows = (row, row := row + len(positions))
+        diagonal_from = 0 if offset_diagonal else positions.start
+        if diagonal_from > 0:
+            tiles.append(Tile(*rows, 0, diagonal_from, False))
+        tiles.append(Tile(*rows, diagonal_from, positions.stop, True))
     return tuple(tiles)

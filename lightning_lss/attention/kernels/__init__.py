@@ -33,7 +33,7 @@ class Kernel(NamedTuple):
     name: str
     forward: Forward
     backward: Backward
-    offset_diagonal: bool
+    offset_diagonal: bool = False
     backward_keys: int | None = None
     """Maximum number of keys for one call of ``backward``, where fewer at a time are faster; None for any number."""
     forward_keys: Callable[[int], int | None] = lambda rows: None
@@ -60,32 +60,23 @@ def select_kernel(q: Tensor, name: str = "auto") -> Kernel:
 def _obstacle(name: str, q: Tensor) -> str | None:
     """Why the kernel cannot take ``q``, as the end of a sentence, or None."""
     device, dtype, width = q.device.type, q.dtype, q.size(-1)
-    if name == "reference":
+    if name == "reference" or (name == "cpu_flash" and device == "cpu"):
         return None
-    if name == "cpu_flash":
-        return None if device == "cpu" else f"runs on CPU tensors, not on {device}"
-    if device != "cuda":
-        return f"runs on CUDA tensors, not on {device}"
-    return _cuda_obstacle(name, dtype, width, q.device)
-
-
-def _cuda_obstacle(name: str, dtype: torch.dtype, width: int, device: torch.device) -> str | None:
-    amd = torch.version.hip is not None
-    if name == "efficient":
-        if amd:
-            return "needs an NVIDIA GPU"
-        if dtype == torch.float64:
-            return "computes in float32, float16 and bfloat16, not in torch.float64"
-        ampere_only = dtype == torch.bfloat16
-    else:
-        if dtype not in (torch.float16, torch.bfloat16):
-            return f"computes in float16 and bfloat16, not in {dtype}"
-        ampere_only = True
-    if ampere_only and not amd and torch.cuda.get_device_capability(device) < (8, 0):
+    runs_on = "cpu" if name == "cpu_flash" else "cuda"
+    if device != runs_on:
+        return f"runs on {runs_on.upper()} tensors, not on {device}"
+    efficient, amd = name == "efficient", torch.version.hip is not None
+    if efficient and amd:
+        return "needs an NVIDIA GPU"
+    if efficient and dtype == torch.float64:
+        return "computes in float32, float16 and bfloat16, not in torch.float64"
+    if not efficient and dtype not in (torch.float16, torch.bfloat16):
+        return f"computes in float16 and bfloat16, not in {dtype}"
+    needs_ampere = not amd and (not efficient or dtype == torch.bfloat16)
+    if needs_ampere and torch.cuda.get_device_capability(q.device) < (8, 0):
         return f"needs a GPU of compute capability 8.0 (Ampere) or newer for {dtype}"
-    widest = _WIDEST_HEAD.get(name)
-    if widest is not None and width > widest:
-        return f"takes heads of width up to {widest}, not {width}"
+    if width > _WIDEST_HEAD.get(name, width):
+        return f"takes heads of width up to {_WIDEST_HEAD[name]}, not {width}"
     return None
 
 
@@ -93,21 +84,12 @@ _WIDEST_HEAD = {"cuda_flash": 256, "cudnn": 128}
 
 
 # In order of preference: "auto" takes the first one that supports the tensors.
-KERNELS = {
-    kernel.name: kernel
-    for kernel in (
-        # each block of queries reads all keys and their gradients, and these must stay in the cache (measured: 1,024)
-        Kernel(
-            "cpu_flash",
-            cpu.flash_forward,
-            cpu.flash_backward,
-            offset_diagonal=False,
-            backward_keys=1024,
-            forward_keys=cpu.flash_forward_keys,
-        ),
-        Kernel("cuda_flash", cuda.flash_forward, cuda.flash_backward, offset_diagonal=True),
-        Kernel("cudnn", cuda.cudnn_forward, cuda.cudnn_backward, offset_diagonal=False),
-        Kernel("efficient", cuda.efficient_forward, cuda.efficient_backward, offset_diagonal=True),
-        Kernel("reference", reference.forward, reference.backward, offset_diagonal=True),
-    )
-}
+_KERNELS = (
+    # each block of queries reads all keys and their gradients, and these must stay in the cache (measured: 1,024)
+    Kernel("cpu_flash", cpu.flash_forward, cpu.flash_backward, backward_keys=1024, forward_keys=cpu.flash_forward_keys),
+    Kernel("cuda_flash", cuda.flash_forward, cuda.flash_backward, offset_diagonal=True),
+    Kernel("cudnn", cuda.cudnn_forward, cuda.cudnn_backward),
+    Kernel("efficient", cuda.efficient_forward, cuda.efficient_backward, offset_diagonal=True),
+    Kernel("reference", reference.forward, reference.backward, offset_diagonal=True),
+)
+KERNELS = {kernel.name: kernel for kernel in _KERNELS}

@@ -48,18 +48,9 @@ def flash_backward(
     """Compute the adjoint of :func:`flash_forward`."""
     seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # loaded by the kernel, used only with dropout
     unused = torch.empty(0, dtype=torch.uint64, device=q.device)
+    lengths = None, None, q.size(2), k.size(2)
     grads = aten._scaled_dot_product_flash_attention_backward(
-        *_padded(grad, q, k, v, out),
-        lse.contiguous(),
-        None,
-        None,
-        q.size(2),
-        k.size(2),
-        0.0,
-        causal,
-        seed,
-        unused,
-        scale=scale,
+        *_padded(grad, q, k, v, out), lse.contiguous(), *lengths, 0.0, causal, seed, unused, scale=scale
     )
     return tuple(x[..., : q.size(-1)] for x in grads)
 
@@ -82,19 +73,11 @@ def cudnn_backward(
     """Compute the adjoint of :func:`cudnn_forward`."""
     unused = torch.zeros((), dtype=torch.int64, device=q.device)  # the dropout generator's state
     lse = lse.contiguous()
+    if _cudnn_keeps_last_dimension(q.device, q.dtype):
+        lse = lse.unsqueeze(-1)
+    padded, lengths = _padded(grad.contiguous(), q, k, v, out.contiguous()), (None, None, q.size(2), k.size(2))
     grads = aten._scaled_dot_product_cudnn_attention_backward(
-        *_padded(grad.contiguous(), q, k, v, out.contiguous()),
-        lse.unsqueeze(-1) if _cudnn_keeps_last_dimension(q.device, q.dtype) else lse,
-        unused,
-        unused,
-        None,
-        None,
-        None,
-        q.size(2),
-        k.size(2),
-        0.0,
-        causal,
-        scale=scale,
+        *padded, lse, unused, unused, None, *lengths, 0.0, causal, scale=scale
     )
     return tuple(x[..., : q.size(-1)] for x in grads)
 
@@ -131,17 +114,9 @@ def _summed(grad: Tensor, heads: int) -> Tensor:
 def efficient_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Call memory-efficient attention (arXiv 2112.05682) as implemented by xFormers."""
     padded = _padded(q, _repeated(k, q.size(1)), _repeated(v, q.size(1)))
+    mask, no_bias_nor_lengths = _BOTTOM_RIGHT if causal else _NO_MASK, [None] * 5
     out, lse, *_ = aten._efficient_attention_forward(
-        *map(_rows_first, padded),
-        None,
-        None,
-        None,
-        None,
-        None,
-        0.0,
-        _BOTTOM_RIGHT if causal else _NO_MASK,
-        True,
-        scale=scale,
+        *map(_rows_first, padded), *no_bias_nor_lengths, 0.0, mask, True, scale=scale
     )
     return _rows_first(out)[..., : q.size(-1)], lse[..., : q.size(2)]
 
@@ -154,21 +129,10 @@ def efficient_backward(
     padded = _padded(grad, q, _repeated(k, heads), _repeated(v, heads), out)
     *inputs, padded_out = map(_rows_first, padded)
     unused = torch.zeros((), dtype=torch.int64, device=q.device)  # the dropout generator's state
+    lse = F.pad(lse, (0, -rows % _LSE_ROWS), value=float("inf")).contiguous()  # padding rows get weight 0
+    mask, lengths = _BOTTOM_RIGHT if causal else _NO_MASK, (None, None, rows, k.size(2))
     *grads, _ = aten._efficient_attention_backward(
-        *inputs,
-        None,
-        padded_out.contiguous(),
-        None,
-        None,
-        rows,
-        k.size(2),
-        F.pad(lse, (0, -rows % _LSE_ROWS), value=float("inf")).contiguous(),  # padding rows get weight 0
-        0.0,
-        unused,
-        unused,
-        _BOTTOM_RIGHT if causal else _NO_MASK,
-        False,
-        scale=scale,
+        *inputs, None, padded_out.contiguous(), *lengths, lse, 0.0, unused, unused, mask, False, scale=scale
     )
     grad_q, grad_k, grad_v = (_rows_first(x)[..., : q.size(-1)] for x in grads)
     return grad_q, _summed(grad_k, k.size(1)), _summed(grad_v, v.size(1))
