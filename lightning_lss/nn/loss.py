@@ -30,12 +30,10 @@ def token_mean(loss_sum: Tensor, num_tokens: Tensor | int) -> Tensor:
     Returns:
         a scalar of the dtype of ``loss_sum``; 0 if no rank has tokens.
     """
-    count = torch.as_tensor(num_tokens, device=loss_sum.device).detach().to(torch.int64, copy=True)
-    world_size = 1
-    total = count
+    count = torch.as_tensor(num_tokens, device=loss_sum.device).detach().to(torch.int64)
+    total, world_size = count.clone(), 1
     if dist.is_available() and dist.is_initialized():
         world_size = dist.get_world_size()
-        total = count.clone()
         dist.all_reduce(total)
     counted = torch.where(count > 0, loss_sum, loss_sum.new_zeros(()))
     wide = counted.to(torch.promote_types(counted.dtype, torch.float32))  # in float16 the product would overflow
@@ -52,20 +50,16 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def logit_rows(rows: int, width: int, vocabulary: int) -> int:
-    """Number of ``rows`` rows of logits to compute at a time: all where they are no larger than the features, else
-    about as many as fit the features' memory."""
-    if vocabulary <= width:
-        return rows
-    return max(1, min(rows, max(_LEAST_ROWS, rows * width // vocabulary)))
+    """Number of ``rows`` rows of logits to compute at a time: about as many as fit the features' memory, or all."""
+    return rows if vocabulary <= width else max(1, min(rows, max(_LEAST_ROWS, rows * width // vocabulary)))
 
 
 def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Sum the cross entropies of the logits ``features @ weight.T`` without holding all logits [N, V].
 
     Where the vocabulary V is larger than the width E, a few rows are computed at a time, with logits about as large as
-    all ``features``. Their gradients are computed with the loss. (The idea of never holding [N, V] is that of Cut Your
-    Losses, arXiv 2411.09009.) In float32 and float64 this is torch's own ``F.linear_cross_entropy`` where it
-    exists (2.13); in lower precision that one would round the sum itself.
+    all ``features``, and their gradients with them (after Cut Your Losses, arXiv 2411.09009). In float32 and float64 this
+    is torch's own ``F.linear_cross_entropy`` where it exists (2.13); in lower precision that one rounds the sum itself.
 
     Args:
         features: [N, E]; under autocast the product is computed in autocast's dtype.

@@ -17,17 +17,15 @@ class BitsPerByte(Metric):
     character is one byte, these are the bits per character that papers report for enwik8.
     """
 
-    full_state_update = False
-    higher_is_better = False
-    is_differentiable = False
+    full_state_update = higher_is_better = is_differentiable = False
 
     nats: Tensor
     num_bytes: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("nats", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("num_bytes", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("nats", "num_bytes"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, nats: Tensor | float, num_bytes: Tensor | float) -> None:
         """Add ``nats``, a sum of negative log-likelihoods, over ``num_bytes`` bytes of text."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,12 @@ class TableSpec:
     shard: SequenceShard = WHOLE_SEQUENCE
 
     def row_ranges(self) -> tuple[range, ...]:
-        """The positions whose rows this rank holds."""
-        shard = self.shard
-        return position_ranges(self.num_positions, shard.rank, shard.size, shard.layout)
+        """The positions whose rows this rank holds, in the order of the rows."""
+        return position_ranges(self.num_positions, self.shard.rank, self.shard.size, self.shard.layout)
+
+    def cut(self, table: Tensor) -> Tensor:
+        """Cut a whole table [num_positions, ...] to this rank's rows."""
+        return torch.cat([table[run.start : run.stop] for run in self.row_ranges()])
 
     def rows(self) -> Tensor:
         """Draw the initial values of this rank's rows, float32 [rows, dim], normal with ``std``.
@@ -36,26 +39,24 @@ class TableSpec:
         Each block of rows has its own generator, seeded by the block's position in the table. A position's row is
         therefore the same for every number of ranks and layout, and a rank draws only the blocks that overlap its rows.
         """
-        runs = [self._run(run.start, run.stop) for run in self.row_ranges()]
-        return torch.cat(runs).mul_(self.std)
-
-    def _run(self, start: int, stop: int) -> Tensor:
-        rows = torch.empty(stop - start, self.dim, device="cpu", dtype=torch.float32)
-        for block in range(start // _BLOCK, (stop - 1) // _BLOCK + 1):
-            generator = torch.Generator("cpu").manual_seed((self.seed + block * 0x9E3779B97F4A7C15) % 2**63)
-            drawn = torch.randn(_BLOCK, self.dim, generator=generator, device="cpu", dtype=torch.float32)
-            first, last = max(start, block * _BLOCK), min(stop, (block + 1) * _BLOCK)
-            rows[first - start : last - start] = drawn[first - block * _BLOCK : last - block * _BLOCK]
-        return rows
+        runs = self.row_ranges()
+        rows = torch.empty(sum(map(len, runs)), self.dim, device="cpu", dtype=torch.float32)
+        for run, own in zip(runs, rows.split([len(run) for run in runs])):
+            for block in range(run.start // _BLOCK, (run.stop - 1) // _BLOCK + 1):
+                generator = torch.Generator("cpu").manual_seed((self.seed + block * 0x9E3779B97F4A7C15) % 2**63)
+                drawn = torch.randn(_BLOCK, self.dim, generator=generator, device="cpu", dtype=torch.float32)
+                first, last = max(run.start, block * _BLOCK), min(run.stop, (block + 1) * _BLOCK)
+                own[first - run.start : last - run.start] = drawn[first - block * _BLOCK : last - block * _BLOCK]
+        return rows.mul_(self.std)
 
 
 class DeferredTable(nn.Parameter):
     """A positional table that is built on first access and is an ordinary ``Parameter`` from then on.
 
     A model is made before its rank is known. If the table were built at once and cut later, each rank would hold all of
-    it for a moment. Under LSS the strategy sets the shard first, and only this rank's rows are built. Any other access
-    to the parameter (its shape, an optimizer's step, a state dict) builds the whole table. (Compare
-    ``torch.nn.UninitializedParameter``, which raises on access instead.)
+    it for a moment. Under LSS the strategy sets the shard first, and only this rank's rows are built. Any other access to
+    the parameter (its shape, an optimizer's step, a state dict) builds the whole table. (Compare
+    ``torch.nn.UninitializedParameter``, which raises.)
     """
 
     spec: TableSpec
@@ -117,9 +118,7 @@ class SegmentPositionalEmbedding(ShardedModule):
         super().__init__()
         if num_positions < 1 or dim < 1:
             raise ValueError(f"num_positions={num_positions} and dim={dim} must be positive.")
-        self.num_positions = num_positions
-        self.dim = dim
-        self.std = std
+        self.num_positions, self.dim, self.std = num_positions, dim, std
         # one draw from the default generator for every size, so that the size does not change later initializations
         self.seed = int(torch.randint(2**62, (), device="cpu").item())
         self.weight: nn.Parameter = DeferredTable(self._spec())
@@ -131,24 +130,22 @@ class SegmentPositionalEmbedding(ShardedModule):
             ValueError: if ``num_positions`` cannot be divided evenly.
             RuntimeError: if the table has been cut to another segment already.
         """
-        wanted = position_ranges(self.num_positions, shard.rank, shard.size, shard.layout)
+        wanted = replace(self._spec(), shard=shard)
         if isinstance(self.weight, DeferredTable):  # as is_deferred, but for type checkers
-            self.weight.spec = replace(self._spec(), shard=shard)
+            self.weight.spec = wanted
             self.weight.build()
-        elif wanted != self.row_ranges():
-            self._cut(shard, wanted)
+        elif wanted.row_ranges() != self.row_ranges():
+            if self.shard.size > 1:
+                raise RuntimeError(
+                    f"This table holds the rows of segment {self.shard.rank} of {self.shard.size} ({self.shard.layout}) and cannot"
+                    f" serve segment {shard.rank} of {shard.size} ({shard.layout}): the other rows are on other ranks. Make a new"
+                    " model, or load one from a checkpoint."
+                )
+            self._replace(wanted.cut(self.weight.data))
         super().set_shard(shard)
 
-    def _cut(self, shard: SequenceShard, wanted: tuple[range, ...]) -> None:
-        """Free all rows except the wanted ones."""
-        if self.shard.size > 1:
-            raise RuntimeError(
-                f"This table holds the rows of segment {self.shard.rank} of {self.shard.size} ({self.shard.layout}) and cannot"
-                f" serve segment {shard.rank} of {shard.size} ({shard.layout}): the other rows are on other ranks. Make a new model, or"
-                " load one from a checkpoint."
-            )
-        self.weight.data = torch.cat([self.weight.data[run.start : run.stop] for run in wanted])
-        self.weight.grad = None
+    def _replace(self, rows: Tensor) -> None:
+        self.weight.data, self.weight.grad = rows, None
 
     @property
     def is_deferred(self) -> bool:
@@ -169,8 +166,7 @@ class SegmentPositionalEmbedding(ShardedModule):
 
     def become_whole(self) -> None:
         """Gather the rows of all segments, as before a run; every rank of the sequence group must call it."""
-        self.weight.data = self.shard.gather(self.weight.detach(), dim=0)
-        self.weight.grad = None
+        self._replace(self.shard.gather(self.weight.detach(), dim=0))
         super().set_shard(WHOLE_SEQUENCE)
 
     def forward(self, local_length: int) -> Tensor:
@@ -179,10 +175,14 @@ class SegmentPositionalEmbedding(ShardedModule):
         Raises:
             ValueError: if ``local_length`` does not fit the table.
         """
-        length = local_length * self.shard.size
-        fits = 0 < length <= self.num_positions if self.shard.size == 1 else length == self.num_positions
-        if not fits:
-            self._refuse(local_length)
+        length, size = local_length * self.shard.size, self.shard.size
+        if length != self.num_positions and not (size == 1 and 0 < length < self.num_positions):
+            spread = f" ({local_length} on each of {size} ranks)" if size > 1 else ""
+            raise ValueError(
+                f"A sequence of length {length}{spread} does not fit a learned table of {self.num_positions} positions: it takes"
+                f" {'exactly' if size > 1 else 'at most'} that many. Use sequences of that length, set num_positions to the length"
+                " of yours, or use RotaryEmbedding (positions='rotary'), which takes any length."
+            )
         # a copy, since torch's module tracker (FLOPs in the model summary) cannot follow a view of a parameter
         return self.weight[:local_length].clone()
 
@@ -194,18 +194,8 @@ class SegmentPositionalEmbedding(ShardedModule):
         return TableSpec(self.num_positions, self.dim, self.std, self.seed, self.shard)
 
     def row_ranges(self) -> tuple[range, ...]:
-        """The positions whose rows this rank holds, in the order of the rows."""
-        return position_ranges(self.num_positions, self.shard.rank, self.shard.size, self.shard.layout)
-
-    def _refuse(self, local_length: int) -> NoReturn:
-        length, size = local_length * self.shard.size, self.shard.size
-        spread = f" ({local_length} on each of {size} ranks)" if size > 1 else ""
-        rule = "exactly" if size > 1 else "at most"
-        raise ValueError(
-            f"A sequence of length {length}{spread} does not fit a learned table of {self.num_positions} positions: it takes {rule} that"
-            " many. Use sequences of that length, set num_positions to the length of yours, or use RotaryEmbedding"
-            " (positions='rotary'), which takes any length."
-        )
+        """See :meth:`TableSpec.row_ranges`."""
+        return self._spec().row_ranges()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         key = prefix + "weight"
@@ -216,4 +206,4 @@ class SegmentPositionalEmbedding(ShardedModule):
 
     def own_rows(self, table: Tensor) -> Tensor:
         """Cut a whole table [num_positions, ...] to this rank's rows."""
-        return torch.cat([table[run.start : run.stop] for run in self.row_ranges()])
+        return self._spec().cut(table)

@@ -1,8 +1,7 @@
 """Activation checkpointing and MLP tiles, applied from outside to the blocks of any module.
 
-:func:`apply_checkpointing` and :func:`apply_tiles` change only how existing modules are called: names of parameters,
-hooks, and compiled code within the block stay as they are. (torchtitan also applies activation checkpointing to a
-finished model.)
+They change only how existing modules are called: names of parameters, hooks, and compiled code within the block stay as
+they are. (torchtitan also applies activation checkpointing to a finished model.)
 """
 
 from __future__ import annotations
@@ -11,19 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
-from functools import cache
-from typing import Any, Literal
+from functools import cache, partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    set_checkpoint_early_stop,
-)
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, set_checkpoint_early_stop
 
 from lightning_lss.attention.module import LSSAttention
 from lightning_lss.attention.operator import ATTENTION
@@ -31,13 +25,14 @@ from lightning_lss.attention.operator import ATTENTION
 ActivationCheckpointing = Literal["none", "full", "selective", "offload"]
 
 # Attention's operators in torch, by device and kernel; their backward needs their outputs and log-sum-exps.
-_ATTENTION = {
+_ATTENTION = [
     ATTENTION,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-}
+]
+_keep_attention = partial(create_selective_checkpoint_contexts, _ATTENTION)
 
 
 # -- which modules -----------------------------------------------------------------------------------------------------
@@ -52,7 +47,7 @@ def repeated_blocks(root: nn.Module) -> list[nn.Module]:
     blocks: dict[nn.Module, None] = {}
 
     def visit(parent: nn.Module) -> None:
-        kinds = Counter(type(child) for child in parent.children())
+        kinds = Counter(map(type, parent.children()))
         is_stack = isinstance(parent, (nn.ModuleList, nn.Sequential))
         for child in parent.children():
             if is_stack and kinds[type(child)] > 1 and any(True for _ in child.children()):
@@ -65,12 +60,9 @@ def repeated_blocks(root: nn.Module) -> list[nn.Module]:
 
 
 def named_blocks(root: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """Find submodules of ``root`` by name, each once.
+    """Find submodules of ``root`` by their names in ``named_modules()``, each once.
 
-    Args:
-        root: the module to search.
-        names: names as in ``named_modules()``; ``*`` and ``?`` match as in the shell, and an ``nn.ModuleList`` stands
-            for its children.
+    In a name ``*`` and ``?`` match as in the shell. An ``nn.ModuleList`` stands for its children.
 
     Raises:
         ValueError: if a name matches no submodule; the message lists some that ``root`` has.
@@ -102,9 +94,9 @@ def apply_checkpointing(modules: Iterable[nn.Module], how: ActivationCheckpointi
 
             - ``none``: everything that autograd asks for;
             - ``full``: only the module's inputs; the backward pass computes the module again;
-            - ``selective``: the inputs, and the output of attention with its log-sum-exp; the backward pass computes
-              everything again except attention, the part that is quadratic in the sequence length;
-            - ``offload``: the inputs, in (pinned) host memory.
+            - ``selective``: also the output of attention with its log-sum-exp; the backward pass does not compute again
+              what is quadratic in the sequence length;
+            - ``offload``: only the inputs, in (pinned) host memory.
 
     Raises:
         ValueError: if ``how`` is unknown.
@@ -121,8 +113,7 @@ def apply_checkpointing(modules: Iterable[nn.Module], how: ActivationCheckpointi
 
 
 def apply_tiles(modules: Iterable[nn.Module], tiles: int) -> None:
-    """Compute each module in ``tiles`` parts along the sequence from now on; the backward pass computes each part
-    again.
+    """Compute each module in ``tiles`` parts along the sequence from now on, and each part again in the backward pass.
 
     The modules must take [B, l, E] as their first argument and work token by token. Their intermediate activations are
     then those of one tile (TiledMLP of ALST, arXiv 2506.13996, section 3.2).
@@ -133,10 +124,9 @@ def apply_tiles(modules: Iterable[nn.Module], tiles: int) -> None:
 
 def check_checkpointing(how: object) -> None:
     """Raise ``ValueError`` if ``how`` is not a kind of activation checkpointing."""
-    if how not in ("none", "full", "selective", "offload"):
-        raise ValueError(
-            f"activation_checkpointing={how!r} is unknown: choose 'none' or 'full' or 'selective' or 'offload'."
-        )
+    known = get_args(ActivationCheckpointing)
+    if how not in known:
+        raise ValueError(f"activation_checkpointing={how!r} is unknown: choose {' or '.join(map(repr, known))}.")
 
 
 class Recomputed(nn.Module):
@@ -154,10 +144,9 @@ class Recomputed(nn.Module):
         """Call the module, in tiles and under activation checkpointing where these are on."""
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self._call_in_tiles(*args, **kwargs)
-        # Recomputation normally stops at the last tensor that backward needs. In a block of tiles that is within the
-        # last tile, before the results are joined. Under tensor parallelism each result comes from a collective.
-        # Nothing would then wait for it, and torch keeps results without a wait forever. A single tile stops before its
-        # collective.
+        # Recomputation normally stops at the last tensor that backward needs. In a block of tiles that is within the last
+        # tile, before the results are joined. Under tensor parallelism each result comes from a collective. Nothing would
+        # then wait for it, and torch keeps results without a wait forever. A single tile stops before its collective.
         options: dict[str, Any] = {"context_fn": _keep_attention} if self.checkpointing == "selective" else {}
         with _early_stop(not self.holds_tiles), self._offload((args, kwargs)):
             return checkpoint(self._call_in_tiles, *args, use_reentrant=False, **options, **kwargs)
@@ -208,11 +197,3 @@ def _rebuild(constructor: Callable[..., Any], cls: Any, *arguments: Any) -> Any:
 
 def _early_stop(wanted: bool) -> AbstractContextManager[Any]:
     return nullcontext() if torch.compiler.is_compiling() else set_checkpoint_early_stop(wanted)
-
-
-def _keep_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    return create_selective_checkpoint_contexts(_policy)
-
-
-def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE

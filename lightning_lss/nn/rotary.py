@@ -27,32 +27,30 @@ class RotaryEmbedding(ShardedModule):
         super().__init__()
         if head_dim < 2 or head_dim % 2:
             raise ValueError(f"head_dim={head_dim} must be even: rotary embedding rotates pairs of channels.")
-        self.head_dim = head_dim
-        self.base = base
+        self.head_dim, self.base = head_dim, base
         self._cached: tuple[Any, tuple[Tensor, Tensor]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate queries or keys [B, H, l, D] by their global positions; the dtype stays."""
-        cos, sin = self._turns(x.size(-2), x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        cos, sin = self._turns(x)
         first, second = x.to(cos.dtype).chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
     def prepare(self, x: Tensor) -> None:
-        """Compute and keep the angles for activations [B, l, E]; call it outside of compiled blocks, which cannot keep
-        them."""
-        self._turns(x.size(-2), x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        """Compute and keep the angles for activations [B, l, E]. Compiled blocks cannot keep them: call it outside."""
+        self._turns(x)
 
-    def _turns(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the angles, [l, D/2]; the latest are cached, since all layers ask for the same."""
-        key = (length, device, dtype, self.shard)
+    def _turns(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the angles for ``x`` [..., l, D], [l, D/2]; the latest are cached for the other layers."""
+        needs = x.size(-2), x.device, torch.float64 if x.dtype == torch.float64 else torch.float32
+        key = (*needs, self.shard)
         if self._cached is not None and self._cached[0] == key:
             return self._cached[1]
         if torch.compiler.is_compiling():  # a graph's tensors may belong to inference mode and must not be cached
-            return self._compute_turns(length, device, dtype)
-        # outside inference mode, since a validation before training would otherwise leave tensors that autograd cannot
-        # use
+            return self._compute_turns(*needs)
+        # after a validation in inference mode, training would find tensors that autograd cannot use
         with torch.inference_mode(False), torch.no_grad():
-            self._cached = (key, self._compute_turns(length, device, dtype))
+            self._cached = (key, self._compute_turns(*needs))
         return self._cached[1]
 
     def _compute_turns(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
