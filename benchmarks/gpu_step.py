@@ -10,9 +10,9 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from torch.utils.data import DataLoader
 
+from benchmarks.clock import StepClock
 from benchmarks.one_rank import OneOfMany, copy_bucket
 from lightning_lss import LSSStrategy, LSSTransformer
-from lightning_lss.testing.clock import StepClock
 
 # Dense bfloat16. Lightning knows the chip under another name and with sparsity: NVIDIA's H200 data sheet has 1,979 with
 # sparsity, half of that without.

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
+from benchmarks.clock import StepClock
 from benchmarks.contestants import CONTESTANTS, Contestant, attention_module
 from lightning_lss import LSSAttention, LSSStrategy, LSSTransformer
 from lightning_lss.megatron import MegatronTransformer
 from lightning_lss.models.transformer import TransformerConfig
-from lightning_lss.testing.clock import StepClock
 from lightning_lss.testing.compare import worst_difference
 
 _CONF = Path(__file__).parents[1] / "conf" / "model"

@@ -15,56 +15,29 @@ from torch.utils._pytree import tree_leaves
 from lightning_lss.testing.dispatch import Watch
 
 # Names in the c10d namespace (collectives in place) and in _c10d_functional (DTensor's), torch 2.11 to 2.13.
-_KINDS = {
-    "allgather_": "all_gather",
-    "_allgather_base_": "all_gather",
-    "allgather_into_tensor_coalesced_": "all_gather",
-    "all_gather_into_tensor": "all_gather",
-    "all_gather_into_tensor_out": "all_gather",
-    "all_gather_into_tensor_coalesced": "all_gather",
-    "reduce_scatter_": "reduce_scatter",
-    "_reduce_scatter_base_": "reduce_scatter",
-    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
-    "reduce_scatter_tensor": "reduce_scatter",
-    "reduce_scatter_tensor_out": "reduce_scatter",
-    "reduce_scatter_tensor_coalesced": "reduce_scatter",
-    "allreduce_": "all_reduce",
-    "allreduce_coalesced_": "all_reduce",
-    "all_reduce": "all_reduce",
-    "all_reduce_": "all_reduce",
-    "all_reduce_coalesced": "all_reduce",
-    "all_reduce_coalesced_": "all_reduce",
-    "alltoall_": "all_to_all",
-    "alltoall_base_": "all_to_all",
-    "all_to_all_single": "all_to_all",
-    "shard_dim_alltoall": "all_to_all",
-    "broadcast_": "broadcast",
-    "broadcast": "broadcast",
-    "recv_": "receive",
-    "irecv": "receive",
+_NAMES = {
+    "all_gather": "allgather_ _allgather_base_ allgather_into_tensor_coalesced_ all_gather_into_tensor"
+    " all_gather_into_tensor_out all_gather_into_tensor_coalesced",
+    "reduce_scatter": "reduce_scatter_ _reduce_scatter_base_ reduce_scatter_tensor_coalesced_ reduce_scatter_tensor"
+    " reduce_scatter_tensor_out reduce_scatter_tensor_coalesced",
+    "all_reduce": "allreduce_ allreduce_coalesced_ all_reduce all_reduce_ all_reduce_coalesced all_reduce_coalesced_",
+    "all_to_all": "alltoall_ alltoall_base_ all_to_all_single shard_dim_alltoall",
+    "broadcast": "broadcast_ broadcast",
+    "receive": "recv_ irecv",
+    "": "send isend barrier monitored_barrier_ wait_tensor _wrap_tensor_autograd",  # these receive no payload
 }
+_KINDS = {name: kind for kind, names in _NAMES.items() for name in names.split()}
 _NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
-_SILENT = {
-    "send",
-    "isend",
-    "barrier",
-    "monitored_barrier_",
-    "wait_tensor",
-    "_wrap_tensor_autograd",
-}  # what receives no payload
 
 
 class Collective(NamedTuple):
-    """What is told apart."""
+    """What is told apart: the phase of the step, the kind as in the table, the dtype that is sent, and the bytes that
+    this rank receives."""
 
     phase: str
-    """Of the step, as the counter was told."""
     kind: str
-    """``all_gather``, ``reduce_scatter``, ``all_reduce``, ``all_to_all``, ``broadcast`` or ``receive``."""
     dtype: torch.dtype
-    """Of what is sent."""
     received: int
-    """Bytes that this rank receives."""
 
 
 Tally = Counter[Collective]
@@ -72,8 +45,8 @@ Tally = Counter[Collective]
 
 
 class CollectiveCounter(Watch):
-    """Counts the collectives that are dispatched while it is active. A barrier is not counted, nor what a rank sends to
-    one other: the other receives it. A collective that is not in the table raises ``RuntimeError``.
+    """Counts the collectives that are dispatched while it is active, without barriers and what a rank sends to one
+    other: the other receives it. A collective that is not in the table raises ``RuntimeError``.
 
     Bytes are the payload that a rank has to receive from others in a ring: (n - 1) / n of an all-gather's output, a
     reduce-scatter's input or an all-to-all's input, and twice that of an all-reduce's tensor, in a group of n ranks.
@@ -89,12 +62,13 @@ class CollectiveCounter(Watch):
 
     def _count(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         namespace, _, name = func._schema.name.partition("::")
-        if namespace not in _NAMESPACES or name in _SILENT:
+        if namespace not in _NAMESPACES:
             return
         if name not in _KINDS:
             raise RuntimeError(f"The counter does not know the collective {func}: add it to its table.")
-        kind, sent = _KINDS[name], _tensors((*args, result))
-        self.tally[Collective(self.phase, kind, sent[0].dtype, _received(kind, args, result))] += 1
+        if kind := _KINDS[name]:
+            dtype = _tensors((*args, result))[0].dtype
+            self.tally[Collective(self.phase, kind, dtype, _received(kind, args, result))] += 1
 
 
 def kinds(tally: Tally, phase: str | None = None) -> dict[str, int]:
@@ -117,15 +91,13 @@ def describe(tally: Tally, phase: str) -> str:
 
 
 def _received(kind: str, args: tuple[Any, ...], result: Any) -> int:
-    """Bytes of payload that this rank receives.
-
-    For gathers and scatters the larger of output and input is the whole, in whatever order the operation takes them.
-    """
+    """Bytes of payload that this rank receives."""
     ranks = _group_size(args)
     if kind == "all_reduce":
         return 2 * _nbytes(args[0]) * (ranks - 1) // ranks
     if kind in ("receive", "broadcast"):
         return _nbytes(args[0])
+    # the larger of output and input is the whole, in whatever order the operation takes them
     return max(_nbytes(part) for part in (*args, result)) * (ranks - 1) // ranks
 
 

@@ -46,17 +46,12 @@ def worst_difference(actual: Tensors, expected: Tensors, *, floor: float = FLOOR
         ValueError: if there are no tensors.
         TypeError: if something is not a tensor, or if tensors by name are compared with tensors in order.
     """
-    return _differences(actual, expected, floor, dtypes)[0]
+    error, name, _ = _differences(actual, expected, floor, dtypes)[0]
+    return Difference(error, name)
 
 
 def assert_equal(
-    actual: Tensors,
-    expected: Tensors,
-    tolerance: float,
-    *,
-    floor: float = FLOOR,
-    dtypes: bool = False,
-    what: str = "",
+    actual: Tensors, expected: Tensors, tolerance: float, *, floor: float = FLOOR, dtypes: bool = False, what: str = ""
 ) -> None:
     """Raise ``AssertionError`` unless every tensor is within ``tolerance`` of its reference.
 
@@ -68,14 +63,11 @@ def assert_equal(
         dtypes: whether dtypes must agree.
         what: what is compared, as the start of the message; for example the rank.
     """
-    wrong = [x for x in _differences(actual, expected, floor, dtypes) if x.error > tolerance or math.isinf(x.error)]
+    wrong = [x for x in _differences(actual, expected, floor, dtypes) if x[0] > tolerance or math.isinf(x[0])]
     if not wrong:
         return
-    one, other = _by_name(actual), _by_name(expected)
-    lines = [f"{len(wrong)} of {len(other)} tensors differ by more than {tolerance:.1e}"]
-    for error, name in wrong[:5]:
-        reason = _obstacle(one.get(name), other.get(name), dtypes) or f"relative error {error:.1e}"
-        lines.append(f"  {name}: {reason}")
+    lines = [f"{len(wrong)} of {len(expected)} tensors differ by more than {tolerance:.1e}"]
+    lines += [f"  {name}: {reason or f'relative error {error:.1e}'}" for error, name, reason in wrong[:5]]
     if len(wrong) > 5:
         lines.append(f"  and {len(wrong) - 5} more")
     raise AssertionError((f"{what}: " if what else "") + "\n".join(lines))
@@ -96,45 +88,39 @@ def assert_equal_on_ranks(
         assert_equal(actual, expected, tolerance, floor=floor, dtypes=dtypes, what=f"rank {rank}")
 
 
-def _differences(actual: Tensors, expected: Tensors, floor: float, dtypes: bool) -> list[Difference]:
-    """Of every name on either side, the worst first."""
+def _differences(actual: Tensors, expected: Tensors, floor: float, dtypes: bool) -> list[tuple[float, str, str | None]]:
+    """Error of every name on either side, the worst first, with the reason where the two cannot be equal."""
     if isinstance(actual, Mapping) != isinstance(expected, Mapping):
         raise TypeError("Tensors by name cannot be compared with tensors in order.")
     one, other = _by_name(actual), _by_name(expected)
-    names = [*other, *(name for name in one if name not in other)]
-    if not names:
+    found = []
+    for name in dict.fromkeys([*other, *one]):
+        reason = _obstacle(one.get(name), other.get(name), dtypes)
+        found.append((math.inf if reason else _error(one[name], other[name], floor), name, reason))
+    if not found:
         raise ValueError("There are no tensors to compare.")
-    found = [Difference(_error(one.get(name), other.get(name), floor, dtypes), name) for name in names]
-    return sorted(found, key=lambda difference: -difference.error)
+    return sorted(found, key=lambda difference: -difference[0])
 
 
 def _by_name(tensors: Tensors) -> dict[str, Tensor]:
     if isinstance(tensors, Tensor):
         raise TypeError("Put single tensors into a list.")
-    items = tensors.items() if isinstance(tensors, Mapping) else ((str(i), x) for i, x in enumerate(tensors))
-    named = dict(items)
+    named = dict(tensors) if isinstance(tensors, Mapping) else {str(i): x for i, x in enumerate(tensors)}
     for name, x in named.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} is not a tensor but {type(x).__name__}.")
     return named
 
 
-def _error(actual: Tensor | None, expected: Tensor | None, floor: float, dtypes: bool) -> float:
-    if _obstacle(actual, expected, dtypes) is not None:
-        return math.inf
-    assert actual is not None
-    assert expected is not None
-    own, reference = (x.detach().to("cpu", _wide(x)) for x in (actual, expected))
+def _error(actual: Tensor, expected: Tensor, floor: float) -> float:
+    wide = [torch.complex128 if x.is_complex() else torch.float64 for x in (actual, expected)]
+    own, reference = (x.detach().to("cpu", dtype) for x, dtype in zip((actual, expected), wide))
     if torch.equal(own, reference):
         return 0.0
     error = (torch.linalg.vector_norm(own - reference) / max(torch.linalg.vector_norm(reference).item(), floor)).item()
     if math.isnan(error):  # both norms overflow
         return math.inf
     return max(error, sys.float_info.min)  # a square that underflows does not make two tensors equal
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.complex128 if x.is_complex() else torch.float64
 
 
 def _obstacle(actual: Tensor | None, expected: Tensor | None, dtypes: bool) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch.distributed as dist
+from torch import Tensor
 
 from lightning_lss.sequence import collectives
 
@@ -30,6 +31,19 @@ def fake_world(rank: int, size: int) -> Iterator[dist.ProcessGroup]:
         dist.destroy_process_group()
 
 
+class Work:
+    """A handle of torch's. The first wait calls ``finish``; tensors are kept until then, as NCCL's handles do."""
+
+    def __init__(self, finish: Callable[[], object] = lambda: None, *tensors: Tensor) -> None:
+        self._rest = finish, tensors
+
+    def wait(self) -> bool:
+        """Let the collective be complete."""
+        self._rest[0]()
+        self._rest = (lambda: None), ()
+        return True
+
+
 @contextmanager
 def replaced_collectives(all_gather: Callable[..., Any], reduce_scatter: Callable[..., Any]) -> Iterator[None]:
     """Within, :mod:`lightning_lss.sequence.collectives` calls these two in the place of torch's.
@@ -38,9 +52,8 @@ def replaced_collectives(all_gather: Callable[..., Any], reduce_scatter: Callabl
 
     Args:
         all_gather: called as ``all_gather(out, local, group=..., async_op=True)`` with tensors [S n] and [n]; returns a
-            handle with ``wait()``.
-        reduce_scatter: called as ``reduce_scatter(out, stacked, group=..., async_op=True)`` with tensors [n] and [S n];
-            likewise.
+            :class:`Work`.
+        reduce_scatter: called as ``reduce_scatter(out, stacked, group=..., async_op=True)`` with [n] and [S n]; likewise.
     """
     with patch.multiple(collectives, _all_gather=all_gather, _reduce_scatter=reduce_scatter):
         yield

@@ -22,63 +22,42 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from lightning_lss import SequenceShard
-from lightning_lss.testing.fake_world import fake_world, replaced_collectives
+from lightning_lss.testing.fake_world import Work, fake_world, replaced_collectives
 
 GATHER, SCATTER = "copy for all-gather", "copy for reduce-scatter"  # in traces
 
 
-class Copy:
-    """A copy under way, as a handle of torch's to wait on. It keeps its tensors until then, as NCCL's does."""
-
-    def __init__(self, event: torch.cuda.Event | None, *tensors: Tensor) -> None:
-        self._event = event
-        self._tensors = tensors
-
-    def wait(self) -> bool:
-        """Let the current stream wait."""
-        if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
-        self._tensors = ()
-        return True
-
-
 class Copies:
-    """The two collectives as copies.
-
-    Args:
-        device: where the tensors are; on CUDA copies run on a stream of their own.
-    """
+    """The two collectives as copies of tensors on ``device``, on CUDA in a stream of their own."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def all_gather(self, out: Tensor, local: Tensor, group: dist.ProcessGroup, async_op: bool) -> Copy:
+    def all_gather(self, out: Tensor, local: Tensor, group: dist.ProcessGroup, async_op: bool) -> Work:
         """``local`` [n] into every slot of ``out`` [S n]; it may lie in one of them."""
         slots = out.view(-1, local.numel())
         own = (local.data_ptr() - out.data_ptr()) // local.nbytes  # of no slot where it lies elsewhere
 
         def copy() -> None:
-            if 0 <= own < len(slots):
-                slots[:own].copy_(local)
-                slots[own + 1 :].copy_(local)
-            else:
-                slots.copy_(local)
+            for others in (slots[:own], slots[own + 1 :]) if 0 <= own < len(slots) else (slots,):
+                others.copy_(local)
 
         return self._start(GATHER, copy, out, local)
 
-    def reduce_scatter(self, out: Tensor, stacked: Tensor, group: dist.ProcessGroup, async_op: bool) -> Copy:
+    def reduce_scatter(self, out: Tensor, stacked: Tensor, group: dist.ProcessGroup, async_op: bool) -> Work:
         """The sum of the S parts of ``stacked`` [S n] into ``out`` [n]."""
         return self._start(SCATTER, lambda: torch.sum(stacked.view(-1, out.numel()), 0, out=out), out, stacked)
 
-    def _start(self, name: str, copy: Callable[[], Any], *tensors: Tensor) -> Copy:
+    def _start(self, name: str, copy: Callable[[], Any], *tensors: Tensor) -> Work:
         with record_function(name):
             if self._stream is None:
                 copy()
-                return Copy(None)
+                return Work()
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 copy()
-                return Copy(self._stream.record_event(), *tensors)
+                event = self._stream.record_event()
+            return Work(lambda: torch.cuda.current_stream().wait_event(event), *tensors)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -17,12 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_lss.sequence.segment import SequenceShard
-from lightning_lss.testing.fake_world import fake_world, replaced_collectives
+from lightning_lss.testing.fake_world import Work, fake_world, replaced_collectives
 
 RUNS = 3  # of one layer of attention, until every result is right
 
 
-class RecordedRanks:
+class RecordedRanks(ExitStack):
     """``size`` ranks that take turns, to be used in a ``with`` statement.
 
     Args:
@@ -34,23 +33,18 @@ class RecordedRanks:
     """
 
     def __init__(self, size: int, layout: str, late: bool = False) -> None:
+        super().__init__()
         self.size, self.layout, self.late = size, layout, late
         self._rank = 0
         self._begun = 0  # collectives of the rank in this run
         self._sent: list[dict[int, Tensor]] = [{} for _ in range(size)]
         self._before: list[dict[int, Tensor]] = [{} for _ in range(size)]
-        self._stack = ExitStack()
         self._group: dist.ProcessGroup | None = None
 
     def __enter__(self) -> RecordedRanks:
-        self._group = self._stack.enter_context(fake_world(0, self.size))
-        self._stack.enter_context(replaced_collectives(self._all_gather, self._reduce_scatter))
+        self._group = self.enter_context(fake_world(0, self.size))
+        self.enter_context(replaced_collectives(self._all_gather, self._reduce_scatter))
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
 
     def run(self, work: Callable[[SequenceShard], Any]) -> list[Any]:
         """What ``work(shard)`` returns on each rank. It must do the same in every run."""
@@ -68,39 +62,24 @@ class RecordedRanks:
         self._sent[self._rank][index] = own.clone()
         return [before.get(index, torch.zeros_like(own)) for before in self._before]
 
-    def _all_gather(self, out: Tensor, local: Tensor, group: dist.ProcessGroup, async_op: bool) -> _Work:
+    def _all_gather(self, out: Tensor, local: Tensor, group: dist.ProcessGroup, async_op: bool) -> Work:
         slots = out.view(self.size, -1)
 
-        def gather(index: int) -> None:
-            torch.stack(self._exchange(index, local), out=slots)
+        others = [slot for slot in slots if slot.data_ptr() != local.data_ptr()]
+        return self._begin(lambda index: torch.stack(self._exchange(index, local), out=slots), others)
 
-        return self._begin(gather, [slot for slot in slots if slot.data_ptr() != local.data_ptr()])
-
-    def _reduce_scatter(self, out: Tensor, stacked: Tensor, group: dist.ProcessGroup, async_op: bool) -> _Work:
+    def _reduce_scatter(self, out: Tensor, stacked: Tensor, group: dist.ProcessGroup, async_op: bool) -> Work:
         def scatter(index: int) -> None:
             parts = [sent.view(self.size, -1)[self._rank] for sent in self._exchange(index, stacked)]
             torch.sum(torch.stack(parts), 0, out=out)
 
         return self._begin(scatter, [out])
 
-    def _begin(self, collective: Callable[[int], None], outputs: list[Tensor]) -> _Work:
+    def _begin(self, collective: Callable[[int], object], outputs: list[Tensor]) -> Work:
         index, self._begun = self._begun, self._begun + 1
         if not self.late:
             collective(index)
-            return _Work(None)
+            return Work()
         for output in outputs:
             output.fill_(torch.nan)
-        return _Work(lambda: collective(index))
-
-
-class _Work:
-    """A handle of torch's."""
-
-    def __init__(self, rest: Callable[[], None] | None) -> None:
-        self._rest = rest
-
-    def wait(self) -> bool:
-        if self._rest is not None:
-            self._rest()
-            self._rest = None
-        return True
+        return Work(lambda: collective(index))

@@ -18,10 +18,12 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import wait
-from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
+
+import torch
+import torch.distributed as dist
 
 TIMEOUT = 60.0  # seconds
 GRACE = 15.0  # seconds that the other ranks have to answer once one has failed
@@ -29,18 +31,6 @@ GRACE = 15.0  # seconds that the other ranks have to answer once one has failed
 
 class WorkerError(AssertionError):
     """A rank raised, died, or did not answer in time; the message holds the traceback of each rank that raised."""
-
-
-class _Call(NamedTuple):
-    """What a worker is asked to do."""
-
-    fn: Callable[..., Any]
-    args: tuple[Any, ...]
-    size: int
-    """Ranks of the process group; 0 for no group."""
-    threads: int
-    meeting: Path
-    timeout: float
 
 
 class World:
@@ -62,9 +52,7 @@ class World:
         on_start: Callable[[int], object] | None = None,
         preload: Sequence[str] = ("torch", "lightning_lss"),
     ) -> None:
-        self.size = size
-        self.timeout = timeout
-        self._on_start = on_start
+        self.size, self.timeout, self._on_start = size, timeout, on_start
         self._context = mp.get_context("forkserver")
         self._context.set_forkserver_preload(list(preload))
         self._workers: list[tuple[Any, Any]] = []  # process, connection
@@ -72,9 +60,7 @@ class World:
     def __enter__(self) -> World:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def run(
@@ -106,7 +92,7 @@ class World:
         timeout = self.timeout if timeout is None else timeout
         self._start_missing()
         with tempfile.TemporaryDirectory() as folder:
-            call = _Call(fn, args, size if group else 0, threads, Path(folder) / "meeting", timeout)
+            call = partial(_call, fn, args, size if group else 0, threads, f"{folder}/meeting", timeout)
             try:
                 for _, connection in self._workers[:size]:
                     connection.send(call)
@@ -143,10 +129,13 @@ class World:
         results: dict[int, Any] = {}
         errors: dict[int, str] = {}
         while silent:
-            ready: list[Any] = wait(silent, _seconds_to(deadline))
+            ready: list[Any] = wait(silent, max(0.0, deadline - time.monotonic()))
             for connection in ready:
                 rank = silent.pop(connection)
-                fine, answer = _receive(connection)
+                try:
+                    fine, answer = connection.recv()
+                except (EOFError, ConnectionError):
+                    fine, answer = False, "The process died; perhaps the machine's memory does not suffice."
                 (results if fine else errors)[rank] = answer
             if errors:
                 deadline = min(deadline, time.monotonic() + GRACE)
@@ -156,19 +145,6 @@ class World:
         if errors:
             raise WorkerError("\n".join(f"rank {rank}:\n{errors[rank]}" for rank in sorted(errors)))
         return [results[rank] for rank in range(size)]
-
-
-def _receive(connection: Any) -> tuple[bool, Any]:
-    """Whether a call succeeded, and its result or traceback."""
-    try:
-        return connection.recv()
-    except (EOFError, ConnectionError):
-        return False, "The process died; perhaps the machine's memory does not suffice."
-
-
-def _seconds_to(deadline: float) -> float:
-    """Seconds from now to ``deadline``, at least 0."""
-    return max(0.0, deadline - time.monotonic())
 
 
 def _serve(connection: Any, rank: int, on_start: Callable[[int], object] | None) -> None:
@@ -188,42 +164,28 @@ def _serve(connection: Any, rank: int, on_start: Callable[[int], object] | None)
             connection.send((False, traceback.format_exc()))
             continue
         try:
-            connection.send((True, _answer(call, rank)))
+            connection.send((True, call(rank)))
         except BaseException:
             connection.send((False, traceback.format_exc()))
 
 
-def _answer(call: _Call, rank: int) -> Any:
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(call.threads)
-    os.environ["OMP_NUM_THREADS"] = str(call.threads)  # or Lightning's DDP gives a process all cores
+def _call(
+    fn: Callable[..., Any], args: tuple[Any, ...], size: int, threads: int, meeting: str, timeout: float, rank: int
+) -> Any:
+    """Return ``fn(rank, *args)``, in a process group of ``size`` ranks that meet at a file; 0 for no group."""
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # or Lightning's DDP gives a process all cores
     for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
-    if call.size:
-        _join(call, rank)
-    result = call.fn(rank, *call.args)
-    if call.size:
+    if size:
+        os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(size))  # as a launcher tells Lightning
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= size else "gloo"
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=limit)
+    result = fn(rank, *args)
+    if size:
         dist.barrier()
     if dist.is_initialized():
         dist.destroy_process_group()
     gc.collect()  # nothing of this call is in memory during the next
     return result
-
-
-def _join(call: _Call, rank: int) -> None:
-    import torch
-    import torch.distributed as dist
-
-    os.environ.update(
-        LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(call.size)
-    )  # as a launcher would tell Lightning
-    cuda = torch.cuda.is_available() and torch.cuda.device_count() >= call.size
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        init_method=f"file://{call.meeting}",
-        rank=rank,
-        world_size=call.size,
-        timeout=timedelta(seconds=call.timeout),
-    )
