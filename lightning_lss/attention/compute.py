@@ -22,27 +22,19 @@ from lightning_lss.attention.tiles import Tile
 class ForwardRows(NamedTuple):
     """Rows of queries, and the results that the forward pass fills in."""
 
-    q: Tensor
-    """Queries [B, H, l, D]."""
-    out: Tensor
-    """Output [B, H, l, D], filled in."""
-    lse: Tensor
-    """Log of the sum of the exponentials of each row's scores, [B, H, l], filled in."""
+    q: Tensor  # [B, H, l, D]
+    out: Tensor  # [B, H, l, D], filled in
+    lse: Tensor  # log of the sum of the exponentials of each row's scores, [B, H, l], filled in
 
 
 class BackwardRows(NamedTuple):
     """Rows of queries, the inputs of their backward pass, and the gradient that it fills in."""
 
-    grad: Tensor
-    """Gradient of the output [B, H, l, D]."""
-    q: Tensor
-    """Queries [B, H, l, D]."""
-    out: Tensor
-    """Output [B, H, l, D]."""
-    lse: Tensor
-    """Log-sum-exp [B, H, l]."""
-    grad_q: Tensor
-    """Gradient of the queries [B, H, l, D], filled in."""
+    grad: Tensor  # gradient of the output, [B, H, l, D]
+    q: Tensor  # [B, H, l, D]
+    out: Tensor  # [B, H, l, D]
+    lse: Tensor  # [B, H, l]
+    grad_q: Tensor  # gradient of the queries, [B, H, l, D], filled in
 
 
 Rows = TypeVar("Rows", ForwardRows, BackwardRows)

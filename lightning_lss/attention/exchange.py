@@ -55,12 +55,8 @@ def heads_first(keys_values: Tensor) -> Tensor:
 def gathered_head_chunks(k: Tensor, v: Tensor, spec: AttentionSpec) -> Iterator[Tensor]:
     """Gather K and V of the whole sequence by head chunk, [2, B, g, L, D]; while one is in use, gather the next.
 
-    A head chunk is valid until the next one is requested. A single one stays valid.
-
-    Args:
-        k: [B, G, l, D], this rank's segment of the keys.
-        v: [B, G, l, D], this rank's segment of the values.
-        spec: a resolved spec.
+    ``k`` and ``v`` [B, G, l, D] are this rank's segment, and ``spec`` is resolved. A head chunk is valid until the next
+    one is requested. A single one stays valid.
     """
     own_chunks = [(k[:, heads], v[:, heads]) for heads in spec.split_heads(k.size(1))]
     if spec.shard.size == 1:
@@ -100,10 +96,8 @@ def scatter_gradients(by_rank: Tensor, spec: AttentionSpec) -> Pending:
 
 
 def _sends_messages(x: Tensor, spec: AttentionSpec) -> bool:
-    """Whether head chunks of K, V and their gradients, such as ``x``, are sent in messages from rank to rank.
-
-    Over gloo these take less time. With all heads at once, one collective of each kind is promised.
-    """
+    """Whether head chunks of K, V and their gradients, such as ``x``, are sent in messages from rank to rank."""
+    # over gloo these take less time; with all heads at once, one collective of each kind is promised
     return spec.head_chunks != 1 and is_gloo(x, spec.shard.require_group())
 
 

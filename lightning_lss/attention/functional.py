@@ -1,8 +1,7 @@
 """Attention along a split sequence as a function, ``lss_attention``.
 
 Each rank computes the rows of its own queries against the keys and values of the whole sequence (LSS Transformer, arXiv
-2311.02382). K and V are sent together in one all-gather forward, their gradients in one reduce-scatter backward. No
-partial attention is summed between ranks. The algorithm is in :mod:`lightning_lss.attention.operator`.
+2311.02382). No partial attention is summed between ranks. The algorithm is in :mod:`lightning_lss.attention.operator`.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ def lss_attention(
         head_chunks: number of parts in which the key/value heads are gathered, a divisor of G; ``"auto"`` takes up to 8
             of at least 1 MiB each.
         keep_gathered: keep the gathered keys and values for the backward pass instead of gathering them again. A layer
-            then has exactly two collectives, one all-gather and one reduce-scatter, as in the paper. The price is K and
-            V of the whole sequence in memory between forward and backward.
+            then has two collectives, one all-gather and one reduce-scatter, as in the paper. The price is K and V of
+            the whole sequence in memory between forward and backward.
         as_operator: call the registered operator ``torch.ops.lightning_lss.attention``, so that a policy for selective
             activation checkpointing can keep its result; compiled code always does. Otherwise profilers and dispatch
             modes see its collectives and kernels one by one.
@@ -72,8 +71,7 @@ def lss_attention(
 
 
 def _is_linear_in_torch(q: Tensor, k: Tensor) -> bool:
-    """Whether torch's own attention has a kernel that never stores all scores: with grouped-query heads, only its flash
-    kernels."""
+    """Whether torch's attention never stores all scores: with grouped-query heads, only its flash kernels do not."""
     return q.size(1) == k.size(1) or select_kernel(q).name.endswith("flash")
 
 

@@ -1,9 +1,8 @@
 """Attention along a split sequence as one differentiable operation, for autograd and for the compiler.
 
 Key/value heads are processed in head chunks. While one is computed, the next is gathered and the gradients of the last
-are scattered. A rank holds its own tensors, two head chunks of K and V, and in the backward pass two of their
-gradients. (Over gloo it also holds the received addends of one; with ``communication_dtype`` also the copy of one that
-is sent.)
+are scattered. A rank holds its own tensors, two head chunks of K and V, and in backward two of their gradients. (Over
+gloo it also holds the received addends of one; with ``communication_dtype`` also the copy of one that is sent.)
 
 :class:`SplitAttention` is the operation for autograd. The registered operator ``torch.ops.lightning_lss.attention``
 computes the same as one opaque node with a known shape: ``torch.compile(fullgraph=True)`` passes through it, and a
@@ -85,8 +84,7 @@ def attend_backward(
 def _scattered_head_chunks(
     rows: BackwardRows, gathered: Iterator[Tensor], kv_heads: int, spec: AttentionSpec
 ) -> Iterator[Tensor]:
-    """Compute the gradients of this rank's K and V by head chunk, [l, 2, B, g, D], each while the last one is in
-    flight; fill in ``rows.grad_q``."""
+    """Compute the gradients of this rank's K and V by head chunk, [l, 2, B, g, D], and fill in ``rows.grad_q``."""
     tiles, size = spec.tiles(rows.q.size(2)), spec.shard.size
     like_keys = rows.q[:, spec.split_heads(kv_heads)[0]]
     buffers = exchange.Buffers(2, lambda: exchange.empty_head_chunk(like_keys, size).unflatten(0, (size, -1)))
@@ -128,8 +126,8 @@ class SplitAttention(torch.autograd.Function):
 
 
 def _saved(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Attended]:
-    """Queries, this rank's keys and values, and the results of the forward pass. With ``keep_gathered`` K and V of the
-    whole sequence take the place of this rank's, since backward then reads only their number of heads."""
+    """Queries, this rank's keys and values, and the results of the forward pass."""
+    # with keep_gathered K and V of the whole sequence stand for this rank's: backward reads only their number of heads
     q, out, lse, gathered, *own = tensors
     k, v = own or gathered.unbind()
     return q, k, v, Attended(out, lse, gathered)
@@ -147,18 +145,10 @@ _SPEC = (
 def spec_fields(spec: AttentionSpec) -> dict[str, Any]:
     """Return the fields of ``spec`` and of its shard as in ``_SPEC``; a process group goes by its name in torch."""
     shard = spec.shard
-    return {
-        "rank": shard.rank,
-        "size": shard.size,
-        "layout": shard.layout,
-        "group": shard.require_group().group_name if shard.size > 1 else "",
-        "communication_dtype": shard.communication_dtype,
-        "causal": spec.causal,
-        "scale": spec.scale,
-        "kernel_name": spec.kernel,
-        "head_chunks": spec.head_chunks,
-        "keep_gathered": spec.keep_gathered,
-    }
+    place = {name: getattr(shard, name) for name in ("rank", "size", "layout", "communication_dtype")}
+    options = {name: getattr(spec, name) for name in ("causal", "scale", "head_chunks", "keep_gathered")}
+    group = shard.require_group().group_name if shard.size > 1 else ""
+    return {**place, **options, "group": group, "kernel_name": spec.kernel}
 
 
 def _spec_of(

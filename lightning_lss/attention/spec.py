@@ -29,10 +29,8 @@ class AttentionSpec:
         causal: whether a query sees only keys at or before its own position.
         scale: factor on the scores.
         kernel: name of a kernel in :data:`lightning_lss.attention.kernels.KERNELS`, or ``"auto"``.
-        head_chunks: number of parts in which the key/value heads are gathered, a divisor of their number; None for the
-            choice of :func:`choose_head_chunks`.
-        keep_gathered: whether gathered keys and values are kept for the backward pass. All heads are then gathered at
-            once.
+        head_chunks: number of parts in which the key/value heads are gathered; None: see :func:`choose_head_chunks`.
+        keep_gathered: whether gathered keys and values are kept for the backward pass, those of all heads at once.
     """
 
     shard: SequenceShard
@@ -57,14 +55,12 @@ class AttentionSpec:
 
     def tiles(self, local_length: int) -> tuple[Tile, ...]:
         """Tiles that this rank computes; the spec must be resolved."""
-        shard, offset_diagonal = self.shard, KERNELS[self.kernel].offset_diagonal
-        return attention_tiles(
-            local_length * shard.size, shard.rank, shard.size, shard.layout, self.causal, offset_diagonal
-        )
+        rank, size, layout = self.shard.rank, self.shard.size, self.shard.layout
+        offset_diagonal = KERNELS[self.kernel].offset_diagonal
+        return attention_tiles(local_length * size, rank, size, layout, self.causal, offset_diagonal)
 
     def split_heads(self, heads: int) -> list[slice]:
-        """Slice ``heads`` heads by head chunk; the spec must be resolved. Query heads attend to the key/value heads of
-        their own head chunk."""
+        """Slice ``heads`` heads, of queries or keys, by the head chunk that they belong to, with a resolved spec."""
         assert self.head_chunks is not None
         step = heads // self.head_chunks
         return [slice(first, first + step) for first in range(0, heads, step)]
@@ -82,7 +78,6 @@ def check_head_chunks(head_chunks: object, heads: int, keep_gathered: bool) -> N
 
 
 def choose_head_chunks(heads: int, sent: int, keep_gathered: bool) -> int:
-    """Choose the number of parts in which to gather ``heads`` key/value heads when a rank sends ``sent`` bytes in
-    all."""
+    """Choose the number of parts in which to gather ``heads`` key/value heads; a rank sends ``sent`` bytes in all."""
     most = 1 if keep_gathered else min(_MOST_HEAD_CHUNKS, int(sent) // _LEAST_BYTES)
     return max(n for n in range(1, max(1, most) + 1) if heads % n == 0)

@@ -50,8 +50,8 @@ def attention_tiles(
         size: number of ranks S.
         layout: ``contiguous`` or ``zigzag``.
         causal: whether a query sees only keys at or before its own position.
-        offset_diagonal: whether the kernel can place the causal diagonal in the bottom right corner of a tile that is
-            wider than it is high. If not, such a tile is cut into a rectangle and a triangle.
+        offset_diagonal: whether the kernel can end the diagonal of a tile that is wider than it is high in the bottom
+            right corner. If not, such a tile is cut into a rectangle and a triangle.
     """
     ranges = position_ranges(length, rank, size, layout)
     if not causal:

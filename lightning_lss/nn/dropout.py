@@ -12,11 +12,8 @@ from lightning_lss.sequence.segment import ShardedModule
 class SegmentDropout(ShardedModule):
     """Dropout whose mask differs from segment to segment; with one rank it is ``torch.nn.Dropout``.
 
-    The seed of each mask is drawn from the default CPU generator. Activation checkpointing restores that generator's
-    state and so draws the same mask again.
-
-    Args:
-        p: probability of dropping an element.
+    ``p`` is the probability of dropping an element. The seed of each mask is drawn from the default CPU generator.
+    Activation checkpointing restores that generator's state and so draws the same mask again.
     """
 
     def __init__(self, p: float = 0.0) -> None:

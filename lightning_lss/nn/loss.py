@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 from lightning_lss.sequence.dtypes import in_autocast_dtype
 
-IGNORED = -100
-"""The target of a token that does not count, as in torch's ``cross_entropy``."""
+IGNORED = -100  # the target of a token that does not count, as in torch's ``cross_entropy``
 
 
 def token_mean(loss_sum: Tensor, num_tokens: Tensor | int) -> Tensor:
@@ -58,8 +57,8 @@ def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> T
     """Sum the cross entropies of the logits ``features @ weight.T`` without holding all logits [N, V].
 
     Where the vocabulary V is larger than the width E, a few rows are computed at a time, with logits about as large as
-    all ``features``, and their gradients with them (after Cut Your Losses, arXiv 2411.09009). In float32 and float64 this
-    is torch's own ``F.linear_cross_entropy`` where it exists (2.13); in lower precision that one rounds the sum itself.
+    all ``features``, and their gradients with them (after Cut Your Losses, arXiv 2411.09009). In float32 and float64
+    this is torch's own ``F.linear_cross_entropy`` where it exists (2.13); in lower precision it rounds the sum itself.
 
     Args:
         features: [N, E]; under autocast the product is computed in autocast's dtype.

@@ -54,8 +54,8 @@ class DeferredTable(nn.Parameter):
     """A positional table that is built on first access and is an ordinary ``Parameter`` from then on.
 
     A model is made before its rank is known. If the table were built at once and cut later, each rank would hold all of
-    it for a moment. Under LSS the strategy sets the shard first, and only this rank's rows are built. Any other access to
-    the parameter (its shape, an optimizer's step, a state dict) builds the whole table. (Compare
+    it for a moment. Under LSS the strategy sets the shard first, and only this rank's rows are built. Any other access
+    to the parameter (its shape, an optimizer's step, a state dict) builds the whole table. (Compare
     ``torch.nn.UninitializedParameter``, which raises.)
     """
 
@@ -105,11 +105,8 @@ class SegmentPositionalEmbedding(ShardedModule):
 
     Args:
         num_positions: number of positions; with more than one rank, the global sequence length.
-        dim: width E.
+        dim: width E; ``ValueError`` if either size is not positive.
         std: standard deviation of the normal initialization (GPT-2's 0.02).
-
-    Raises:
-        ValueError: if a size is not positive.
     """
 
     segment_local = ("weight",)
@@ -126,9 +123,8 @@ class SegmentPositionalEmbedding(ShardedModule):
     def set_shard(self, shard: SequenceShard) -> None:
         """Keep only the rows of ``shard``.
 
-        Raises:
-            ValueError: if ``num_positions`` cannot be divided evenly.
-            RuntimeError: if the table has been cut to another segment already.
+        Raises ``ValueError`` if ``num_positions`` cannot be divided evenly, ``RuntimeError`` if the table has been cut
+        to another segment already.
         """
         wanted = replace(self._spec(), shard=shard)
         if isinstance(self.weight, DeferredTable):  # as is_deferred, but for type checkers
@@ -170,11 +166,7 @@ class SegmentPositionalEmbedding(ShardedModule):
         super().set_shard(WHOLE_SEQUENCE)
 
     def forward(self, local_length: int) -> Tensor:
-        """Return the rows of the local positions, [l, dim].
-
-        Raises:
-            ValueError: if ``local_length`` does not fit the table.
-        """
+        """Return the rows of the local positions, [l, dim]; raise ``ValueError`` if they do not fit the table."""
         length, size = local_length * self.shard.size, self.shard.size
         if length != self.num_positions and not (size == 1 and 0 < length < self.num_positions):
             spread = f" ({local_length} on each of {size} ranks)" if size > 1 else ""

@@ -90,16 +90,13 @@ def apply_checkpointing(modules: Iterable[nn.Module], how: ActivationCheckpointi
 
     Args:
         modules: modules to change in place. Apply tiles to their submodules first.
-        how: what to keep.
+        how: what to keep; ``ValueError`` if unknown.
 
             - ``none``: everything that autograd asks for;
             - ``full``: only the module's inputs; the backward pass computes the module again;
             - ``selective``: also the output of attention with its log-sum-exp; the backward pass does not compute again
               what is quadratic in the sequence length;
             - ``offload``: only the inputs, in (pinned) host memory.
-
-    Raises:
-        ValueError: if ``how`` is unknown.
     """
     check_checkpointing(how)
     for module in modules:
@@ -132,8 +129,8 @@ def check_checkpointing(how: object) -> None:
 class Recomputed(nn.Module):
     """Mixin that wraps a module's call, with all its hooks, those of FSDP and tensor parallelism included.
 
-    :func:`apply_checkpointing` and :func:`apply_tiles` mix it into the class of a module at run time, as torch's
-    ``fully_shard`` does with its own, since Python looks ``__call__`` up on the class.
+    It is mixed into the class of a module at run time, as torch's ``fully_shard`` does with its own, since Python looks
+    ``__call__`` up on the class.
     """
 
     checkpointing: ActivationCheckpointing = "none"
@@ -144,9 +141,9 @@ class Recomputed(nn.Module):
         """Call the module, in tiles and under activation checkpointing where these are on."""
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self._call_in_tiles(*args, **kwargs)
-        # Recomputation normally stops at the last tensor that backward needs. In a block of tiles that is within the last
-        # tile, before the results are joined. Under tensor parallelism each result comes from a collective. Nothing would
-        # then wait for it, and torch keeps results without a wait forever. A single tile stops before its collective.
+        # Recomputation normally stops at the last tensor that backward needs. In a block of tiles that is within the
+        # last tile, before the results are joined. Under tensor parallelism each result comes from a collective, nothing
+        # would wait for it, and torch keeps such results forever. A single tile stops before its collective.
         options: dict[str, Any] = {"context_fn": _keep_attention} if self.checkpointing == "selective" else {}
         with _early_stop(not self.holds_tiles), self._offload((args, kwargs)):
             return checkpoint(self._call_in_tiles, *args, use_reentrant=False, **options, **kwargs)

@@ -16,11 +16,8 @@ class RotaryEmbedding(ShardedModule):
     It pairs channel i of a head's first half with channel i of its second half, as GPT-NeoX does.
 
     Args:
-        head_dim: width D of a head, even.
+        head_dim: width D of a head; ``ValueError`` if it is odd.
         base: the longest wavelength is about ``2 * pi * base`` positions.
-
-    Raises:
-        ValueError: if ``head_dim`` is odd.
     """
 
     def __init__(self, head_dim: int, base: float = 10_000.0) -> None:
@@ -41,7 +38,7 @@ class RotaryEmbedding(ShardedModule):
         self._turns(x)
 
     def _turns(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the angles for ``x`` [..., l, D], [l, D/2]; the latest are cached for the other layers."""
+        """Cosines and sines [l, D/2] of the angles for ``x`` [..., l, D]; the latest are cached for other layers."""
         needs = x.size(-2), x.device, torch.float64 if x.dtype == torch.float64 else torch.float32
         key = (*needs, self.shard)
         if self._cached is not None and self._cached[0] == key:

@@ -27,7 +27,7 @@ DEFAULT_DIM = 1
 def split_batch(batch: Any, shard: SequenceShard, sequence_dims: SequenceDims | None = None) -> Any:
     """Cut a batch to this rank's segment.
 
-    Tensors with two or more dimensions are cut along dimension 1 (``[batch, length, ...]``); others stay whole. They may
+    Tensors with two or more dimensions are cut along dimension 1 (``[batch, length, ...]``); others stay whole. All may
     be nested in dicts, dict-like containers, lists, tuples, namedtuples and dataclasses, which keep their types.
 
     Args:
@@ -91,13 +91,11 @@ def _show(path: Path, tensor: Tensor) -> str:
 
 def _children(node: Any) -> list[tuple[Key, Any]] | None:
     """Keys and values of a container; None for anything else."""
-    if isinstance(node, Tensor):
-        return None
     if isinstance(node, (list, tuple)):
         return list(enumerate(node))
     if isinstance(node, Mapping) or (hasattr(node, "keys") and hasattr(node, "__getitem__")):
         return [(key, node[key]) for key in list(node.keys())]
-    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+    if dataclasses.is_dataclass(node) and not isinstance(node, (type, Tensor)):
         return [(field.name, getattr(node, field.name)) for field in dataclasses.fields(node)]
     return None
 

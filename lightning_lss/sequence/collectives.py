@@ -42,12 +42,9 @@ class Pending(NamedTuple):
 
 
 def all_gather(local: Tensor, group: dist.ProcessGroup, out: Tensor | None = None) -> Pending:
-    """Start to gather ``local`` over ``group`` into ``[size, *local.shape]``, ordered by rank.
+    """Start to gather ``local``, of one shape on all ranks, into ``out`` ``[size, *local.shape]``, ordered by rank.
 
-    Args:
-        local: this rank's tensor, of the same shape on every rank; it may be a view of its entry in ``out``.
-        group: the ranks.
-        out: where to gather, contiguous; None allocates it.
+    ``out`` is contiguous, and ``local`` may be a view of its entry in it; None allocates it.
     """
     gathered = local.new_empty((dist.get_world_size(group), *local.shape)) if out is None else out
     whole, own = gathered.view(-1), local.contiguous().view(-1)
@@ -72,12 +69,8 @@ def exchange(buffers: Sequence[Sequence[Tensor]], group: dist.ProcessGroup) -> S
     """Start an :func:`all_gather` made of messages between every two ranks.
 
     Gloo's gather fills a tensor of its own and copies from there. Messages take a third to a half of the time, and
-    their destinations need not be adjacent in memory.
-
-    Args:
-        buffers: for each rank ``r`` of ``group``, contiguous tensors that receive what rank ``r`` holds in its own
-            ``buffers[r]``. Do not write to any before all works are complete.
-        group: the ranks.
+    their destinations need not be adjacent in memory: the contiguous tensors ``buffers[r]`` receive what rank ``r`` of
+    ``group`` holds in its own ``buffers[r]``. Do not write to any before all works are complete.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     works: list[dist.Work] = []

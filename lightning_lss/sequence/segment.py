@@ -29,8 +29,8 @@ class SequenceShard:
         size: number of ranks S that share one sequence.
         layout: which positions a rank holds, ``contiguous`` or ``zigzag`` (see :mod:`lightning_lss.sequence.layout`).
         group: process group of the S ranks, in segment order; :meth:`gather` and attention need it.
-        communication_dtype: floating-point type in which keys, values and their gradients are sent between the ranks,
-            such as ``torch.bfloat16`` for half the bytes of float32; None for the dtype that they are computed in.
+        communication_dtype: dtype in which keys, values and their gradients are sent between the ranks, such as
+            ``torch.bfloat16``; None for the one that they are computed in.
 
     Raises:
         ValueError: if ``rank`` is not in ``[0, size)`` or the layout is unknown.
@@ -80,8 +80,7 @@ class SequenceShard:
         return x if self.size == 1 else _Gather.apply(x, self, dim % x.dim())
 
     def chunks_in_order(self, stacked: Tensor, dim: int) -> tuple[Tensor, ...]:
-        """View segments stacked by rank, [S, ..., l, ...], as chunks in position order; ``dim`` is that of l in a
-        segment."""
+        """View segments stacked by rank, [S, ..., l, ...], as chunks in position order; ``dim`` is l's in a segment."""
         chunk = stacked.size(1 + dim) // chunks_per_rank(self.size, self.layout)
         holders = holder_of_chunks(self.size, self.layout)
         return tuple(stacked[rank].narrow(dim, slot * chunk, chunk) for rank, slot in holders)
@@ -137,8 +136,8 @@ class ShardedModule(nn.Module):
 
     :class:`~lightning_lss.LSSStrategy` calls :meth:`set_shard` on every such submodule before training. Subclass it for
     modules of your own. ``segment_local`` lists the names of the module's *segment-local* parameters and buffers: they
-    stand for one segment only, and their gradients are averaged over the data group instead of the world. (Attributes of
-    a ``Parameter`` do not survive the start of a spawned process.)
+    stand for one segment only, and their gradients are averaged over the data group instead of the world. (The names lie
+    on the module since attributes of a ``Parameter`` do not survive the start of a spawned process.)
     """
 
     segment_local: tuple[str, ...] = ()
@@ -175,8 +174,8 @@ def sequence_shard(module: nn.Module) -> SequenceShard:
     """
     if isinstance(module, ShardedModule):
         return module.shard
-    trainer = getattr(module, "_trainer", None)
-    shard = getattr(getattr(trainer, "strategy", None), "shard_of_run", None)
+    strategy = getattr(getattr(module, "_trainer", None), "strategy", None)
+    shard = getattr(strategy, "shard_of_run", None)
     return shard if isinstance(shard, SequenceShard) else WHOLE_SEQUENCE
 
 

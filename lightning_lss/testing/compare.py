@@ -1,7 +1,7 @@
 """Compare two sets of tensors by name, so that nothing wrong can pass.
 
-Every tensor counts: names must be the same on both sides, shapes equal, every value finite. A tensor of zeros on one side
-must be zero on the other to the same tolerance. Nothing to compare is an error.
+Every tensor counts: names must be the same on both sides, shapes equal, every value finite. A tensor of zeros on one
+side must be zero on the other to the same tolerance. Nothing to compare is an error.
 """
 
 from __future__ import annotations
@@ -14,11 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FLOOR = 1e-6
-"""The smallest norm of a reference that an error is divided by. Tensors below it are compared by absolute error."""
-
+FLOOR = 1e-6  # tensors of a smaller norm are compared by absolute error
 Tensors = Mapping[str, Tensor] | Sequence[Tensor]
-"""Tensors by name or by index."""
 
 
 class Difference(NamedTuple):
@@ -36,11 +33,11 @@ def worst_difference(actual: Tensors, expected: Tensors, *, floor: float = FLOOR
         actual: tensors by name, or in order; then their names are their indices.
         expected: the reference, likewise.
         floor: the smallest norm of a reference that an error is divided by.
-        dtypes: whether dtypes must agree. Otherwise floating-point tensors are compared in float64 whatever their dtypes.
+        dtypes: whether dtypes must agree. Otherwise floating-point tensors are compared in float64.
 
     Returns:
-        The worst :class:`Difference`. It is infinite for a name on one side only, for shapes that differ, for a NaN or an
-        infinity on either side, and for tensors of integers or booleans that differ at all.
+        The worst one; infinite for a name on one side only, for shapes that differ, for a NaN or an infinity on either
+        side, and for tensors of integers or booleans that differ at all.
 
     Raises:
         ValueError: if there are no tensors.
@@ -53,15 +50,9 @@ def worst_difference(actual: Tensors, expected: Tensors, *, floor: float = FLOOR
 def assert_equal(
     actual: Tensors, expected: Tensors, tolerance: float, *, floor: float = FLOOR, dtypes: bool = False, what: str = ""
 ) -> None:
-    """Raise ``AssertionError`` unless every tensor is within ``tolerance`` of its reference.
+    """Raise ``AssertionError`` unless every tensor is within ``tolerance`` of its reference; 0 asks for equal values.
 
-    Args:
-        actual: tensors by name, or in order.
-        expected: the reference, likewise.
-        tolerance: the largest relative error; 0 for equal values.
-        floor: see :func:`worst_difference`.
-        dtypes: whether dtypes must agree.
-        what: what is compared, as the start of the message; for example the rank.
+    The message starts with ``what``, for example the rank. The other arguments are :func:`worst_difference`'s.
     """
     wrong = [x for x in _differences(actual, expected, floor, dtypes) if x[0] > tolerance or math.isinf(x[0])]
     if not wrong:
@@ -76,12 +67,7 @@ def assert_equal(
 def assert_equal_on_ranks(
     by_rank: Sequence[Tensors], expected: Tensors, tolerance: float, *, floor: float = FLOOR, dtypes: bool = False
 ) -> None:
-    """:func:`assert_equal` for what every rank has.
-
-    Raises:
-        AssertionError: with the rank.
-        ValueError: if there is no rank.
-    """
+    """Call :func:`assert_equal` for what every rank has; raise ``ValueError`` if there is no rank."""
     if not by_rank:
         raise ValueError("There are no ranks to compare.")
     for rank, actual in enumerate(by_rank):
@@ -133,14 +119,13 @@ def _obstacle(actual: Tensor | None, expected: Tensor | None, dtypes: bool) -> s
         return f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
     if dtypes and actual.dtype != expected.dtype:
         return f"{actual.dtype} instead of {expected.dtype}"
-    inexact = [x.is_floating_point() or x.is_complex() for x in (actual, expected)]
-    if not any(inexact):
+    inexact = {x.is_floating_point() or x.is_complex() for x in (actual, expected)}
+    if len(inexact) == 2:
+        return f"{actual.dtype} instead of {expected.dtype}"
+    if inexact == {False}:
         different = int((actual.cpu() != expected.cpu()).sum())
         return f"{different} of {actual.numel()} values differ" if different else None
-    if not all(inexact):
-        return f"{actual.dtype} instead of {expected.dtype}"
     for x, whose in ((actual, "of its"), (expected, "of the reference's")):
-        bad = int((~torch.isfinite(x)).sum())
-        if bad:
+        if bad := int((~torch.isfinite(x)).sum()):
             return f"{bad} {whose} {x.numel()} values are not finite"
     return None

@@ -26,12 +26,8 @@ def run_inside(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> An
 
 
 class Watch(TorchDispatchMode):
-    """Calls a function for every operator that is run within.
-
-    Args:
-        see: called as ``see(func, args, result)`` after the operator ``func`` has run. Distributed tensors are seen as their
-            local tensors.
-    """
+    """Calls ``see(func, args, result)`` after every operator ``func`` that is run within; distributed tensors are seen
+    as their local tensors."""
 
     def __init__(self, see: Callable[[Any, tuple[Any, ...], Any], object]) -> None:
         super().__init__()

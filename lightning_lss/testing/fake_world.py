@@ -53,7 +53,7 @@ def replaced_collectives(all_gather: Callable[..., Any], reduce_scatter: Callabl
     Args:
         all_gather: called as ``all_gather(out, local, group=..., async_op=True)`` with tensors [S n] and [n]; returns a
             :class:`Work`.
-        reduce_scatter: called as ``reduce_scatter(out, stacked, group=..., async_op=True)`` with [n] and [S n]; likewise.
+        reduce_scatter: called as ``reduce_scatter(out, stacked, group=..., async_op=True)`` with [n] and [S n]; so too.
     """
     with patch.multiple(collectives, _all_gather=all_gather, _reduce_scatter=reduce_scatter):
         yield

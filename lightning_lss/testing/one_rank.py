@@ -1,11 +1,10 @@
 """One rank of S on one device: its real kernels and its real memory, with copies in the place of collectives.
 
-torch's fake process group (``backend="fake"``) makes this process rank 0 of S without any other. Its all-gather copies
-the local tensor into every slot, but its reduce-scatter reads only one of the S parts that a real one reads, and both
-run on the stream of the computation, so both collectives of :mod:`lightning_lss.sequence.collectives` are replaced here: on a
-stream of their own they read and write as many bytes of the device's memory as a real one (an all-gather writes S
-times the local tensor, a reduce-scatter reads S times and writes once). What a real one adds is the time on the links,
-and waiting for the slowest rank. The all-reduce of DistributedDataParallel becomes a copy of each bucket there and back.
+torch's fake process group makes this process rank 0 of S without any other. Its reduce-scatter reads only one of the S
+parts that a real one reads, and it runs on the stream of the computation. So the collectives of
+:mod:`lightning_lss.sequence.collectives` are replaced here: on a stream of their own they read and write as many bytes
+of the device's memory as real ones (an all-gather writes S times the local tensor, a reduce-scatter reads S times and
+writes once). What real ones add is the time on the links, and waiting for the slowest rank.
 
 Numbers that come out are those of S ranks that all hold the same segment. They are finite, and mean nothing else.
 """

@@ -27,9 +27,8 @@ class RecordedRanks(ExitStack):
     Args:
         size: S.
         layout: of the sequence.
-        late: whether a collective happens when it is waited for and not before: it reads its input then, and until then its
-            output is NaN, but for the rank's own part. A buffer that is written or read too early gives wrong results
-            every time, where a real collective gives them by chance.
+        late: whether a collective reads its input only when it is waited for, and until then its output is NaN, but for
+            the rank's own part. A buffer that is written or read too early then gives wrong results every time.
     """
 
     def __init__(self, size: int, layout: str, late: bool = False) -> None:
@@ -49,13 +48,11 @@ class RecordedRanks(ExitStack):
     def run(self, work: Callable[[SequenceShard], Any]) -> list[Any]:
         """What ``work(shard)`` returns on each rank. It must do the same in every run."""
         for _ in range(RUNS):
-            self._before, self._sent = self._sent, [{} for _ in range(self.size)]
-            results = [self._work_as(rank, work) for rank in range(self.size)]
+            self._before, self._sent, results = self._sent, [{} for _ in range(self.size)], []
+            for rank in range(self.size):
+                self._rank, self._begun = rank, 0
+                results.append(work(SequenceShard(rank, self.size, self.layout, self._group)))
         return results
-
-    def _work_as(self, rank: int, work: Callable[[SequenceShard], Any]) -> Any:
-        self._rank, self._begun = rank, 0
-        return work(SequenceShard(rank, self.size, self.layout, self._group))
 
     def _exchange(self, index: int, own: Tensor) -> list[Tensor]:
         """What every rank sent in collective ``index`` of the run before."""

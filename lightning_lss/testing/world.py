@@ -39,10 +39,9 @@ class World:
     Args:
         size: the most ranks that a call may ask for.
         timeout: seconds that a call may take, unless it says otherwise.
-        on_start: called with its rank in each new worker while that has one thread, for example to move it into a network
-            namespace. A function that can be pickled.
-        preload: modules to import once for all workers. It applies to the first world of a process, whose forkserver
-            later ones share.
+        on_start: called with its rank in each new worker while that has one thread, for example to move it into a
+            network namespace; it is pickled.
+        preload: modules to import once for all workers, those of the process's later worlds included.
     """
 
     def __init__(
@@ -80,8 +79,8 @@ class World:
             *args: its further arguments, which are pickled.
             timeout: seconds for the call, and for a collective within it.
             threads: torch's threads of a rank.
-            group: whether the ranks form a process group (gloo, and NCCL where every rank has a GPU), with the environment
-                variables by which Lightning recognizes a launched rank.
+            group: whether the ranks form a process group (gloo, and NCCL where every rank has a GPU) and have the
+                environment of ranks that a launcher has started.
 
         Raises:
             WorkerError: if a rank raised, died, or did not answer in time. The next call gets new workers.

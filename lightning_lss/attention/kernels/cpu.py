@@ -25,7 +25,7 @@ def flash_backward(
 def flash_forward_keys(rows: int) -> int | None:
     """Limit the keys of a call with fewer than 768 rows.
 
-    The kernel processes such rows in blocks of 64 (or 32) instead of 256, and reads all keys once for each block, so the
-    keys must stay in the cache (measured with 512 rows: 15 % of the time). With more rows the joins cost more.
+    The kernel processes such rows in blocks of 64 (or 32) instead of 256, and reads all keys once for each block, so
+    the keys must stay in the cache (measured with 512 rows: 15 % of the time). With more rows the joins cost more.
     """
     return 2048 if rows < 768 else None

@@ -75,9 +75,10 @@ def cudnn_backward(
     lse = lse.contiguous()
     if _cudnn_keeps_last_dimension(q.device, q.dtype):
         lse = lse.unsqueeze(-1)
-    padded, lengths = _padded(grad.contiguous(), q, k, v, out.contiguous()), (None, None, q.size(2), k.size(2))
+    padded = _padded(grad.contiguous(), q, k, v, out.contiguous())
+    bias_and_lengths = None, None, None, q.size(2), k.size(2)
     grads = aten._scaled_dot_product_cudnn_attention_backward(
-        *padded, lse, unused, unused, None, *lengths, 0.0, causal, scale=scale
+        *padded, lse, unused, unused, *bias_and_lengths, 0.0, causal, scale=scale
     )
     return tuple(x[..., : q.size(-1)] for x in grads)
 
@@ -114,9 +115,9 @@ def _summed(grad: Tensor, heads: int) -> Tensor:
 def efficient_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Call memory-efficient attention (arXiv 2112.05682) as implemented by xFormers."""
     padded = _padded(q, _repeated(k, q.size(1)), _repeated(v, q.size(1)))
-    mask, no_bias_nor_lengths = _BOTTOM_RIGHT if causal else _NO_MASK, [None] * 5
+    mask, bias_and_lengths = _BOTTOM_RIGHT if causal else _NO_MASK, [None] * 5
     out, lse, *_ = aten._efficient_attention_forward(
-        *map(_rows_first, padded), *no_bias_nor_lengths, 0.0, mask, True, scale=scale
+        *map(_rows_first, padded), *bias_and_lengths, 0.0, mask, True, scale=scale
     )
     return _rows_first(out)[..., : q.size(-1)], lse[..., : q.size(2)]
 
