@@ -127,10 +127,11 @@ class SegmentPositionalEmbedding(ShardedModule):
         to another segment already.
         """
         wanted = replace(self._spec(), shard=shard)
+        differs = wanted.row_ranges() != self.row_ranges()  # before anything changes: it may raise
         if isinstance(self.weight, DeferredTable):  # as is_deferred, but for type checkers
             self.weight.spec = wanted
             self.weight.build()
-        elif wanted.row_ranges() != self.row_ranges():
+        elif differs:
             if self.shard.size > 1:
                 raise RuntimeError(
                     f"This table holds the rows of segment {self.shard.rank} of {self.shard.size} ({self.shard.layout}) and cannot"

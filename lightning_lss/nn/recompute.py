@@ -142,8 +142,8 @@ class Recomputed(nn.Module):
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self._call_in_tiles(*args, **kwargs)
         # Recomputation normally stops at the last tensor that backward needs. In a block of tiles that is within the
-        # last tile, before the results are joined. Under tensor parallelism each result comes from a collective, nothing
-        # would wait for it, and torch keeps such results forever. A single tile stops before its collective.
+        # last tile, before the results are joined. Under tensor parallelism each result comes from a collective, and
+        # torch keeps it forever if nothing waits for it. A single tile stops before its collective.
         options: dict[str, Any] = {"context_fn": _keep_attention} if self.checkpointing == "selective" else {}
         with _early_stop(not self.holds_tiles), self._offload((args, kwargs)):
             return checkpoint(self._call_in_tiles, *args, use_reentrant=False, **options, **kwargs)

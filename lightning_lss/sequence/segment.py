@@ -136,8 +136,8 @@ class ShardedModule(nn.Module):
 
     :class:`~lightning_lss.LSSStrategy` calls :meth:`set_shard` on every such submodule before training. Subclass it for
     modules of your own. ``segment_local`` lists the names of the module's *segment-local* parameters and buffers: they
-    stand for one segment only, and their gradients are averaged over the data group instead of the world. (The names lie
-    on the module since attributes of a ``Parameter`` do not survive the start of a spawned process.)
+    stand for one segment only, and their gradients are averaged over the data group instead of the world. (Names are kept
+    here since attributes of a ``Parameter`` do not survive the start of a spawned process.)
     """
 
     segment_local: tuple[str, ...] = ()

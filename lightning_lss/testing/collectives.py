@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._pytree import tree_leaves
 
+from lightning_lss.sequence.collectives import resolve_group
 from lightning_lss.testing.dispatch import Watch
 
 # Names in the c10d namespace (collectives in place) and in _c10d_functional (DTensor's), torch 2.11 to 2.13.
@@ -105,7 +105,7 @@ def _group_size(args: tuple[Any, ...]) -> int:
     """Ranks of the group that a collective is given, as an object or, last of its strings, by name."""
     names = [part for part in args if isinstance(part, str)]
     if names:
-        return _resolve_process_group(names[-1]).size()  # type: ignore[arg-type]
+        return resolve_group(names[-1]).size()
     for part in args:
         if isinstance(part, dist.ProcessGroup):
             return part.size()
