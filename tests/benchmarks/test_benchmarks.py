@@ -134,7 +134,7 @@ def test_contestants_take_turns() -> None:
     [
         (["step", "--ranks", "0"], "0 is no positive integer"),
         (["step", "--length", "1001", "--ranks", "2"], "cannot be split over 2 ranks"),
-        (["memory", "--set", "colour=red"], "unexpected keyword argument 'colour'"),
+        (["memory", "--set", "colour=red"], "does not take colour"),
         (["step", "--width", "30", "--heads", "4"], "width=30 must be a multiple of num_heads=4"),
     ],
 )
