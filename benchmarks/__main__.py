@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import commands, figures, gpu, planner, results
+from benchmarks import commands, figures, gpu, paper, planner, results
 from benchmarks.contestants import CONTESTANTS
 from lightning_lss.sequence.layout import check_length
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = args.run(args)
     if not rows:
         return
-    if "set" in args:  # sizes have columns of their own
+    if "model" in args:  # sizes have columns of their own
         model = " ".join([args.model, *(f"{name}={value}" for name, value in args.set)])
         rows = [{**row, "model": model} for row in rows]
     results.show(rows)
@@ -102,6 +102,14 @@ def make_parser() -> ArgumentParser:
     loss.add_argument("--tokens-checked", type=_count, default=4096, help="tracked on shapes and computed")
     loss.add_argument("--width", type=_count, default=1024)
     loss.add_argument("--vocabulary", type=_count, default=131_072)
+
+    study = figure("paper-scaling", paper.run, {"devices": [6, 144]})
+    study.add_argument("--devices", type=_count, nargs="+", default=list(paper.DEVICES), help="numbers of GPUs")
+    study.add_argument("--batch-size", type=_count, default=1, help="sequences of a sequence group")
+    study.add_argument("--sharding", choices=["fsdp", "hybrid"], help="of LSS's parameters")
+    study.add_argument(
+        "--set", type=_option, nargs="+", default=[], metavar="NAME=VALUE", help="arguments of the model"
+    )
 
     on_gpu = commands_.add_parser("gpu", help=gpu.run.__doc__, description=gpu.run.__doc__)
     gpu.add_arguments(on_gpu)

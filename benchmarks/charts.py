@@ -172,13 +172,4 @@ PREDICTIONS = {
         unit=2**20,
         bar=0.10,
     ),
-    "planner_time": Prediction(
-        configuration=("model", "size", "length"),
-        measured="measured_seconds",
-        predicted="predicted_seconds",
-        title="The planner's time of a step",
-        x_label="measured, seconds",
-        unit=1.0,
-        bar=0.25,
-    ),
 }

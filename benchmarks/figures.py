@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks import results
+from benchmarks import paper, results
 from benchmarks.charts import CHARTS, PREDICTIONS, Chart, Prediction, Row
 
 _CYCLE = 10  # colours in matplotlib's default cycle, "C0" to "C9"
@@ -29,13 +29,15 @@ _WRONG = " (wrong gradients)"
 _WORDS = {"ranks": "real ranks", "shapes": "on shapes"}  # values of the column measured_on
 
 
-FIGURES = [*CHARTS, *PREDICTIONS, "overhead"]
+FIGURES = [*CHARTS, *PREDICTIONS, "overhead", "paper-scaling"]
 
 
 def draw(name: str, rows: list[Row]) -> Figure:
     """Draw the figure called ``name`` (one of :data:`FIGURES`) from the rows of its CSV, oldest first."""
     if name in PREDICTIONS:
         return _draw_prediction(PREDICTIONS[name], rows)
+    if name == "paper-scaling":
+        return paper.draw(rows)
     return _draw_overhead(rows) if name == "overhead" else _draw_chart(CHARTS[name], rows)
 
 

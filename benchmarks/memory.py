@@ -107,7 +107,7 @@ class StepTracker(MemTracker):
             self.peaks[name] = max(self.peaks[name], size)
 
 
-class _TrackedStep(pl.Callback):
+class TrackedStep(pl.Callback):
     """Tracks one step, after those of the warm-up: optimizer state exists by then, and the tracker has met DDP's buckets
     in the step before it."""
 
@@ -118,6 +118,7 @@ class _TrackedStep(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        """Begin with the step before."""
         if batch_idx == self.step - 1:
             optimizers = [optimizer.optimizer for optimizer in trainer.strategy._lightning_optimizers]
             self.tracker.track_external(pl_module, *optimizers, *tree_leaves(batch))
@@ -127,11 +128,13 @@ class _TrackedStep(pl.Callback):
             self.tracker.peaks = dict.fromkeys(self.tracker.peaks, 0)
 
     def on_before_optimizer_step(self, *args: Any) -> None:
+        """Say that the optimizer allocates from now on."""
         self.tracker.in_optimizer = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """End with the step."""
         if batch_idx == self.step:
             self.tracker.__exit__(None, None, None)
         self.tracker.in_optimizer = False
@@ -149,7 +152,7 @@ def measure(world: World, name: str, size: int, job: Job, shapes: bool) -> Peak:
 
 def track_ranks(rank: int, name: str, size: int, job: Job) -> Peak:
     """The peak of the job's last step on this rank, under the real Trainer."""
-    tracked = _TrackedStep(job.steps - 1)
+    tracked = TrackedStep(job.steps - 1)
     fit(name, size, job, tracked)
     return tracked.tracker.peak()
 

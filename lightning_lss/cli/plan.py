@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
+
+if TYPE_CHECKING:
+    from lightning_lss.planner import Hardware
 
 
 def check_plan(cfg: DictConfig) -> None:
@@ -17,7 +21,7 @@ def check_plan(cfg: DictConfig) -> None:
         raise ValueError(
             f"hardware={cfg.hardware.name} is not what trainer.accelerator={cfg.trainer.accelerator} runs on: add hardware={kinds}."
         )
-    for name in ("csv", "png", "weak_scaling"):
+    for name in ("csv", "png"):
         path = cfg.plan[name]
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise ValueError(f"plan.{name}={path} cannot be written: there is no folder {Path(path).parent}.")
@@ -25,52 +29,80 @@ def check_plan(cfg: DictConfig) -> None:
 
 def run_plan(cfg: DictConfig) -> None:
     """Predict memory, traffic and time of the training that ``cfg`` describes, for every (D, S); nothing is trained."""
-    from dataclasses import fields, replace
+    from dataclasses import replace
 
     from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from lightning_lss.models.transformer import TransformerConfig
-    from lightning_lss.planner import plan, usual_options
+    from lightning_lss.megatron import MegatronScheme
+    from lightning_lss.planner import plan
     from lightning_lss.planner.hardware import bytes_of
     from lightning_lss.planner.report import draw_plan, print_plan, write_csv
-    from lightning_lss.planner.scaling import draw_weak_scaling, print_weak_scaling, weak_scaling
 
-    hardware = hydra.utils.instantiate(cfg.hardware, _convert_="all")
+    hardware: Hardware = hydra.utils.instantiate(cfg.hardware, _convert_="all")
     if cfg.plan.memory is not None:
         hardware = replace(hardware, memory=bytes_of(cfg.plan.memory), usable=1.0)
-    vocab_size = cfg.model.vocab_size or OmegaConf.select(cfg, "data.vocab_size") or 256  # bytes, unless said otherwise
-    names = {field.name for field in fields(TransformerConfig)}
-    sizes = {name: value for name, value in cfg.model.items() if name in names}
-    model = TransformerConfig(**{**sizes, "vocab_size": vocab_size})
-    layout = cfg.strategy.get("layout", "auto")
-    chosen = {
-        "layout": "zigzag" if layout == "auto" else layout,
-        "sharding": cfg.strategy.get("sharding"),
-        "communication_dtype": cfg.strategy.get("communication_dtype"),
-        "accumulate_grad_batches": cfg.trainer.accumulate_grad_batches,
-        "precision": planned_precision(cfg, hardware.precision),
-    }
-    options = usual_options(hardware, **{**chosen, **cfg.plan.options})
     console = Console(soft_wrap=True)
-    if cfg.plan.weak_scaling is not None:
-        scaling = weak_scaling(model, hardware, options, cfg.data.batch_size)
-        print_weak_scaling(scaling, console)
-        draw_weak_scaling(scaling).savefig(cfg.plan.weak_scaling, dpi=120)
-        return
-    planned = plan(
-        model,
-        cfg.seq_len,
-        cfg.devices * cfg.trainer.num_nodes,
-        hardware,
-        batch_size=cfg.data.batch_size,
-        global_batch=cfg.plan.global_batch,
-        options=options,
+    columns = (
+        SpinnerColumn(),
+        TextColumn("traced {task.completed} steps, now {task.description}"),
+        TimeElapsedColumn(),
     )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        planned = plan(
+            lambda: hydra.utils.instantiate(cfg.model, _convert_="all", **_of_data(cfg)),
+            _example_batch(cfg),
+            cfg.devices * cfg.trainer.num_nodes,
+            hardware,
+            global_batch=cfg.plan.global_batch,
+            baselines=[MegatronScheme()],
+            on_trace=lambda description: progress.update(task, description=description, advance=1),
+            **_options(cfg, hardware.precision),
+        )
     print_plan(planned, console)
     if cfg.plan.csv is not None:
         write_csv(planned, cfg.plan.csv)
     if cfg.plan.png is not None:
         draw_plan(planned).savefig(cfg.plan.png, dpi=120)
+
+
+def _example_batch(cfg: DictConfig) -> Any:
+    """A batch of the run's data, which is not looked for on disk."""
+    data = hydra.utils.get_class(cfg.data._target_)
+    example = getattr(data, "example_batch", None)
+    if example is None:
+        raise ValueError(
+            f"{data.__name__} has no example_batch: add a class method example_batch(seq_len, batch_size) that returns what"
+            " training_step receives, of tensors on the meta device, so that mode=plan knows it without data."
+        )
+    return example(cfg.seq_len, cfg.data.get("batch_size", 1))
+
+
+def _of_data(cfg: DictConfig) -> dict[str, Any]:
+    """Arguments of the model that are left to the data: of the configuration, or those of the data's class."""
+    data = hydra.utils.get_class(cfg.data._target_)
+    names = [name for name in ("vocab_size", "bytes_per_token") if name in cfg.model and cfg.model[name] is None]
+    return {name: OmegaConf.select(cfg.data, name) or getattr(data, name) for name in names}
+
+
+def _options(cfg: DictConfig, usual_precision: str) -> dict[str, Any]:
+    """What trainer and strategy say about a step."""
+    names = (
+        "layout",
+        "sequence_dims",
+        "communication_dtype",
+        "sharding",
+        "activation_checkpointing",
+        "checkpointed_modules",
+        "mlp_tiles",
+        "tiled_modules",
+    )
+    given = OmegaConf.to_container(cfg.strategy, resolve=True)
+    assert isinstance(given, dict)
+    chosen = {name: given[name] for name in names if given.get(name) not in (None, "auto")}
+    precision = planned_precision(cfg, usual_precision)
+    return {**chosen, "precision": precision, "accumulate_grad_batches": cfg.trainer.accumulate_grad_batches}
 
 
 def planned_precision(cfg: DictConfig, usual: str) -> str:

@@ -167,6 +167,13 @@ class SequenceDataModule(pl.LightningDataModule, ABC):
         self.num_workers = num_workers
         self.datasets: dict[Split, SampleDataset] = {}
 
+    @classmethod
+    def example_batch(cls, seq_len: int, batch_size: int) -> Sample:
+        """A batch of the loaders' shapes and dtypes, without contents, for the planner: on the meta device."""
+        return {
+            name: torch.zeros(batch_size, seq_len, dtype=torch.int64, device="meta") for name in ("inputs", "targets")
+        }
+
     @abstractmethod
     def dataset(self, split: Split) -> SampleDataset:
         """Return the samples of one split."""

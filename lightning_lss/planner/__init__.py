@@ -1,32 +1,25 @@
-"""The planner: memory, traffic and time of a training run, before anything is rented.
+"""The planner: memory, traffic and an estimate of the time of a training run, before anything is rented.
 
-Pure arithmetic on the sizes of a model, a number of devices and the figures of a kind of hardware. Only
-:mod:`lightning_lss.planner.measure`, which checks the predictions, runs a model. Tables and pictures are in
-:mod:`lightning_lss.planner.report` and :mod:`lightning_lss.planner.scaling`.
+It runs the user's own LightningModule on tensors without contents, as one rank of a group whose others do not exist. Tables
+and pictures are in :mod:`lightning_lss.planner.report`.
 """
 
-from lightning_lss.planner.choices import Choice, Plan, longest_sequence, plan, usual_options
+from lightning_lss.planner.choices import Choice, Impossible, Plan, plan
 from lightning_lss.planner.hardware import Hardware, Link, load_hardware
-from lightning_lss.planner.memory import Memory, rank_memory
-from lightning_lss.planner.setup import Options, Setup
-from lightning_lss.planner.timing import StepTime, step_time
-from lightning_lss.planner.traffic import Traffic, step_traffic
+from lightning_lss.planner.memory import Memory
+from lightning_lss.planner.step import Options, Scheme
+from lightning_lss.planner.timing import StepTime
 
 __all__ = [
     "Choice",
     "Hardware",
+    "Impossible",
     "Link",
     "Memory",
     "Options",
     "Plan",
-    "Setup",
+    "Scheme",
     "StepTime",
-    "Traffic",
     "load_hardware",
-    "longest_sequence",
     "plan",
-    "rank_memory",
-    "step_time",
-    "step_traffic",
-    "usual_options",
 ]

@@ -2,200 +2,248 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from lightning_lss.models.transformer import TransformerConfig
-from lightning_lss.planner.hardware import Hardware
-from lightning_lss.planner.memory import Memory, rank_memory
-from lightning_lss.planner.setup import SCHEMES, Options, Setup, unsharded
-from lightning_lss.planner.timing import StepTime, step_time, utilization
-from lightning_lss.planner.traffic import step_traffic
-from lightning_lss.sequence.layout import check_positive, chunks_per_rank
+import lightning.pytorch as pl
+import torch
 
-_LONGEST = 2**36  # tokens; where to stop looking
+from lightning_lss.planner.fakes import batch_size_of, length_of
+from lightning_lss.planner.hardware import Hardware
+from lightning_lss.planner.memory import Memory, longest_below, memory_of, moments_of
+from lightning_lss.planner.step import Options, Scheme
+from lightning_lss.planner.timing import Grid, StepTime, step_time, utilization
+from lightning_lss.planner.trace import Trace
+from lightning_lss.planner.traces import Traces, cache_folder
+from lightning_lss.sequence.layout import check_length, check_positive, chunks_per_rank
+
+_MOST_TOKENS = 2**36  # of a sequence; where to stop looking
+
+
+@dataclass(frozen=True)
+class Impossible:
+    """A way to share the devices out that cannot be, and why."""
+
+    scheme: str
+    data_size: int
+    size: int
+    reason: str
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to train, and what it comes to. Where it is impossible ``obstacle`` says why and the rest is empty."""
+    """One way to train: D = ``data_size`` sequence groups of S = ``size`` ranks, each on ``batch_size`` sequences at a time.
+
+    ``longest`` is the length of the longest sequence that fits with the same D and S. All times are estimates.
+    """
 
     scheme: str
     data_size: int
     size: int
     batch_size: int
-    obstacle: str | None = None
-    setup: Setup | None = None
-    memory: Memory | None = None
-    time: StepTime | None = None
-    received: float = 0.0  # bytes of a rank in a step
-    tokens_per_second: float = 0.0
-    utilization: float = 0.0
-    fits: bool = False
-    longest: int = 0  # tokens of the longest sequence that fits, of the same D and S
-
-    def as_row(self) -> dict[str, Any]:
-        """Everything as one flat mapping, for a table; bytes and seconds."""
-        row: dict[str, Any] = {
-            "scheme": self.scheme,
-            "D": self.data_size,
-            "S": self.size,
-            "batch_size": self.batch_size,
-        }
-        row |= {"seq_len": self.setup.seq_len if self.setup else "", "fits": self.fits, "longest": self.longest}
-        memory = {f"{name}_bytes": round(value) for name, value in _numbers(self.memory).items()}
-        time = {f"{name}_seconds": value for name, value in _numbers(self.time).items()}
-        row |= memory | {"total_bytes": round(self.memory.total) if self.memory else ""}
-        row |= {f"most_{part}_bytes": round(value) for part, value in (self.memory.most if self.memory else {}).items()}
-        row |= {"received_bytes": round(self.received)} | time
-        row |= {"step_seconds": self.time.total if self.time else "", "tokens_per_second": self.tokens_per_second}
-        return row | {"utilization": self.utilization, "obstacle": self.obstacle or ""}
-
-
-def _numbers(figures: Memory | StepTime | None) -> dict[str, float]:
-    return {name: value for name, value in vars(figures).items() if isinstance(value, float)} if figures else {}
+    memory: Memory
+    time: StepTime
+    tokens_per_second: float
+    utilization: float
+    fits: bool
+    longest: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All choices for a number of devices; ``recommended`` is the fastest that fits, and among equals the leanest."""
+    """All choices for a number of devices."""
 
-    config: TransformerConfig
     seq_len: int
     devices: int
     hardware: Hardware
+    options: Options
     choices: list[Choice]
+    impossible: list[Impossible]
 
     @property
     def recommended(self) -> Choice | None:
-        """Of both schemes; None if nothing fits."""
+        """The fastest choice that fits, and among equals the leanest, whatever its scheme; None if nothing fits."""
         return self.best()
 
     def best(self, scheme: str | None = None) -> Choice | None:
-        """The fastest choice that fits, of one scheme or of all."""
-        fitting = [c for c in self.choices if c.fits and c.memory is not None and scheme in (None, c.scheme)]
-        return max(fitting, key=lambda c: (c.tokens_per_second, -c.memory.total if c.memory else 0.0), default=None)
+        """The same of one scheme."""
+        fitting = [choice for choice in self.choices if choice.fits and scheme in (None, choice.scheme)]
+        return max(fitting, key=lambda choice: (choice.tokens_per_second, -choice.memory.total), default=None)
 
 
 def plan(
-    config: TransformerConfig,
-    seq_len: int,
+    module: pl.LightningModule | Callable[[], pl.LightningModule],
+    batch: Any,
     devices: int,
     hardware: Hardware,
     *,
-    batch_size: int = 1,
+    seq_len: int | None = None,
+    batch_size: int | None = None,
     global_batch: int | None = None,
-    options: Options | None = None,
-    schemes: Sequence[str] = SCHEMES,
+    baselines: Sequence[Scheme] = (),
+    cache: bool = True,
+    on_trace: Callable[[str], None] = lambda description: None,
+    **options: Any,
 ) -> Plan:
-    """Predict memory, traffic and time of every (D, S) with D x S = ``devices``, under LSS and under Megatron's tensor and
-    sequence parallelism. It needs neither the devices nor a process group.
+    """What a training run will need, before anything is rented: memory, traffic and an estimate of the time of every (D, S)
+    with D x S = ``devices``.
+
+    The module's own ``training_step`` and ``configure_optimizers`` run on tensors without contents, as one rank of a group
+    whose others do not exist. It takes neither devices nor memory.
 
     Args:
-        config: the model; its ``seq_len`` is of no account.
-        seq_len: global sequence length L.
+        module: a LightningModule that trains under LSS, or a function that builds one, which is called with the meta device
+            as torch's default, for models that would not fit this machine.
+        batch: an example of what ``training_step`` receives, with whole sequences [B, L, ...]; its contents do not count.
         devices: number of devices W.
         hardware: what they are, for example ``load_hardware("conf/hardware/h100.yaml")``.
-        batch_size: sequences that a sequence group trains on at a time.
+        seq_len: global sequence length L; None for that of ``batch``.
+        batch_size: sequences that a sequence group trains on at a time; None for those of ``batch``.
         global_batch: sequences in a step in all, which D (times the batches that a step accumulates) has to divide; it
             replaces ``batch_size``.
-        options: precision, checkpointing, sharding and so on; by default what is usual on the hardware.
-        schemes: which of ``"lss"`` and ``"megatron"`` to look at.
+        baselines: other schemes to compare with.
+        cache: whether traces are kept on disk, see :func:`~lightning_lss.planner.traces.cache_folder`.
+        on_trace: called with a description before each trace that is taken.
+        **options: fields of :class:`~lightning_lss.planner.Options`; the precision is by default that of the hardware.
 
     Raises:
-        ValueError: if an argument is not what it must be, or if no (D, S) is possible, in one sentence.
+        ValueError: if an argument is not what it must be, if no (D, S) is possible, or if the module cannot be traced.
     """
-    _check_kind("config", config, TransformerConfig, "give the `.model.config` of an LSSTransformer")
-    _check_kind("hardware", hardware, Hardware, 'give one, such as load_hardware("conf/hardware/h100.yaml")')
-    batches = {"batch_size": batch_size} if global_batch is None else {"global_batch": global_batch}
-    check_positive(seq_len=seq_len, devices=devices, **batches)
-    if options is None:
-        options = usual_options(hardware)
-    hardware.peak_of(options.precision)  # refuse what it has no figure for
-    choices = [
-        _choice(scheme, config, seq_len, devices // size, size, hardware, batch_size, global_batch, options)
-        for scheme in schemes
-        for size in range(1, devices + 1)
-        if devices % size == 0 and (scheme == "lss" or size > 1)  # of one rank there is nothing to tell
-    ]
-    if not choices:
-        raise ValueError(f"schemes={list(schemes)} leave nothing to plan on devices={devices}: add 'lss'.")
-    if all(choice.obstacle for choice in choices):
-        raise ValueError(f"No way to share {devices} devices out is possible; {_first_words(choices)}")
-    return Plan(config, seq_len, devices, hardware, choices)
-
-
-def _check_kind(name: str, value: Any, kind: type, remedy: str) -> None:
-    if not isinstance(value, kind):
-        raise ValueError(f"{name} is a {type(value).__name__}, not a {kind.__name__}: {remedy}.")
-
-
-def usual_options(hardware: Hardware, **chosen: Any) -> Options:
-    """What is usual on the hardware, except where it is ``chosen``."""
-    usual = {name: getattr(hardware, name) for name in ("precision", "kernel", "optimizer_temporaries")}
-    return Options(**{**usual, **chosen})
-
-
-def _first_words(choices: list[Choice]) -> str:
-    first = choices[0]
-    return f"D = {first.data_size}, S = {first.size}, for example: {first.obstacle}"
-
-
-def _choice(
-    scheme: Any,
-    config: TransformerConfig,
-    seq_len: int,
-    data_size: int,
-    size: int,
-    hardware: Hardware,
-    batch_size: int,
-    global_batch: int | None,
-    options: Options,
-) -> Choice:
+    module = _built(module)
+    if not isinstance(hardware, Hardware):
+        raise ValueError(
+            f'hardware={hardware!r} is not a Hardware: give one, such as load_hardware("conf/hardware/h100.yaml").'
+        )
+    chosen = Options(**{"precision": hardware.precision, **options})
+    hardware.peak_of(chosen.precision)  # refuse what it has no figure for
+    each = batch_size_of(batch) if batch_size is None else batch_size
+    length = length_of(batch, chosen.sequence_dims) if seq_len is None else seq_len
+    check_positive(devices=devices, seq_len=length, batch_size=each)
     if global_batch is not None:
-        groups = data_size * options.accumulate_grad_batches
-        if global_batch % groups:
-            times = f" {options.accumulate_grad_batches} times" if groups > data_size else ""
-            why = f"global_batch={global_batch} cannot be shared out over D={data_size} sequence groups{times}."
-            return Choice(scheme, data_size, size, 0, obstacle=why)
-        batch_size = global_batch // groups
-    if scheme == "megatron":
-        options = unsharded(options)
-    try:
-        setup = Setup(config, scheme, data_size, size, seq_len, batch_size, options)
-    except ValueError as error:
-        return Choice(scheme, data_size, size, batch_size, obstacle=str(error))
-    memory, time = rank_memory(setup), step_time(setup, hardware)
-    return Choice(
-        scheme,
-        data_size,
-        size,
-        batch_size,
-        setup=setup,
-        memory=memory,
-        time=time,
-        received=sum(entry.received for entry in step_traffic(setup)),
-        tokens_per_second=setup.sequences * seq_len / time.total,
-        utilization=utilization(setup, hardware, time.total),
-        fits=memory.total <= hardware.usable_memory,
-        longest=longest_sequence(setup, hardware.usable_memory),
-    )
+        check_positive(global_batch=global_batch)
+    folder = cache_folder() if cache else None
+    planner = _Planner(length, devices, hardware, chosen, each, global_batch)
+    own = Traces(module, batch, chosen, hardware.kernel, None, folder, on_trace)
+    found = planner.choices(own, own)
+    for scheme in baselines:
+        found += planner.choices(Traces(module, batch, chosen, hardware.kernel, scheme, folder, on_trace), own)
+    impossible = [choice for choice in found if isinstance(choice, Impossible)]
+    choices = [choice for choice in found if isinstance(choice, Choice)]
+    if not choices:
+        first = impossible[0]
+        raise ValueError(
+            f"No way to share out {devices} devices is possible; D = {first.data_size}, S = {first.size}, for example: {first.reason}"
+        )
+    return Plan(length, devices, hardware, chosen, choices, impossible)
 
 
-def longest_sequence(setup: Setup, memory: float) -> int:
-    """Tokens of the longest sequence whose step fits ``memory`` bytes a rank with the same D, S and options, a multiple of
-    what S needs; 0 if none does."""
-    step = setup.size * (chunks_per_rank(setup.size, setup.options.layout) if setup.scheme == "lss" else 1)
+def _built(module: Any) -> pl.LightningModule:
+    if callable(module) and not isinstance(module, torch.nn.Module):
+        with torch.device("meta"):
+            module = module()
+    if not isinstance(module, pl.LightningModule):
+        raise ValueError(
+            f"module is a {type(module).__name__}, not a LightningModule: give the module that the Trainer would train, or a"
+            " function that builds it."
+        )
+    return module
 
-    def fits(steps: int) -> bool:
-        return rank_memory(replace(setup, seq_len=steps * step)).total <= memory
 
-    above = 1
-    while above * step <= _LONGEST and fits(above):
-        above *= 2
-    below = above // 2
-    while above - below > max(1, below // 1000):  # to a tenth of a percent
-        middle = (below + above) // 2
-        below, above = (middle, above) if fits(middle) else (below, middle)
-    return below * step
+@dataclass(frozen=True)
+class _Planner:
+    """What is planned for."""
+
+    length: int
+    devices: int
+    hardware: Hardware
+    options: Options
+    batch_size: int
+    global_batch: int | None
+
+    def choices(self, traces: Traces, whole: Traces) -> list[Choice | Impossible]:
+        """Every (D, S) of one scheme; ``whole`` has the step of one rank."""
+        least = 2 if traces.scheme else 1  # of one rank a baseline has nothing to tell
+        sizes = [size for size in range(least, self.devices + 1) if self.devices % size == 0]
+        found = [self._choice(traces, whole, size) for size in sizes]
+        far = [choice.size for choice in found if isinstance(choice, Choice) and choice.size > 4]
+        if far and traces.scheme is None:
+            batch_size = next(x.batch_size for x in found if isinstance(x, Choice) and x.size == far[0])
+            traces.check(far[0], self.length, batch_size)
+        return found
+
+    def _choice(self, traces: Traces, whole: Traces, size: int) -> Choice | Impossible:
+        scheme = traces.scheme.name if traces.scheme else "lss"
+        data_size = self.devices // size
+        try:
+            batch_size = self._batch_size(data_size)
+            self._check(traces, data_size, size)
+        except ValueError as error:
+            return Impossible(scheme, data_size, size, str(error))
+        grid, batches = Grid(data_size, size, self.hardware), self.options.accumulate_grad_batches
+        shards = 1 if traces.scheme else self.options.shards(data_size, size)
+        trace = traces.at(size, self.length, batch_size)
+        time = step_time(trace, self.options, grid, shards, shared="data" if traces.scheme else "world")
+        memory = memory_of(self._moments(trace, traces, shards))
+        steps = data_size * batches  # of one rank with whole sequences, that a step comes to
+        return Choice(
+            scheme,
+            data_size,
+            size,
+            batch_size,
+            memory,
+            time,
+            tokens_per_second=steps * batch_size * self.length / time.total,
+            utilization=utilization(whole.taken(1, self.length, batch_size), self.options, grid, steps, time.total),
+            fits=memory.total <= self.hardware.usable_memory,
+            longest=self._longest(traces, size, batch_size, shards),
+        )
+
+    def _batch_size(self, data_size: int) -> int:
+        groups = data_size * self.options.accumulate_grad_batches
+        if self.global_batch is None:
+            return self.batch_size
+        if self.global_batch % groups:
+            times = f" {self.options.accumulate_grad_batches} times" if groups > data_size else ""
+            raise ValueError(
+                f"global_batch={self.global_batch} cannot be divided evenly among D={data_size} sequence groups{times}."
+            )
+        return self.global_batch // groups
+
+    def _check(self, traces: Traces, data_size: int, size: int) -> None:
+        if traces.scheme is not None:
+            check_length(self.length, size, "contiguous")
+            traces.scheme.check(traces.module, self.length, size)
+            return
+        check_length(self.length, size, self.options.layout)
+        if self.options.sharding == "hybrid" and size == 1 < data_size:
+            raise ValueError("sharding='hybrid' shards over the sequence group, which has one rank here: use 'fsdp'.")
+
+    def _moments(self, trace: Trace, traces: Traces, shards: int) -> Any:
+        return moments_of(trace, shards, ddp=traces.scheme is None and self.devices > 1)
+
+    def _longest(self, traces: Traces, size: int, batch_size: int, shards: int) -> int:
+        """Tokens of the longest sequence that fits, a multiple of what S needs; 0 if none does.
+
+        Memory is affine in the local length between lengths at which attention gathers as many head chunks, so the answer
+        is told from two lengths near it, powers of two that other S ask for as well.
+        """
+        step, usable = (
+            chunks_per_rank(size, "contiguous" if traces.scheme else self.options.layout),
+            self.hardware.usable_memory,
+        )
+        power, seen = _power_below(self.length // size // step), set()
+        while True:
+            seen.add(power)
+            lengths = (power * step, 2 * power * step)
+            near, far = (traces.at(size, size * length, batch_size) for length in lengths)
+            start, end = (self._moments(trace, traces, shards) for trace in near.aligned(far))
+            steps = int(max(0.0, min(longest_below(usable, start, end, lengths), _MOST_TOKENS / size))) // step
+            power = _power_below(steps)
+            if power in seen or steps < 2:
+                return steps * step * size
+
+
+def _power_below(number: int) -> int:
+    """The largest power of two that is at most ``number``, and at least 1."""
+    return 1 << max(0, number.bit_length() - 1)

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lightning_lss.attention.kernels import KERNELS
+
 _KINDS = {"64": "float64", "32": "float32", "bf16": "bfloat16", "16": "float16"}
 
 
@@ -42,7 +44,7 @@ class Hardware:
         usable: fraction of the memory that tensors can have; the rest is the context, fragmentation, and buffers of the
             communication library.
         precision: Lightning's name of the precision that one would train in.
-        kernel, optimizer_temporaries: see :class:`~lightning_lss.planner.setup.Options`.
+        kernel: name of the kernel of attention that one would use, in :data:`lightning_lss.attention.kernels.KERNELS`.
         source: where the figures come from.
     """
 
@@ -60,7 +62,6 @@ class Hardware:
     usable: float = 1.0
     precision: str = "32-true"
     kernel: str = "cuda_flash"
-    optimizer_temporaries: str = "all"
     source: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -68,6 +69,10 @@ class Hardware:
             link = getattr(self, name)
             if not isinstance(link, Link):
                 object.__setattr__(self, name, Link(**link))
+        if self.kernel not in KERNELS:
+            raise ValueError(
+                f"hardware {self.name}: kernel={self.kernel!r} is unknown: choose one of {', '.join(map(repr, KERNELS))}."
+            )
         for name in ("memory", "bandwidth", "devices_per_node", "matmul", "attention"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"hardware {self.name}: {name}={getattr(self, name)} must be positive.")
@@ -100,7 +105,7 @@ def load_hardware(path: str | Path) -> Hardware:
     from omegaconf import OmegaConf
 
     if not Path(path).is_file():
-        raise ValueError(f"{str(path)!r} is no file: give the path of one such as conf/hardware/h100.yaml.")
+        raise ValueError(f"{str(path)!r} is not a file: give the path of one such as conf/hardware/h100.yaml.")
     figures = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     assert isinstance(figures, dict)
     return Hardware(**{str(key): value for key, value in figures.items() if key != "_target_"})
@@ -121,5 +126,5 @@ def bytes_of(size: str | float) -> float:
     """
     match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or (match[2] or "B") not in _UNITS or float(match[1]) <= 0:
-        raise ValueError(f"memory={size!r} is no size: give bytes, or a number with one of {', '.join(_UNITS)}.")
+        raise ValueError(f"memory={size!r} is not a size: give bytes, or a number with one of {', '.join(_UNITS)}.")
     return float(match[1]) * _UNITS[match[2] or "B"]

@@ -1,19 +1,21 @@
-"""The memory of a rank at the moment of a training step at which it holds most."""
+"""The memory of a rank, from its trace: with whole parameters, or with parts of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_lss.planner.ledger import PARTS
-from lightning_lss.planner.setup import Setup
-from lightning_lss.planner.walk import Walk
+import numpy as np
+
+from lightning_lss.planner.trace import PARAMETERS, PARTS, STAGES, Trace
+
+_PARAMETERS, _GRADIENTS, _OPTIMIZER = (PARTS.index(part) for part in ("parameters", "gradients", "optimizer"))
+_FORWARD, _BACKWARD, _UPDATE = range(len(STAGES))
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank by part at the peak of their sum; ``moment`` names the tensor that came last before it. ``most`` has
-    each part at its own peak, and ``most_work`` is the most that activations, buffers of keys and values, and logits come to
-    together; these need not be the same moments."""
+    """Bytes of a rank by part at the moment at which their sum is highest; ``most`` has each part at its own highest
+    moment, and ``beside_state`` the most that activations, K/V buffers and logits come to together."""
 
     parameters: float
     gradients: float
@@ -21,9 +23,8 @@ class Memory:
     activations: float
     kv_buffers: float
     logits: float
-    moment: str
-    most_work: float
     most: dict[str, float]
+    beside_state: float
 
     @property
     def total(self) -> float:
@@ -31,13 +32,51 @@ class Memory:
         return sum(getattr(self, part) for part in PARTS)
 
 
-def rank_memory(setup: Setup) -> Memory:
-    """Predict the memory of a rank in a step after the first, when the optimizer has its state.
+def memory_of(moments: np.ndarray) -> Memory:
+    """The peak of moments [stretches, parts]."""
+    highest = moments[moments.sum(1).argmax()]
+    most = dict(zip(PARTS, moments.max(0).tolist()))
+    return Memory(
+        **dict(zip(PARTS, highest.tolist())), most=most, beside_state=float(moments[:, _OPTIMIZER + 1 :].sum(1).max())
+    )
 
-    What it counts are tensors, as ``torch.distributed._tools.mem_tracker.MemTracker`` and
-    ``torch.cuda.max_memory_allocated`` do: not the context of a GPU, fragmentation, the workspace inside of a kernel or
-    the buffers of NCCL.
+
+def moments_of(trace: Trace, shards: int, ddp: bool) -> np.ndarray:
+    """Bytes at each moment of a step, [stretches, parts].
+
+    Args:
+        trace: a step with whole parameters.
+        shards: on how many ranks the parts of a parameter lie (FSDP); 1 for whole parameters.
+        ddp: whether DistributedDataParallel holds buckets as large as the gradients of shared parameters.
     """
-    walk = Walk(setup)
-    walk.step()
-    return Memory(**walk.ledger.peak, moment=walk.ledger.moment, most_work=walk.ledger.most_work, most=walk.ledger.most)
+    moments = trace.moments.copy()
+    sizes = dict(zip(PARAMETERS, trace.parameters.tolist()))
+    if shards == 1:
+        moments[:, _GRADIENTS] += sizes["shared"] if ddp else 0.0
+        return moments
+    # Whole are the root's parameters during a step, those of the unit in use, and of the next one, which is gathered
+    # meanwhile; in the backward pass the gradients of the root and of a unit, and what is sent of the unit before.
+    in_use = np.where(trace.stages == _UPDATE, 0.0, sizes["root"] + 2 * sizes["unit"])
+    whole_grads = np.where(trace.stages == _BACKWARD, sizes["root"] + 2 * sizes["unit"], 0.0)
+    own = sizes["own"] / max(1.0, sizes["shared"] + sizes["own"])
+    kept = own + (1 - own) / shards
+    moments[:, _PARAMETERS] += in_use - sizes["shared"] * (1 - 1 / shards)
+    moments[:, _GRADIENTS] = moments[:, _GRADIENTS] * kept + whole_grads
+    moments[:, _OPTIMIZER] *= kept
+    return moments
+
+
+def longest_below(cap: float, near: np.ndarray, far: np.ndarray, lengths: tuple[int, int]) -> float:
+    """The local length at which the highest of moments that are affine in it comes to ``cap`` bytes.
+
+    Args:
+        cap: bytes.
+        near: moments at the first of ``lengths``, [stretches, parts].
+        far: the same moments at the second.
+        lengths: two local lengths.
+    """
+    start, slope = near.sum(1), (far.sum(1) - near.sum(1)) / (lengths[1] - lengths[0])
+    grows = slope > 0
+    if (start[~grows] > cap).any():
+        return 0.0
+    return float((lengths[0] + (cap - start[grows]) / slope[grows]).min(initial=np.inf))

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from lightning_lss.planner.choices import Choice, Plan
-from lightning_lss.planner.ledger import PARTS
+from lightning_lss.planner.trace import PARTS
 
-_NAMES = {
-    "kv_buffers": "K/V",
-    "parameters": "params",
-    "gradients": "grads",
-    "optimizer": "optim",
-    "activations": "acts",
-}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_NAMES = dict(zip(PARTS, ["params", "grads", "optim", "acts", "K/V", "logits"]))
 _COLORS = dict(
     zip(PARTS, ["#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377"])
 )  # Paul Tol's bright scheme
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
-    """Two tables with a row for each way to train, what it recommends, and how it compares."""
+    """Two tables with a row for each way to train, what is recommended, and how it compares."""
     console = console or Console(soft_wrap=True)
     console.print(_memory_table(plan))
     console.print(_speed_table(plan))
@@ -36,34 +33,32 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 
 
 def _memory_table(plan: Plan) -> Table:
-    possible = [choice for choice in plan.choices if choice.memory is not None]
-    small = max(choice.memory.total for choice in possible if choice.memory) < 2**30
+    small = max(choice.memory.total for choice in plan.choices) < 2**30
     unit, size = ("MiB", 2**20) if small else ("GiB", 2**30)
     cap = f"{plan.hardware.usable_memory / size:,.1f} {unit} usable"
     title = f"{plan.devices} x {plan.hardware.name}, L = {plan.seq_len:,}: {unit} of a rank at its peak ({cap})"
-    table = _table(title, *(_NAMES.get(part, part) for part in PARTS), "total", "longest L")
-    for choice in possible:
-        assert choice.memory is not None
+    table = _table(title, *_NAMES.values(), "total", "longest L")
+    for choice in plan.choices:
         sizes = [value / size for value in (*(choice.memory.most[part] for part in PARTS), choice.memory.total)]
-        _add(
-            table,
-            plan,
-            choice,
-            *(f"{value:.3g}" if value < 100 else f"{value:,.0f}" for value in sizes),
-            f"{choice.longest:,}",
-        )
+        cells = (f"{value:.3g}" if value < 100 else f"{value:,.0f}" for value in sizes)
+        _add(table, plan, choice, *cells, f"{choice.longest:,}")
     return table
 
 
 def _speed_table(plan: Plan) -> Table:
-    table = _table("a step", "B", "GiB received", "seconds", "not hidden", "tokens/s", "MFU", "fits")
+    table = _table("a step, estimated", "B", "GiB received", "seconds", "not hidden", "tokens/s", "MFU", "fits")
     for choice in plan.choices:
-        if choice.time is None:
-            continue
-        hidden = f"{100 * choice.time.exposed / choice.time.total:.0f} %"
-        sizes = (str(choice.batch_size), f"{choice.received / 2**30:.3g}", f"{choice.time.total:.3g}", hidden)
-        rate, share = _short(choice.tokens_per_second), f"{100 * choice.utilization:.0f} %"
-        _add(table, plan, choice, *sizes, rate, share, "yes" if choice.fits else "no")
+        time = choice.time
+        cells = (
+            str(choice.batch_size),
+            f"{time.received / 2**30:.3g}",
+            f"{time.total:.3g}",
+            f"{100 * time.exposed / time.total:.0f} %",
+            _short(choice.tokens_per_second),
+            f"{100 * choice.utilization:.0f} %",
+            "yes" if choice.fits else "no",
+        )
+        _add(table, plan, choice, *cells)
     return table
 
 
@@ -92,13 +87,12 @@ def _add(table: Table, plan: Plan, choice: Choice, *cells: str) -> None:
 def _remarks(plan: Plan) -> list[str]:
     lines = [
         "Memory: each part when it is most; total: the most that they come to at one moment.",
-        '"not hidden": share of a step in which a rank waits for others. Predictions; see docs/planner.md.',
+        '"not hidden": share of a step in which a rank waits for others. All times are estimates; see docs/planner.md.',
     ]
-    obstacles = [choice for choice in plan.choices if choice.obstacle]
-    if obstacles:
-        first = obstacles[0]
-        more = f" ({len(obstacles) - 1} more like it)" if len(obstacles) > 1 else ""
-        lines.append(f"impossible: {first.scheme} with D={first.data_size}, S={first.size}: {first.obstacle}{more}")
+    if plan.impossible:
+        first, *others = plan.impossible
+        more = f" ({len(others)} more like it)" if others else ""
+        lines.append(f"impossible: {first.scheme} with D={first.data_size}, S={first.size}: {first.reason}{more}")
     best = plan.recommended
     if best is None:
         longest = max(plan.choices, key=lambda choice: choice.longest)
@@ -107,88 +101,98 @@ def _remarks(plan: Plan) -> list[str]:
             f" D={longest.data_size}, S={longest.size}); or use more devices, activation_checkpointing or sharding."
         )
         return lines
-    assert best.time is not None
     lines.append(
-        f"[bold green]Recommended:[/] strategy={_strategy(best)} sequence_parallel_size={best.size} (D = {best.data_size}):"
-        f" {best.time.total:.3g} s a step, {best.tokens_per_second:,.0f} tokens/s, {100 * best.utilization:.0f} % of the peak."
+        f"[bold green]Recommended:[/] strategy={_strategy(best, plan)} sequence_parallel_size={best.size} (D = {best.data_size}):"
+        f" an estimated {best.time.total:.3g} s a step, {best.tokens_per_second:,.0f} tokens/s,"
+        f" {100 * best.utilization:.0f} % of the peak."
     )
     return lines + _comparison(plan)
 
 
-def _strategy(choice: Choice) -> str:
+def _strategy(choice: Choice, plan: Plan) -> str:
     """What train.py takes to run it."""
-    assert choice.setup is not None
-    sharding = choice.setup.options.sharding
-    if sharding is None:
+    sharding = plan.options.sharding
+    if sharding is None or choice.scheme != "lss":
         return choice.scheme
     return "lss_fsdp" if sharding == "fsdp" else f"lss_fsdp strategy.sharding={sharding}"
 
 
 def _comparison(plan: Plan) -> list[str]:
-    lss, other = plan.best("lss"), plan.best("megatron")
-    longest = {c.scheme: max(x.longest for x in plan.choices if x.scheme == c.scheme) for c in plan.choices}
-    lengths = (
-        "The longest sequence of any D and S: " + ", ".join(f"{n:,} tokens ({s})" for s, n in longest.items()) + "."
-    )
-    if lss is None or other is None:
-        return [lengths]
-    assert lss.memory is not None
-    assert other.memory is not None
-    return [
-        f"Best lss against best megatron: {lss.tokens_per_second / other.tokens_per_second:.2f}x the speed,"
-        f" {lss.memory.total / other.memory.total:.2f}x the memory of a rank.",
-        lengths,
-    ]
+    schemes = dict.fromkeys(choice.scheme for choice in plan.choices)
+    longest = {scheme: max(x.longest for x in plan.choices if x.scheme == scheme) for scheme in schemes}
+    lengths = ", ".join(f"{tokens:,} tokens ({scheme})" for scheme, tokens in longest.items())
+    lines = []
+    own = plan.best("lss")
+    for scheme in schemes:
+        other = plan.best(scheme)
+        if scheme != "lss" and own is not None and other is not None:
+            lines.append(
+                f"Best lss against best {scheme}: {own.tokens_per_second / other.tokens_per_second:.2f}x the estimated speed,"
+                f" {own.memory.total / other.memory.total:.2f}x the memory of a rank."
+            )
+    return [*lines, f"The longest sequence of any D and S: {lengths}."]
 
 
 def write_csv(plan: Plan, path: str | Path) -> None:
-    """One row for each choice; bytes and seconds."""
-    rows = [choice.as_row() for choice in plan.choices]
-    names = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
+    """A row for each choice, and for each that is impossible; bytes and seconds."""
+    rows = [_row(choice, plan) for choice in plan.choices]
+    for x in plan.impossible:
+        rows.append(
+            {"scheme": x.scheme, "D": x.data_size, "S": x.size, "seq_len": plan.seq_len, "impossible": x.reason}
+        )
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, names, restval="")
+        writer = csv.DictWriter(file, [*rows[0], "impossible"], restval="")
         writer.writeheader()
         writer.writerows(rows)
 
 
+def _row(choice: Choice, plan: Plan) -> dict[str, Any]:
+    row = {"scheme": choice.scheme, "D": choice.data_size, "S": choice.size, "seq_len": plan.seq_len}
+    row |= {"batch_size": choice.batch_size, "fits": choice.fits, "longest": choice.longest}
+    row |= {f"{part}_bytes": round(getattr(choice.memory, part)) for part in PARTS}
+    row |= {"total_bytes": round(choice.memory.total)}
+    row |= {f"most_{part}_bytes": round(size) for part, size in choice.memory.most.items()}
+    seconds = {name: value for name, value in vars(choice.time).items() if name != "received"}
+    row |= {"received_bytes": round(choice.time.received)} | {f"{name}_seconds": x for name, x in seconds.items()}
+    row |= {"step_seconds": choice.time.total, "tokens_per_second": choice.tokens_per_second}
+    return row | {"utilization": choice.utilization}
+
+
 def draw_plan(plan: Plan) -> Figure:
-    """Memory by part and tokens a second, for each choice that is possible."""
-    choices = [choice for choice in plan.choices if choice.memory is not None]
+    """Memory by part and tokens a second, for each choice."""
+    from matplotlib.figure import Figure
+
+    choices, places = plan.choices, range(len(plan.choices))
     figure = Figure(figsize=(max(8.0, 1.5 + 0.75 * len(choices)), 7.0), layout="constrained")
     memory, speed = figure.subplots(2, 1, sharex=True)
-    _draw_memory(memory, choices, plan)
+    _draw_memory(memory, plan)
     colors = [
         "#228833" if choice is plan.recommended else "#4477aa" if choice.fits else "#bbbbbb" for choice in choices
     ]
-    bars = speed.bar(range(len(choices)), [choice.tokens_per_second for choice in choices], color=colors)
+    bars = speed.bar(places, [choice.tokens_per_second for choice in choices], color=colors)
     speed.bar_label(bars, [f"{100 * choice.utilization:.0f} %" for choice in choices], fontsize=8)
     speed.set(
         ylabel="tokens / s",
-        title="predicted speed and model FLOP/s utilization (green: recommended, grey: does not fit)",
+        title="estimated speed and model FLOP/s utilization (green: recommended, grey: does not fit)",
     )
-    speed.set_xticks(range(len(choices)), [f"{c.scheme}\nD={c.data_size}\nS={c.size}" for c in choices], fontsize=8)
+    speed.set_xticks(places, [f"{c.scheme}\nD={c.data_size}\nS={c.size}" for c in choices], fontsize=8)
     speed.margins(y=0.12)
     speed.yaxis.set_major_formatter("{x:,.0f}")
     figure.suptitle(f"{plan.devices} x {plan.hardware.name}, L = {plan.seq_len:,}")
     return figure
 
 
-def _draw_memory(axes: Axes, choices: list[Choice], plan: Plan) -> None:
-    cap = plan.hardware.usable_memory / 2**30
-    bottom = [0.0] * len(choices)
+def _draw_memory(axes: Axes, plan: Plan) -> None:
+    cap, places = plan.hardware.usable_memory / 2**30, range(len(plan.choices))
+    bottom = [0.0] * len(plan.choices)
     for part in PARTS:
-        sizes = [getattr(choice.memory, part) / 2**30 for choice in choices]
-        axes.bar(range(len(choices)), sizes, bottom=bottom, color=_COLORS[part], label=part.replace("kv_", "K/V "))
+        sizes = [getattr(choice.memory, part) / 2**30 for choice in plan.choices]
+        axes.bar(places, sizes, bottom=bottom, color=_COLORS[part], label=part.replace("kv_", "K/V "))
         bottom = [below + size for below, size in zip(bottom, sizes)]
     top = min(1.1 * max(bottom), 2.5 * cap)  # bars that are far from fitting are cut off
-    for index, total in enumerate(bottom):
-        axes.annotate(
-            f"{total:.3g}" if total < 100 else f"{total:,.0f}",
-            (index, min(total, 0.94 * top)),
-            ha="center",
-            va="bottom",
-            fontsize=8,
-        )
+    for place, total in enumerate(bottom):
+        text, height = f"{total:.3g}" if total < 100 else f"{total:,.0f}", min(total, 0.94 * top)
+        axes.annotate(text, (place, height), ha="center", va="bottom", fontsize=8)
     axes.axhline(cap, color="black", linestyle="--", linewidth=1, label="usable")
     axes.set(ylabel="GiB of a rank", title="predicted memory", ylim=(0, max(top, 1.1 * cap)))
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

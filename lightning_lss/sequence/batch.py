@@ -46,20 +46,20 @@ def split_batch(batch: Any, shard: SequenceShard, sequence_dims: SequenceDims | 
     if shard.size == 1:
         return batch
     dims = sequence_dims or {}
-    _check(list(_leaves(batch)), shard, dims)
+    _check(list(tensors_by_path(batch)), shard, dims)
 
     def split(path: Path, tensor: Tensor) -> Tensor:
-        dim = _dim_of(path, tensor, dims)
+        dim = sequence_dim(path, tensor, dims)
         return tensor if dim is None else shard.split(tensor, dim)
 
-    return _map(batch, split)
+    return map_tensors(batch, split)
 
 
 def _check(leaves: list[tuple[Path, Tensor]], shard: SequenceShard, dims: SequenceDims) -> None:
     unknown = set(dims) - {key for path, _ in leaves for key in path}
     if unknown:  # no error: batches of other stages may have other entries
         warnings.warn(f"sequence_dims names {sorted(map(str, unknown))}, which the batch does not have.", stacklevel=3)
-    cuts = [(path, tensor, dim) for path, tensor in leaves if (dim := _dim_of(path, tensor, dims)) is not None]
+    cuts = [(path, tensor, dim) for path, tensor in leaves if (dim := sequence_dim(path, tensor, dims)) is not None]
     for path, tensor, dim in cuts:
         if not -tensor.dim() <= dim < tensor.dim():
             raise ValueError(
@@ -80,7 +80,8 @@ def _check(leaves: list[tuple[Path, Tensor]], shard: SequenceShard, dims: Sequen
             raise ValueError(f"Batch entry {_show(path, tensor)}, dimension {dim}: {error}") from None
 
 
-def _dim_of(path: Path, tensor: Tensor, dims: SequenceDims) -> int | None:
+def sequence_dim(path: Path, tensor: Tensor, dims: SequenceDims) -> int | None:
+    """Find the dimension along which :func:`split_batch` cuts the entry at ``path``; None leaves it whole."""
     default = DEFAULT_DIM if tensor.dim() > DEFAULT_DIM else None
     return next((dims[key] for key in reversed(path) if key in dims), default)
 
@@ -100,21 +101,22 @@ def _children(node: Any) -> list[tuple[Key, Any]] | None:
     return None
 
 
-def _leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+def tensors_by_path(node: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    """Yield all tensors of a batch, in any nesting, with the keys that lead to each."""
     if isinstance(node, Tensor):
         yield path, node
     for key, child in _children(node) or ():
-        yield from _leaves(child, (*path, key))
+        yield from tensors_by_path(child, (*path, key))
 
 
-def _map(node: Any, function: Callable[[Path, Tensor], Tensor], path: Path = ()) -> Any:
+def map_tensors(node: Any, function: Callable[[Path, Tensor], Tensor], path: Path = ()) -> Any:
     """Copy nested containers with ``function`` applied to every tensor; non-containers are returned unchanged."""
     if isinstance(node, Tensor):
         return function(path, node)
     children = _children(node)
     if children is None:
         return node
-    mapped = [(key, _map(child, function, (*path, key))) for key, child in children]
+    mapped = [(key, map_tensors(child, function, (*path, key))) for key, child in children]
     if isinstance(node, (list, tuple)):
         values = [value for _, value in mapped]
         return type(node)(*values) if hasattr(node, "_fields") else type(node)(values)
@@ -132,7 +134,7 @@ def _map(node: Any, function: Callable[[Path, Tensor], Tensor], path: Path = ())
 def batch_digest(batch: Any) -> int:
     """Hash every tensor in a batch (path, shape, dtype and bytes) to 63 bits."""
     digest = hashlib.blake2b(digest_size=8)
-    for path, tensor in _leaves(batch):
+    for path, tensor in tensors_by_path(batch):
         digest.update(repr((path, tuple(tensor.shape), str(tensor.dtype))).encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return int.from_bytes(digest.digest(), "big") >> 1

@@ -61,14 +61,45 @@ class CollectiveCounter(Watch):
         self.tally: Tally = Counter()
 
     def _count(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
-        namespace, _, name = func._schema.name.partition("::")
-        if namespace not in _NAMESPACES:
-            return
-        if name not in _KINDS:
-            raise RuntimeError(f"The counter does not know the collective {func}: add it to its table.")
-        if kind := _KINDS[name]:
-            dtype = _tensors((*args, result))[0].dtype
-            self.tally[Collective(self.phase, kind, dtype, _received(kind, args, result))] += 1
+        found = payload_of(func, args, result)
+        if found is not None:
+            kind, payload = found
+            received = int(received_of(kind, payload, _group_size(args)))
+            self.tally[Collective(self.phase, kind, _tensors((*args, result))[0].dtype, received)] += 1
+
+
+def payload_of(func: Any, args: tuple[Any, ...], result: Any) -> tuple[str, int] | None:
+    """The kind of a collective and the bytes of its payload, None for any other operator.
+
+    The payload is the whole of what is gathered or scattered, or the tensor that is summed or received. For gathers and
+    scatters the larger of output and input is the whole, in whatever order the operation takes them.
+
+    Args:
+        func: an operator, as dispatch modes see it.
+        args: its positional arguments.
+        result: what it has returned.
+
+    Raises:
+        RuntimeError: if it is a collective that is not in the table.
+    """
+    namespace, _, name = func._schema.name.partition("::")
+    if namespace not in _NAMESPACES:
+        return None
+    if name not in _KINDS:
+        raise RuntimeError(f"The counter does not know the collective {func}: add it to its table.")
+    kind = _KINDS[name]
+    if kind is None:
+        return None
+    if kind in ("all_reduce", "receive", "broadcast"):
+        return kind, _nbytes(args[0])
+    return kind, max(_nbytes(part) for part in (*args, result))
+
+
+def received_of(kind: str, payload: float, ranks: int) -> float:
+    """Bytes of a payload that a rank has to receive from others, in a ring of ``ranks``."""
+    if kind in ("receive", "broadcast"):
+        return payload
+    return (2 if kind == "all_reduce" else 1) * payload * (ranks - 1) / ranks
 
 
 def kinds(tally: Tally, phase: str | None = None) -> dict[str, int]:
@@ -88,17 +119,6 @@ def total_bytes(tally: Tally, phase: str | None = None) -> int:
 def describe(tally: Tally, phase: str) -> str:
     """The collectives of a phase, such as ``1 all_gather + 1 reduce_scatter``."""
     return " + ".join(f"{number} {kind}" for kind, number in sorted(kinds(tally, phase).items()))
-
-
-def _received(kind: str, args: tuple[Any, ...], result: Any) -> int:
-    """Bytes of payload that this rank receives."""
-    ranks = _group_size(args)
-    if kind == "all_reduce":
-        return 2 * _nbytes(args[0]) * (ranks - 1) // ranks
-    if kind in ("receive", "broadcast"):
-        return _nbytes(args[0])
-    # the larger of output and input is the whole, in whatever order the operation takes them
-    return max(_nbytes(part) for part in (*args, result)) * (ranks - 1) // ranks
 
 
 def _group_size(args: tuple[Any, ...]) -> int:

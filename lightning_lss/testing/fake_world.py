@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,23 +13,35 @@ from torch import Tensor
 
 from lightning_lss.sequence import collectives
 
+_GLOO = "fake_gloo"
+
 
 @contextmanager
-def fake_world(rank: int, size: int) -> Iterator[dist.ProcessGroup]:
+def fake_world(rank: int, size: int, like_gloo: bool = False) -> Iterator[dist.ProcessGroup]:
     """A process group in which this process is ``rank`` of ``size`` and the others do not exist: collectives return at once,
     and leave outputs as they are or fill them with what this rank sends.
+
+    Args:
+        rank: this process.
+        size: number of ranks.
+        like_gloo: whether the backend is called as if it were gloo, so that what is sent is what gloo would be given.
 
     Raises:
         ValueError: if this process is in a process group already (torch's own error).
     """
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from torch.testing._internal.distributed.fake_pg import FakeStore, _create_fake_pg
 
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    if like_gloo and _GLOO not in dist.Backend.backend_list:
+        dist.Backend.register_backend(_GLOO, _create_fake_pg, extended_api=True, devices=["cpu"])
+    backend = _GLOO if like_gloo else "fake"
+    excepthook = sys.excepthook  # torch puts the rank before every line of a traceback, and leaves it at that
+    dist.init_process_group(backend, store=FakeStore(), rank=rank, world_size=size)
     try:
         assert dist.group.WORLD is not None
         yield dist.group.WORLD
     finally:
         dist.destroy_process_group()
+        sys.excepthook = excepthook
 
 
 class Work:

@@ -1,0 +1,44 @@
+"""Nvidia's sequence parallelism as a baseline for the planner."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_lss.megatron.parallelize import DATA, TENSOR, check_sizes, parallelize, reduce_gradients
+from lightning_lss.models.transformer import Transformer
+
+
+class MegatronScheme:
+    """What ``lightning_lss.plan(..., baselines=[MegatronScheme()])`` compares with, for modules whose ``model`` is a
+    :class:`~lightning_lss.models.transformer.Transformer`; see :class:`lightning_lss.planner.Scheme`."""
+
+    name = "megatron"
+
+    def check(self, module: pl.LightningModule, length: int, size: int) -> None:
+        """Raise ``ValueError`` if ``size`` ranks cannot share the model, or a sequence of ``length``."""
+        check_sizes(replace(_model_of(module).config, seq_len=length), size)
+
+    def prepare(self, module: pl.LightningModule, rank: int, group: dist.ProcessGroup) -> None:
+        """Split the model over ``group``."""
+        model = _model_of(module)
+        if model.positions is not None:
+            model.config = replace(model.config, seq_len=model.positions.num_positions)
+        groups, ranks = [dist.new_group([rank]), group], [list(range(group.size()))]
+        module._device_mesh = DeviceMesh.from_group(groups, "cpu", mesh=ranks, mesh_dim_names=(DATA, TENSOR))
+        parallelize(model, module._device_mesh)
+
+    def after_backward(self, module: pl.LightningModule) -> None:
+        """Finish the gradients of whole weights."""
+        assert module.device_mesh is not None
+        reduce_gradients(module.parameters(), module.device_mesh)
+
+
+def _model_of(module: pl.LightningModule) -> Transformer:
+    model = getattr(module, "model", None)
+    if not isinstance(model, Transformer):
+        raise ValueError(f"{type(module).__name__} has no Transformer for Megatron to split: leave the baseline out.")
+    return model
