@@ -108,8 +108,8 @@ def step_time(trace: Trace, options: Options, grid: Grid, shards: int = 1, share
     hardware, batches = grid.hardware, options.accumulate_grad_batches
     rates = _rates(hardware, options)
     forward, backward, update = (stage / rates for stage in trace.work)
-    matmul, attention, memory, launch = batches * (forward + backward)
-    optimizer = (update[2] + update[3]) / shards
+    matmul, attention, memory, launch = (batches * (forward + backward)).tolist()
+    optimizer = float(update[2] + update[3]) / shards
     transfers = _traced(trace, grid, rates, batches) + _of_parameters(trace, options, grid, shards, shared)
     transfers = [transfer for transfer in transfers if transfer.ranks > 1 and transfer.payload]
     return StepTime(
