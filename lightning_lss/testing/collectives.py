@@ -88,7 +88,7 @@ def payload_of(func: Any, args: tuple[Any, ...], result: Any) -> tuple[str, int]
     if name not in _KINDS:
         raise RuntimeError(f"The counter does not know the collective {func}: add it to its table.")
     kind = _KINDS[name]
-    if kind is None:
+    if not kind:  # it receives no payload
         return None
     if kind in ("all_reduce", "receive", "broadcast"):
         return kind, _nbytes(args[0])
