@@ -16,7 +16,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
-from torch.utils._pytree import tree_leaves
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, set_checkpoint_early_stop
 
 from lightning_lss.attention.module import LSSAttention
@@ -38,25 +39,32 @@ _keep_attention = partial(create_selective_checkpoint_contexts, _ATTENTION)
 # -- which modules -----------------------------------------------------------------------------------------------------
 
 
-def repeated_blocks(root: nn.Module) -> list[nn.Module]:
-    """Find the repeated blocks below ``root``, such as the layers of a transformer, each once, in order.
-
-    A block is a child of an ``nn.ModuleList`` or ``nn.Sequential`` that has children of its own and a sibling of its
-    class. Blocks within blocks do not count.
-    """
-    blocks: dict[nn.Module, None] = {}
+def outermost(root: nn.Module, wanted: Callable[[nn.Module, nn.Module], bool]) -> list[nn.Module]:
+    """Find the outermost submodules of ``root`` for which ``wanted(parent, child)`` is true, each once, in order."""
+    found: dict[nn.Module, None] = {}
 
     def visit(parent: nn.Module) -> None:
-        kinds = Counter(map(type, parent.children()))
-        is_stack = isinstance(parent, (nn.ModuleList, nn.Sequential))
         for child in parent.children():
-            if is_stack and kinds[type(child)] > 1 and any(True for _ in child.children()):
-                blocks[child] = None
-            elif child not in blocks:
+            if wanted(parent, child):
+                found[child] = None
+            elif child not in found:
                 visit(child)
 
     visit(root)
-    return list(blocks)
+    return list(found)
+
+
+def repeated_blocks(root: nn.Module, wanted: Callable[[nn.Module], bool] = lambda block: True) -> list[nn.Module]:
+    """Find the blocks of a transformer: outermost children of an ``nn.ModuleList`` or ``nn.Sequential`` that have children
+    of their own and a class that occurs there more than once, and that are ``wanted``."""
+
+    def is_block(parent: nn.Module, child: nn.Module) -> bool:
+        if not isinstance(parent, (nn.ModuleList, nn.Sequential)) or not any(True for _ in child.children()):
+            return False
+        kinds = Counter(own_class(other) for other in parent.children())
+        return kinds[own_class(child)] > 1 and wanted(child)
+
+    return outermost(root, is_block)
 
 
 def named_blocks(root: nn.Module, names: Sequence[str]) -> list[nn.Module]:
@@ -79,7 +87,7 @@ def named_blocks(root: nn.Module, names: Sequence[str]) -> list[nn.Module]:
             )
         for module in found:
             blocks |= dict.fromkeys(module.children() if isinstance(module, nn.ModuleList) else [module])
-    return list(blocks)
+    return outermost(root, lambda _, child: child in blocks)  # "layers.*" also matches what lies within a layer
 
 
 # -- how they are called -----------------------------------------------------------------------------------------------
@@ -101,12 +109,11 @@ def apply_checkpointing(modules: Iterable[nn.Module], how: ActivationCheckpointi
     check_checkpointing(how)
     for module in modules:
         recomputed = _mix_in(module)
-        if "selective" in (how, recomputed.checkpointing):  # a policy can only keep the result of an operator
+        if how == "selective":  # a policy can only keep the result of an operator
             for attention in module.modules():
                 if isinstance(attention, LSSAttention):
-                    attention.as_operator = how == "selective"
+                    attention.as_operator = True
         recomputed.checkpointing = how
-        recomputed.holds_tiles = any(isinstance(x, Recomputed) and x.tiles > 1 for x in module.modules())
 
 
 def apply_tiles(modules: Iterable[nn.Module], tiles: int) -> None:
@@ -114,8 +121,17 @@ def apply_tiles(modules: Iterable[nn.Module], tiles: int) -> None:
 
     The modules must take [B, l, E] as their first argument and work token by token. Their intermediate activations are
     then those of one tile (TiledMLP of ALST, arXiv 2506.13996, section 3.2).
+
+    Raises:
+        ValueError: if a module contains batch normalization, whose statistics would be those of a tile; from the call, if
+            the first argument is not [B, l, E].
     """
     for module in modules:
+        if tiles > 1 and any(isinstance(x, _BatchNorm) for x in module.modules()):
+            raise ValueError(
+                f"{type(module).__name__} contains batch normalization, so computing it in mlp_tiles={tiles} parts would be"
+                " another training. Name other modules in tiled_modules, or use LayerNorm."
+            )
         _mix_in(module).tiles = tiles
 
 
@@ -135,7 +151,7 @@ class Recomputed(nn.Module):
 
     checkpointing: ActivationCheckpointing = "none"
     tiles: int = 1
-    holds_tiles: bool = False
+    own_class: type[nn.Module]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module, in tiles and under activation checkpointing where these are on."""
@@ -145,26 +161,42 @@ class Recomputed(nn.Module):
         # last tile, before the results are joined. Under tensor parallelism each result comes from a collective, and
         # torch keeps it forever if nothing waits for it. A single tile stops before its collective.
         options: dict[str, Any] = {"context_fn": _keep_attention} if self.checkpointing == "selective" else {}
-        with _early_stop(not self.holds_tiles), self._offload((args, kwargs)):
-            return checkpoint(self._call_in_tiles, *args, use_reentrant=False, **options, **kwargs)
+        leaves, structure = tree_flatten((args, kwargs))  # torch offloads only tensors that are positional arguments
 
-    def _offload(self, inputs: Any) -> AbstractContextManager[Any]:
+        def call(*leaves: Any) -> Any:
+            args, kwargs = tree_unflatten(leaves, structure)
+            return self._call_in_tiles(*args, **kwargs)
+
+        with self._early_stop(), self._offload(leaves):
+            return checkpoint(call, *leaves, use_reentrant=False, **options)
+
+    def _early_stop(self) -> AbstractContextManager[Any]:
+        if torch.compiler.is_compiling():
+            return nullcontext()
+        return set_checkpoint_early_stop(not any(isinstance(x, Recomputed) and x.tiles > 1 for x in self.modules()))
+
+    def _offload(self, inputs: list[Any]) -> AbstractContextManager[Any]:
         if self.checkpointing != "offload":
             return nullcontext()
-        return save_on_cpu(pin_memory=any(isinstance(x, Tensor) and x.is_cuda for x in tree_leaves(inputs)))
+        return save_on_cpu(pin_memory=any(isinstance(x, Tensor) and x.is_cuda for x in inputs))
 
     def _call_in_tiles(self, *args: Any, **kwargs: Any) -> Any:
         call = super().__call__
         if self.tiles == 1:
             return call(*args, **kwargs)
+        if not args or not isinstance(args[0], Tensor) or args[0].dim() != 3:
+            raise ValueError(
+                f"{type(self).__name__} is computed in mlp_tiles={self.tiles} parts along the sequence, so its first argument must"
+                " be a tensor [B, l, E], given by position. Name other modules in tiled_modules."
+            )
         x, *others = args
         return run_in_tiles(lambda part: call(part, *others, **kwargs), x, self.tiles)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # pickle cannot find a class that was made at run time by its name
         reduced: Any = super().__reduce_ex__(protocol)
-        constructor, (cls, *arguments), *state = reduced
-        return (_rebuild, (constructor, cls.__mro__[2], *arguments), *state)
+        constructor, (_, *arguments), *state = reduced
+        return (_rebuild, (constructor, own_class(self), *arguments), *state)
 
 
 def run_in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tiles: int) -> Tensor:
@@ -172,7 +204,7 @@ def run_in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tiles: int) ->
     parts = x.chunk(tiles, dim=1)
     if not torch.is_grad_enabled():
         return torch.cat([function(part) for part in parts], dim=1)
-    with _early_stop(True):
+    with nullcontext() if torch.compiler.is_compiling() else set_checkpoint_early_stop(True):
         return torch.cat([checkpoint(function, part, use_reentrant=False) for part in parts], dim=1)
 
 
@@ -185,12 +217,14 @@ def _mix_in(module: nn.Module) -> Any:
 
 @cache
 def _recomputed(cls: Any) -> type[nn.Module]:
-    return type(cls.__name__, (Recomputed, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "own_class": cls}
+    return type(cls.__name__, (Recomputed, cls), names)
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, without :class:`Recomputed` mixed in."""
+    return module.own_class if isinstance(module, Recomputed) else type(module)
 
 
 def _rebuild(constructor: Callable[..., Any], cls: Any, *arguments: Any) -> Any:
     return constructor(_recomputed(cls), *arguments)
-
-
-def _early_stop(wanted: bool) -> AbstractContextManager[Any]:
-    return nullcontext() if torch.compiler.is_compiling() else set_checkpoint_early_stop(wanted)

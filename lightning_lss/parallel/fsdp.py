@@ -7,6 +7,7 @@ step. Sharded tensors are torch's DTensors. Segment-local parameters are not sha
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_lss.nn.recompute import repeated_blocks
+from lightning_lss.nn.recompute import outermost, repeated_blocks
 from lightning_lss.parallel.broadcast import broadcast_from_first
 from lightning_lss.parallel.segment_local import SegmentLocal, average_over
 from lightning_lss.sequence.grid import SequenceGrid
@@ -55,18 +56,8 @@ def units_of(module: nn.Module, types: Collection[type[nn.Module]] | None = None
     """
     holders = _holders(module)
     if types is None:
-        return [block for block in repeated_blocks(module) if _is_closed(block, holders)]
-    units: dict[nn.Module, None] = {}
-
-    def visit(parent: nn.Module) -> None:
-        for child in parent.children():
-            if isinstance(child, tuple(types)) and _is_closed(child, holders):
-                units[child] = None
-            elif child not in units:
-                visit(child)
-
-    visit(module)
-    return list(units)
+        return repeated_blocks(module, lambda block: _is_closed(block, holders))
+    return outermost(module, lambda _, child: isinstance(child, tuple(types)) and _is_closed(child, holders))
 
 
 def _holders(module: nn.Module) -> Counter[int]:
@@ -351,4 +342,6 @@ def own_part(whole: Any, like: Tensor) -> Any:
 def own_model_state(state: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     """Cut the whole tensors of a model's state dict to the parts that this rank's ``module`` holds."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    return {key: own_part(x, parameters[key]) if key in parameters else x for key, x in state.items()}
+    own = copy.copy(state)  # with its metadata, the versions of modules
+    own.update({key: own_part(x, parameters[key]) for key, x in state.items() if key in parameters})
+    return own

@@ -222,7 +222,6 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         if self._shard.size > 1:
             validation.warn_of_batch_norm(self._module)
             validation.warn_of_unsaved_state(set(local.names) - tables_by_name(self._module).keys())
-            self.hide_example_input()
         if trainer.state.fn != TrainerFn.FITTING:
             return
         averages_models = self._model_averaging_period is not None
@@ -261,14 +260,12 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         # failure there is no barrier: the other ranks may hang in a collective of the step and never arrive.
         if not self._failed:
             if self._start_method != "popen" and self.lightning_module is not None:
-                for table in tables_by_name(
-                    self._module
-                ).values():  # the process that spawned this one takes weights over
+                for table in tables_by_name(self._module).values():  # to be taken over by the parent process
                     table.become_whole()
                 self._parameters.hand_over(self._module)
             self.barrier("LSSStrategy.teardown")
         self._parameters.tear_down(self, super().teardown)
-        self._running = False
+        self._running, self._segment_local = False, None
         if self.lightning_module is not None:
             self.restore_example_input()
             self._memory.reset()
@@ -369,6 +366,7 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         if not is_folder(checkpoint_path):
             return super().load_checkpoint(checkpoint_path, weights_only)
+        torch.cuda.empty_cache()
         return load_folder(Path(checkpoint_path), self._module.state_dict(), tables_by_name(self._module), weights_only)
 
     @override

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_lss.nn.recompute import (
     ActivationCheckpointing,
-    Recomputed,
     apply_checkpointing,
     apply_tiles,
     check_checkpointing,
@@ -51,7 +51,7 @@ class MemoryOptions:
         self._checkpointed_modules = checkpointed_modules
         self._tiles = tiles
         self._tiled_modules = tiled_modules
-        self._before: list[tuple[nn.Module, int, ActivationCheckpointing]] = []
+        self._before: list[tuple[nn.Module, Any, Any, dict[Any, Any]]] = []
 
     def apply(self, module: nn.Module) -> None:
         """Change how blocks of ``module`` are called.
@@ -62,7 +62,10 @@ class MemoryOptions:
         if self._tiles > 1:  # first, since checkpointing recomputes a block that contains tiles differently
             blocks = self._find(module, self._tiled_modules, _mlps(module), "tiled_modules", "mlp_tiles=1")
             self._remember(blocks)
-            apply_tiles(blocks, self._tiles)
+            try:
+                apply_tiles(blocks, self._tiles)
+            except ValueError as error:
+                raise MisconfigurationException(str(error)) from None
         if self._checkpointing is not None:
             default = repeated_blocks(module)
             off = "activation_checkpointing=None"
@@ -72,15 +75,18 @@ class MemoryOptions:
 
     def reset(self) -> None:
         """Undo :meth:`apply`."""
-        for block, tiles, checkpointing in reversed(self._before):
+        for block, tiles, checkpointing, operators in reversed(self._before):
             apply_tiles([block], tiles)
             apply_checkpointing([block], checkpointing)
+            for attention, as_operator in operators.items():
+                attention.as_operator = as_operator
         self._before = []
 
     def _remember(self, blocks: list[nn.Module]) -> None:
         for block in blocks:
-            recomputed = isinstance(block, Recomputed)
-            self._before.append((block, *((block.tiles, block.checkpointing) if recomputed else (1, "none"))))
+            tiles, checkpointing = getattr(block, "tiles", 1), getattr(block, "checkpointing", "none")
+            operators: dict[Any, Any] = {x: x.as_operator for x in block.modules() if hasattr(x, "as_operator")}
+            self._before.append((block, tiles, checkpointing, operators))
 
     def _find(
         self, module: nn.Module, names: Sequence[str] | None, default: list[nn.Module], option: str, off: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ParallelStrategy
@@ -56,7 +57,18 @@ class SequenceParallel(ParallelStrategy):
         self._batches_checked.clear()
         super().setup_environment()
 
-    def hide_example_input(self) -> None:
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        super().setup(trainer)
+        if self.shard_of_run.size > 1:
+            self._hide_example_input()
+
+    @override
+    def teardown(self) -> None:
+        super().teardown()
+        self.restore_example_input()
+
+    def _hide_example_input(self) -> None:
         """Hide the module's example input during a run. Lightning would run it unsplit for the model summary, and on rank 0
         alone for a graph."""
         module = self.lightning_module
@@ -67,7 +79,7 @@ class SequenceParallel(ParallelStrategy):
             self._example_input, module.example_input_array = module.example_input_array, None
 
     def restore_example_input(self) -> None:
-        """Undo :meth:`hide_example_input`."""
+        """Undo what :meth:`setup` did to the module's example input."""
         if self.lightning_module is not None and self._example_input is not None:
             self.lightning_module.example_input_array, self._example_input = self._example_input, None
 

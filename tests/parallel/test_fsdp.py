@@ -16,7 +16,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
 from lightning_lss import LSSStrategy, LSSTransformer
-from lightning_lss.parallel.fsdp import units_of
+from lightning_lss.parallel.fsdp import own_model_state, units_of
 from lightning_lss.parallel.segment_local import SegmentGradScaler
 from lightning_lss.testing.compare import assert_equal, assert_equal_on_ranks
 from lightning_lss.testing.world import WorkerError, World
@@ -349,3 +349,21 @@ def test_a_module_is_not_sharded_anew(world: World, kind) -> None:
     first, second = (Run(size=2, model={"positions": "rotary"}, strategy=sharded(kind)) for kind in ("fsdp", kind))
     for message in world.run(4, fit_twice, first, second):
         assert "sharded in another way already" in message
+
+
+class Tower(nn.Module):
+    def __init__(self, shared: nn.Parameter) -> None:
+        super().__init__()
+        self.shared = shared
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(3))
+
+
+def test_units_are_found_within_blocks_that_share_a_weight() -> None:
+    shared = nn.Parameter(torch.zeros(2))
+    towers = nn.ModuleList(Tower(shared) for _ in range(2))
+    assert units_of(towers) == [layer for tower in towers for layer in tower.layers]
+
+
+def test_a_state_keeps_the_versions_of_modules() -> None:
+    module = nn.BatchNorm1d(2)
+    assert own_model_state(module.state_dict(), module)._metadata[""]["version"] == module._version

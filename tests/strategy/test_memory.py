@@ -10,11 +10,15 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from lightning_lss import LSSAttention, LSSStrategy, LSSTransformer, RotaryEmbedding, lss_attention, token_mean
 from lightning_lss.attention.kernels import KERNELS
-from lightning_lss.nn.recompute import Recomputed
+from lightning_lss.nn import recompute
+from lightning_lss.nn.recompute import Recomputed, apply_checkpointing, apply_tiles, named_blocks, repeated_blocks
+from lightning_lss.parallel.fsdp import units_of
+from lightning_lss.strategy.memory import MemoryOptions
 from lightning_lss.testing.compare import assert_equal_on_ranks
 from lightning_lss.testing.world import WorkerError
 from tests.training import Run, fit, make_loader, make_module, make_samples, make_trainer
@@ -161,3 +165,58 @@ def test_changed_modules_can_be_copied_and_pickled() -> None:
             other.blocks[0].mlp.out.weight.zero_()
         assert torch.equal(model(tokens), model(tokens))
         assert not torch.equal(other(tokens), model(tokens))
+
+
+def blocks_of(names: list[str] | None) -> tuple[UsersModule, MemoryOptions]:
+    return UsersModule(11, 16, 4), MemoryOptions("selective", names)
+
+
+def test_naming_some_blocks_leaves_the_others_what_they_were() -> None:
+    module, options = blocks_of(["layers.0"])
+    options.apply(module)
+    assert units_of(module) == list(module.layers)  # FSDP still finds them
+    options.reset()
+    assert repeated_blocks(module) == list(module.layers)
+
+
+def test_a_pattern_stands_for_the_outermost_modules_that_it_matches() -> None:
+    module = UsersModule(11, 16, 4)
+    assert named_blocks(module, ["layers.*"]) == list(module.layers)
+
+
+def test_what_a_user_chose_comes_back() -> None:
+    module, options = blocks_of(None)
+    module.layers[1].mixer.as_operator = True
+    options.apply(module)
+    assert all(layer.mixer.as_operator for layer in module.layers)
+    options.reset()
+    assert [layer.mixer.as_operator for layer in module.layers] == [False, True, False]
+
+
+def test_tiles_refuse_what_would_be_another_training() -> None:
+    with pytest.raises(ValueError, match="batch normalization"):
+        apply_tiles([nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))], 2)
+    linear = nn.Linear(4, 4)
+    apply_tiles([linear], 2)
+    for call in (lambda: linear(torch.zeros(2, 4)), lambda: linear(input=torch.zeros(1, 2, 4))):
+        with pytest.raises(ValueError, match=r"first argument must\b.*\[B, l, E\], given by position"):
+            call()
+
+
+def test_offload_takes_inputs_that_are_given_by_name(monkeypatch) -> None:
+    class ByName(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, *, x: Tensor, debug: bool) -> Tensor:  # torch's checkpoint has an argument of that name
+            assert debug
+            return self.linear(x)
+
+    packed, block = [], ByName()
+    monkeypatch.setattr(
+        recompute, "save_on_cpu", lambda **_: saved_tensors_hooks(lambda x: packed.append(x.shape) or x, lambda x: x)
+    )
+    apply_checkpointing([block], "offload")
+    block(x=torch.zeros(2, 3, 4, requires_grad=True), debug=True).sum().backward()
+    assert torch.Size([2, 3, 4]) in packed
