@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = args.run(args)
     if not rows:
         return
-    if "model" in args:  # sizes have columns of their own
+    if "model" in args and "set" in args:  # sizes have columns of their own
         model = " ".join([args.model, *(f"{name}={value}" for name, value in args.set)])
         rows = [{**row, "model": model} for row in rows]
     results.show(rows)

@@ -7,6 +7,7 @@ depends on the number of ranks that wrote it, their layout, or whether parameter
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import uuid
@@ -149,7 +150,7 @@ def save_folder(checkpoint: dict[str, Any], folder: Path, tables: Tables, optimi
     weights = {table.weight: table for table in tables.values()}
     rows: dict[KeyPath, SegmentPositionalEmbedding] = {}
     for number, (optimizer, state) in enumerate(zip(optimizers, checkpoint.get("optimizer_states", []))):
-        for index, parameter in parameters_by_index(optimizer, state).items():
+        for index, parameter in (parameters_by_index(optimizer, state) if state else {}).items():
             if parameter in weights:
                 rows["optimizer_states", number, "state", index] = weights[parameter]
     stored: dict[str, Any] = {}
@@ -163,9 +164,7 @@ def save_folder(checkpoint: dict[str, Any], folder: Path, tables: Tables, optimi
             elif isinstance(value, DTensor):
                 part = value.detach()
             elif path[0] in ("state_dict", "optimizer_states"):
-                part = (
-                    value.detach() if dist.get_rank() == 0 else None
-                )  # equal on all ranks, or rank 0's is the one to keep
+                part = value.detach() if dist.get_rank() == 0 else None  # equal on all ranks, or rank 0's counts
             else:
                 return value
             key = ".".join(map(str, path))
@@ -174,7 +173,10 @@ def save_folder(checkpoint: dict[str, Any], folder: Path, tables: Tables, optimi
                 stored[key] = part
             return None
         if isinstance(value, dict):
-            return {key: take_out(x, (*path, key)) for key, x in value.items()}
+            taken = copy.copy(value)  # a Counter or a defaultdict stays one
+            for key, x in value.items():
+                taken[key] = take_out(x, (*path, key))
+            return taken
         if type(value) is list:
             return [take_out(x, (*path, number)) for number, x in enumerate(value)]
         return value

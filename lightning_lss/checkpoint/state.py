@@ -106,6 +106,8 @@ def _map_moments(
 ) -> dict[str, Any]:
     """Copy ``state`` with ``convert(parameter, tensor)`` applied to the tensors that have an entry for each element of
     a parameter."""
+    if not state:  # ZeroRedundancyOptimizer has one on rank 0 only
+        return state
     parameters = parameters_by_index(optimizer, state)
     converted = dict(state["state"])
     for index in sorted(converted, key=str):  # all ranks gather in the same order

@@ -84,6 +84,7 @@ class LSSTransformer(pl.LightningModule):
         **options: Any,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(ignore=["config", "optimizer", "execution"])  # those of subclasses too
         config = _with_options(config or TransformerConfig(), options)
         self.optimizer_config = _with_options(optimizer or OptimizerConfig(), options)
         self.execution = _with_options(execution or ExecutionConfig(), options)

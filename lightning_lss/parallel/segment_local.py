@@ -35,12 +35,17 @@ class SegmentLocal:
 
     def __init__(self, module: nn.Module, grid: SequenceGrid) -> None:
         self.names = segment_local_names(module) if grid.size > 1 else []
-        parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+        parameters = dict(module.named_parameters())
         self.parameters = [parameters[name] for name in self.names if name in parameters]
-        self.buffers = [buffers[name] for name in self.names if name in buffers]
+        self._module = module
         self.group = grid.sequence_group if self.parameters else None
         """The ranks whose gradients differ; None if no parameter is segment-local."""
         self.grid = grid
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The segment-local buffers; moving a module to a device or a dtype replaces them."""
+        return [x for name, x in self._module.named_buffers() if name in self.names]
 
     def start_equally(self) -> None:
         """Copy the values of the first rank that holds the segment; every rank must call it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_lss.checkpoint.file import AtomicCheckpointIO
-from lightning_lss.checkpoint.folder import is_folder
+from lightning_lss.checkpoint.file import AtomicCheckpointIO, FileCheckpoints
+from lightning_lss.checkpoint.folder import is_folder, load_folder, save_folder
 from lightning_lss.testing.compare import assert_equal, assert_equal_on_ranks
 from tests.training import Run, SGDTransformer, epochs, fit, make_loader, make_module, make_samples, make_trainer
 
@@ -98,3 +100,22 @@ def test_the_moments_of_every_optimizer_are_resumed(world, tmp_path, sharding, d
     for size, layout in ((2, "zigzag"), (4, "contiguous")):
         run = epochs(2, size=size, layout=layout, module=TwoOptimizers, resume=saved, strategy=options)
         assert_equal_on_ranks(world.run(4, fit, run), unbroken, 1e-5)
+
+
+def save_and_load(rank: int, folder: Path) -> Any:
+    checkpoint = {"state_dict": {"x": torch.ones(2)}, "callbacks": {"mine": {"seen": Counter(a=2)}}}
+    save_folder(checkpoint, folder, {}, [])
+    dist.barrier()  # rank 0 renames the folder last
+    return load_folder(folder, weights_only=False)["callbacks"]["mine"]["seen"]
+
+
+def test_containers_of_a_folder_keep_their_types(world, tmp_path) -> None:
+    assert world.run(2, save_and_load, tmp_path / "a.ckpt") == [Counter(a=2)] * 2
+    assert type(world.run(1, save_and_load, tmp_path / "b.ckpt")[0]) is Counter
+
+
+def test_an_optimizer_may_have_its_state_on_rank_zero_only() -> None:
+    # as ZeroRedundancyOptimizer has
+    module = nn.Linear(2, 2)
+    files = FileCheckpoints(lambda tensor: tensor)
+    assert files.collect_optimizer(module, torch.optim.SGD(module.parameters()), {}) == {}

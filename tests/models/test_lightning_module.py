@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -81,3 +82,16 @@ def test_hyperparameters_are_plain_values() -> None:
 def test_flops_of_a_batch_are_shared_out() -> None:
     module = LSSTransformer(**SIZES)
     assert module._training_flops(2, LENGTH) == module.model.config.training_flops(2, LENGTH)
+
+
+class WithOwnArgument(LSSTransformer):
+    def __init__(self, temperature: float = 1.0, **options: Any) -> None:
+        super().__init__(**options)
+        self.temperature = temperature
+
+
+def test_arguments_of_a_subclass_are_hyperparameters() -> None:
+    module = WithOwnArgument(temperature=2.0, **SIZES)
+    assert module.hparams["temperature"] == 2.0
+    assert WithOwnArgument(**module.hparams).temperature == 2.0
+    assert {"config", "optimizer", "execution"}.isdisjoint(module.hparams)

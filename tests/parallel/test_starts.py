@@ -36,9 +36,13 @@ def start(rank: int, run: Run) -> tuple[list[float], list[float]]:
     return module.bias.tolist(), module.offset.tolist()
 
 
-@pytest.mark.parametrize("sharding", [None, "fsdp", "hybrid"])
-def test_replicas_of_a_segment_start_from_the_first_of_them(world, sharding) -> None:
-    run = Run(size=2, module=OwnTable, model={"positions": "rotary"}, strategy={"sharding": sharding}, steps=0)
+@pytest.mark.parametrize(
+    ("sharding", "precision"), [(None, "32-true"), (None, "64-true"), ("fsdp", "32-true"), ("hybrid", "64-true")]
+)
+def test_replicas_of_a_segment_start_from_the_first_of_them(world, sharding, precision) -> None:
+    # a "true" precision replaces buffers
+    options = {"strategy": {"sharding": sharding}, "trainer": {"precision": precision}}
+    run = Run(size=2, module=OwnTable, model={"positions": "rotary"}, steps=0, **options)
     firsts = [1.0, 2.0, 1.0, 2.0]  # ranks 0 and 2 hold the first segment, 1 and 3 the second
     assert world.run(4, start, run) == [([first] * 3, [first] * 2) for first in firsts]
 
