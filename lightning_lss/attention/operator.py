@@ -12,6 +12,7 @@ policy for selective activation checkpointing can name it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -142,11 +143,15 @@ _SPEC = (
 """The keyword arguments of the operators. (Inductor calls a parameter of its own ``kernel``.)"""
 
 
+_SHARD_FIELDS = tuple(field.name for field in fields(SequenceShard) if field.name != "group")
+_SPEC_FIELDS = tuple(field.name for field in fields(AttentionSpec) if field.name not in ("shard", "kernel"))
+
+
 def spec_fields(spec: AttentionSpec) -> dict[str, Any]:
     """Return the fields of ``spec`` and of its shard as in ``_SPEC``; a process group goes by its name in torch."""
     shard = spec.shard
-    place = {name: getattr(shard, name) for name in ("rank", "size", "layout", "communication_dtype")}
-    options = {name: getattr(spec, name) for name in ("causal", "scale", "head_chunks", "keep_gathered")}
+    place = {name: getattr(shard, name) for name in _SHARD_FIELDS}
+    options = {name: getattr(spec, name) for name in _SPEC_FIELDS}  # one that the schema lacks is refused by torch
     group = shard.require_group().group_name if shard.size > 1 else ""
     return {**place, **options, "group": group, "kernel_name": spec.kernel}
 
