@@ -1,4 +1,4 @@
-"""What a device and the links between devices can do; every figure with its source in ``conf/hardware``."""
+"""Figures of devices and of the links between them; ``conf/hardware`` gives every figure with its source."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Link:
 
     Args:
         bandwidth: bytes a second in one direction.
-        latency: seconds that a message takes whatever its size.
+        latency: seconds a message, whatever its size.
     """
 
     bandwidth: float
@@ -29,23 +29,23 @@ class Hardware:
     """A cluster of equal nodes of equal devices.
 
     Args:
-        name: what tables and pictures call it.
+        name: name in tables and pictures.
         memory: bytes of a device.
         bandwidth: bytes a second between a device and its memory.
         peak: floating-point operations a second by dtype, such as ``{"bfloat16": 989e12}``.
-        inside: the link of a device to another of its node.
-        between: the link of a *node* to another; its devices share it.
+        inside: the link between two devices of a node.
+        between: the link between two *nodes*; the devices of a node share it.
         devices_per_node: number of devices in a node.
         matmul: fraction of the peak that the matrix multiplications of a transformer reach.
         attention: fraction of the peak that attention reaches, forward and backward, counting 12 operations for each visible
             query-key pair and channel (4 forward, 8 backward; what a kernel computes a second time is not counted).
-        overlap: fraction of the time of a collective that can pass while the device computes.
-        launch: seconds that a kernel takes whatever its size.
-        usable: fraction of the memory that tensors can have; the rest is the context, fragmentation, and buffers of the
-            communication library.
-        precision: Lightning's name of the precision that one would train in.
-        kernel: name of the kernel of attention that one would use, in :data:`lightning_lss.attention.kernels.KERNELS`.
-        source: where the figures come from.
+        overlap: fraction of a collective's time that can pass while the device computes.
+        launch: seconds a kernel, whatever its size.
+        usable: fraction of the memory left for tensors, after the context, fragmentation, and buffers of the communication
+            library.
+        precision: Lightning's name of the usual precision of training.
+        kernel: the attention kernel of this hardware, a name in :data:`lightning_lss.attention.kernels.KERNELS`.
+        source: origin of the figures.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Hardware:
     source: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("inside", "between"):  # a configuration file has mappings
+        for name in ("inside", "between"):  # a configuration file gives mappings
             link = getattr(self, name)
             if not isinstance(link, Link):
                 object.__setattr__(self, name, Link(**link))
@@ -78,7 +78,7 @@ class Hardware:
                 raise ValueError(f"hardware {self.name}: {name}={getattr(self, name)} must be positive.")
 
     def peak_of(self, precision: str) -> float:
-        """Floating-point operations a second in ``precision``, one of Lightning's names.
+        """Return the floating-point operations a second in ``precision``, one of Lightning's names.
 
         Raises:
             ValueError: if there is no figure for it.
@@ -92,7 +92,7 @@ class Hardware:
 
     @property
     def usable_memory(self) -> float:
-        """Bytes that tensors can have."""
+        """Bytes of a device that tensors can occupy."""
         return self.memory * self.usable
 
 
@@ -111,18 +111,15 @@ def load_hardware(path: str | Path) -> Hardware:
     return Hardware(**{str(key): value for key, value in figures.items() if key != "_target_"})
 
 
-_UNITS = {
-    "B": 1,
-    **{f"{k}B": 1000**n for n, k in enumerate("KMGT", 1)},
-    **{f"{k}iB": 1024**n for n, k in enumerate("KMGT", 1)},
-}
+_UNITS = {"B": 1}
+_UNITS |= {f"{k}{b}": base**n for b, base in (("B", 1000), ("iB", 1024)) for n, k in enumerate("KMGT", 1)}
 
 
 def bytes_of(size: str | float) -> float:
-    """Bytes of a size such as ``80e9``, ``"80GB"`` or ``"24 GiB"``.
+    """Convert a size such as ``80e9``, ``"80GB"`` or ``"24 GiB"`` to bytes.
 
     Raises:
-        ValueError: if it is no such size.
+        ValueError: if ``size`` is not such a size.
     """
     match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or (match[2] or "B") not in _UNITS or float(match[1]) <= 0:
