@@ -184,18 +184,11 @@ class _Planner:
         time = step_time(trace, self.options, grid, shards, shared="data" if traces.scheme else "world")
         memory = memory_of(self._moments(trace, traces, shards))
         steps = data_size * batches  # steps of one rank with whole sequences that do the work of this one
-        return Choice(
-            scheme,
-            data_size,
-            size,
-            batch_size,
-            memory,
-            time,
-            tokens_per_second=steps * batch_size * self.length / time.total,
-            utilization=utilization(whole.taken(1, self.length, batch_size), self.options, grid, steps, time.total),
-            fits=memory.total <= self.hardware.usable_memory,
-            longest=self._longest(traces, size, batch_size, shards),
-        )
+        speed = steps * batch_size * self.length / time.total
+        used = utilization(whole.taken(1, self.length, batch_size), self.options, grid, steps, time.total)
+        fits = memory.total <= self.hardware.usable_memory
+        longest = self._longest(traces, size, batch_size, shards)
+        return Choice(scheme, data_size, size, batch_size, memory, time, speed, used, fits, longest)
 
     def _batch_size(self, data_size: int) -> int:
         groups = data_size * self.options.accumulate_grad_batches

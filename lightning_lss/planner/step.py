@@ -257,8 +257,8 @@ class _Step:
     def _parameters(self) -> np.ndarray:
         own = set(segment_local_names(self.module)) if self.shard.size > 1 else set()
         named = dict(self.module.named_parameters())
-        sizes = {x: local.nbytes for x, local in zip(named.values(), _local(named.values()))}
-        local = sum(sizes.pop(named[name]) for name in own)
+        sizes = {x: part.nbytes for x, part in zip(named.values(), _local(named.values()))}
+        local = sum(sizes.pop(x) for name, x in named.items() if name in own)
         units = [sum(sizes.get(x, 0) for x in unit.parameters()) for unit in units_of(self.module)]
         total = sum(sizes.values())
         return np.array([total, local, total - sum(units), max(units, default=0), len(units)], dtype=float)
