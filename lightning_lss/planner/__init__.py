@@ -10,5 +10,16 @@ from lightning_lss.planner.memory import Memory
 from lightning_lss.planner.step import Options, Scheme
 from lightning_lss.planner.timing import StepTime
 
-__all__ = ["Choice", "Hardware", "Impossible", "Link", "Memory", "Options", "Plan", "Scheme", "StepTime"]
-__all__ += ["load_hardware", "plan"]
+__all__ = [
+    "Choice",
+    "Hardware",
+    "Impossible",
+    "Link",
+    "Memory",
+    "Options",
+    "Plan",
+    "Scheme",
+    "StepTime",
+    "load_hardware",
+    "plan",
+]

@@ -52,7 +52,7 @@ class Repeated:
         self._run_pattern = pattern.forward
         pattern.forward = self._call_pattern
         for block in skipped:
-            block.forward = _Skip(self, block)
+            block.forward = _skip(block, self)
 
     def begin_backward(self) -> None:
         """Measure again what a block holds: the weights that autocast had cached are freed by now."""
@@ -88,17 +88,16 @@ class Repeated:
         return out
 
 
-class _Skip:
-    """The forward of a skipped block; it runs the block itself until the pattern has run."""
+def _skip(block: nn.Module, run: Repeated) -> Callable[..., Any]:
+    """Return a forward that skips ``block`` as soon as the pattern has run."""
+    forward, parameters = block.forward, [x for x in block.parameters() if x.requires_grad]
 
-    def __init__(self, run: Repeated, block: nn.Module) -> None:
-        self._run, self._forward = run, block.forward
-        self._parameters = [x for x in block.parameters() if x.requires_grad]
+    def skip(x: Any, *args: Any, **kwargs: Any) -> Any:
+        if run.left is None or not isinstance(x, Tensor):
+            return forward(x, *args, **kwargs)
+        return _Skipped.apply(x, run, *parameters)
 
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._run.left is None or not isinstance(x, Tensor):
-            return self._forward(x, *args, **kwargs)
-        return _Skipped.apply(x, self._run, *self._parameters)
+    return skip
 
 
 class _Skipped(torch.autograd.Function):

@@ -7,6 +7,7 @@ local length l; at a fixed l it is affine in S. So two steps give all others, as
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,12 @@ class Trace:
         """Keep only the highest moment of each stage, and the sum of the collectives of each kind and stage."""
         stages = np.arange(len(STAGES))
         moments = np.stack([self._highest(stage) for stage in stages])
-        rows, kinds = [], []
-        for stage in stages:
-            for kind in KINDS:
-                chosen = self.collectives[(self.kinds == kind) & (self.collectives[:, -1] == stage)]
-                rows.append([*chosen[:, :-1].sum(0), stage])
-                kinds.append(kind)
-        return Trace(moments, stages, self.work, np.array(rows), np.array(kinds), self.parameters)
+        rows = []
+        for stage, kind in product(stages, KINDS):
+            chosen = self.collectives[(self.kinds == kind) & (self.collectives[:, -1] == stage)]
+            rows.append([*chosen[:, :-1].sum(0), stage])
+        kinds = np.array(KINDS * len(STAGES))
+        return Trace(moments, stages, self.work, np.array(rows), kinds, self.parameters)
 
     def _highest(self, stage: Any) -> np.ndarray:
         moments = self.moments[self.stages == stage]

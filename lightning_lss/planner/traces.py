@@ -6,6 +6,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning_lss.sequence.batch import tensors_by_path
 _TOLERANCE = 0.02  # relative error of the peak of an extrapolated trace
 
 
+@dataclass
 class Traces:
     """Steps of ranks that train one module under one scheme.
 
@@ -35,20 +37,18 @@ class Traces:
         on_trace: called with a description before each new trace.
     """
 
-    def __init__(
-        self,
-        module: pl.LightningModule,
-        batch: Any,
-        options: Options,
-        kernel: str,
-        scheme: Scheme | None = None,
-        folder: Path | None = None,
-        on_trace: Callable[[str], None] = lambda description: None,
-    ) -> None:
-        self.module, self.batch, self.options, self.kernel, self.scheme = module, batch, options, kernel, scheme
-        self._folder, self._on_trace = folder, on_trace
-        shapes = [(path, tuple(x.shape), str(x.dtype)) for path, x in tensors_by_path(batch)]
-        self._key = repr((fingerprint(module), code_version(), shapes, options, kernel, scheme and scheme.name))
+    module: pl.LightningModule
+    batch: Any
+    options: Options
+    kernel: str
+    scheme: Scheme | None = None
+    folder: Path | None = None
+    on_trace: Callable[[str], None] = lambda description: None
+
+    def __post_init__(self) -> None:
+        shapes = [(path, tuple(x.shape), str(x.dtype)) for path, x in tensors_by_path(self.batch)]
+        name = self.scheme and self.scheme.name
+        self._key = repr((fingerprint(self.module), code_version(), shapes, self.options, self.kernel, name))
         self._taken: dict[tuple[int, int, int], Trace] = {}
 
     def at(self, size: int, length: int, batch_size: int) -> Trace:
@@ -78,12 +78,12 @@ class Traces:
 
     def _load_or_take(self, size: int, length: int, batch_size: int) -> Trace:
         path = None
-        if self._folder is not None:
+        if self.folder is not None:
             name = hashlib.sha256(f"{self._key} {size} {length} {batch_size}".encode()).hexdigest()[:32]
-            path = self._folder / f"{name}.npz"
+            path = self.folder / f"{name}.npz"
             if path.is_file():
                 return Trace.load(path)
-        self._on_trace(f"{self.scheme.name if self.scheme else 'lss'}, S = {size}, L = {length:,}")
+        self.on_trace(f"{self.scheme.name if self.scheme else 'lss'}, S = {size}, L = {length:,}")
         rank = Rank(size, length, batch_size, self.options, self.kernel, self.scheme)
         trace = trace_step(self.module, self.batch, rank)
         if path is not None:
