@@ -49,7 +49,7 @@ def run_attention(rank: int, name: str, size: int, shape: Shape) -> float:
 
 
 def check_attention(rank: int, name: str, size: int, shape: Shape) -> dict[str, float]:
-    """Compute the relative errors of this rank's output and gradients against plain attention on the whole sequence, float32."""
+    """Compute the relative errors of this rank's output and gradients against plain attention, in float32."""
     contestant = CONTESTANTS[name]
     shard = SequenceShard(rank, size, contestant.layout)
     *whole, grad = shape.tensors(shape.length)

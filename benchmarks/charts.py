@@ -23,12 +23,11 @@ class Chart(NamedTuple):
         x: column of the groups; ``x_label`` is its label.
         y: column of the heights, divided by ``unit``; ``y_label`` is its label.
         series: columns that tell bars of one group apart.
-        panels: columns that have axes of their own for each combination of values.
-        reference: a contestant that all are compared with: it has a line at 1 instead of bars of height 1.
+        panels: columns whose combinations of values have their own axes.
+        reference: the contestant of the comparison; it has a line at 1 instead of bars of height 1.
         left_out: a contestant without bars.
-        limit: what would be ideal.
-        timed: whether ``y`` comes from a clock. Then repeated series are drawn as dots, and the title says where ranks
-            share cores.
+        limit: the ideal.
+        timed: whether ``y`` comes from a clock. Then repeated series are dots, and the title names shared cores.
     """
 
     title: str

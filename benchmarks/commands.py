@@ -101,7 +101,8 @@ def run_overhead(args: Namespace) -> list[Row]:
 
 
 def run_weak_scaling(args: Namespace) -> list[Row]:
-    """Time whole training steps on ``length`` positions a rank; efficiency is in FLOP/s a rank, against the fewest ranks."""
+    """Time whole training steps on ``length`` positions a rank; efficiency compares FLOP/s a rank with the fewest
+    ranks."""
     with start_ranks(max(args.ranks)) as world:
         jobs = {size: make_job(args, args.length * size) for size in args.ranks}
         rows = _flat(compare_steps(world, args.contestants, size, jobs[size], args.rounds) for size in args.ranks)
@@ -222,8 +223,8 @@ def _memory_row(
 
 
 def run_longest(args: Namespace) -> list[Row]:
-    """Find the longest sequence whose activations on a rank stay under the cap: search on shapes, then check one length on
-    real ranks."""
+    """Find the longest sequence whose activations on a rank stay under the cap: search on shapes, then check one length
+    on real ranks."""
     rows: list[Row] = []
     heads = make_job(args, 2 * max(args.ranks)).model["num_heads"]
     args.contestants = _on_shapes(args.contestants)
@@ -256,7 +257,7 @@ def run_longest(args: Namespace) -> list[Row]:
 
 
 def run_loss(args: Namespace) -> list[Row]:
-    """Measure the peak memory of the loss of a large vocabulary: plain cross entropy of all logits, and the chunked one.
+    """Measure the peak memory of the loss over a large vocabulary: plain cross entropy of all logits, or in chunks.
 
     The plain one is tracked on shapes, since its logits may not fit the machine. A run with fewer tokens confirms the
     tracked bytes. The chunked one is computed.

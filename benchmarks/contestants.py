@@ -82,7 +82,7 @@ CONTESTANTS: dict[str, Contestant] = {
 
 
 def attention_module(contestant: Contestant, causal: bool) -> nn.Module:
-    """Build the attention of a contestant that splits the sequence: ``forward(q, k, v)`` on [B, H, l, D] and [B, G, l, D]."""
+    """Build the attention of a contestant that splits sequences: ``forward(q, k, v)`` on [B, H, l, D], [B, G, l, D]."""
     if contestant.attention is not None:
         return ATTENTION[contestant.attention](causal)
     return LSSAttention(causal, **contestant.model)
@@ -104,8 +104,8 @@ def _interleaved(x: Tensor, groups: int) -> Tensor:
 class RingAttention(ShardedModule):
     """Ring attention (arXiv 2310.01889) as the package ring-attention-pytorch computes it on CPU; contiguous layout.
 
-    Keys and values are sent around the ring in point-to-point messages. In version 0.5.20 the gradients of keys and values
-    are wrong: the backward pass takes the pair (received, sent) of its last message for them.
+    Keys and values are sent around the ring in point-to-point messages. In version 0.5.20 the gradients of keys and
+    values are wrong: the backward pass takes the pair (received, sent) of its last message for them.
     """
 
     def __init__(self, causal: bool) -> None:
@@ -126,8 +126,8 @@ class RingAttention(ShardedModule):
 class RingZigzagAttention(ShardedModule):
     """The same package's zigzag attention: gathers keys and values, and runs torch's kernel with a mask.
 
-    In version 0.5.20 the gradients of keys and values are wrong: the adjoint of its gather is a slice of this rank's own
-    gradient, without those of the others.
+    In version 0.5.20 the gradients of keys and values are wrong: the adjoint of its gather is a slice of this rank's
+    own gradient, without those of the others.
     """
 
     def __init__(self, causal: bool) -> None:

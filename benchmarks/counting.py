@@ -49,8 +49,8 @@ def count_step(rank: int, name: str, size: int, job: Job) -> Tally:
 def per_layer(run: Callable[[Job], Tally], job: Job) -> tuple[Tally, int]:
     """Count what one layer adds to a step: the collectives of its activations, and the bytes of its parameters.
 
-    A layer's collectives are those of a model of two layers without those of a model of one. Collectives of parameters are
-    as large at 2 L as at L; those of activations grow.
+    A layer's collectives are those of a model of two layers without those of a model of one. Collectives of parameters
+    are as large at 2 L as at L; those of activations grow.
 
     Args:
         run: counts the tally of a job.

@@ -191,7 +191,7 @@ def _add_legend(figure: Figure, rows: Iterable[Row]) -> None:
 
 
 def _draw_overhead(rows: list[Row]) -> Figure:
-    """Draw the step time of ``lss`` against ``ddp`` on one rank: all runs of each series, their median, and the bar of 1 %."""
+    """Draw the step time of ``lss`` against ``ddp`` on one rank: all runs of a series, their median, the bar of 1 %."""
     shown = [row for row in rows if row["contestant"] == "lss" and row["seconds_against_ddp"]]
     figure = Figure(figsize=(8, 1.8 + 0.7 * len(shown)), layout="constrained")
     axes = figure.subplots()
@@ -222,8 +222,8 @@ def _draw_overhead(rows: list[Row]) -> Figure:
 def median_interval(values: list[float], confidence: float = 0.95) -> tuple[float, float]:
     """Bound the median of the distribution of ``values`` by two of the values (order statistics).
 
-    The k-th smallest of n values lies above the median with the probability that fewer than k of n fair coins show heads.
-    Fewer than six values have no interval of 95 %: then the bounds are the smallest and the largest value.
+    The k-th smallest of n values lies above the median with the probability that fewer than k of n fair coins show
+    heads. Fewer than six values have no interval of 95 %: then the bounds are the smallest and the largest value.
     """
     ordered, n = sorted(values), len(values)
     outside, k = 0.0, 0

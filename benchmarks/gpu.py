@@ -8,11 +8,11 @@ Rank 0 of S runs by itself with its real kernels, sizes and memory; collectives 
 :mod:`benchmarks.one_rank`.
 
 - ``attention``: forward and backward of one rank's attention, against plain attention on a shorter sequence of as many
-  query-key pairs, taken in turn; ``fraction_of_plain`` is the ratio of their speeds by pair. The same of torch's own
+  query-key pairs, in turn; ``fraction_of_plain`` is the ratio of their speeds by pair. The same for torch's own
   ``context_parallel``.
 - ``kernels``: the same at one length for every kernel that runs here and several numbers of head chunks.
 - ``step``: a training step of :class:`~lightning_lss.LSSTransformer` with the Trainer and
-  :class:`~lightning_lss.LSSStrategy`, for every mode of activation checkpointing: time, model FLOP/s utilization, memory.
+  :class:`~lightning_lss.LSSStrategy`, for every mode of activation checkpointing: time, utilization, memory.
 """
 
 from __future__ import annotations

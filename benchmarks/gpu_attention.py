@@ -45,13 +45,16 @@ class Call:
     device: torch.device
 
     def tensors(self, local_length: int) -> list[Tensor]:
-        """Draw random q, k, v and gradient of the output, as projections leave them: [1, H, l, D], in memory [1, l, H, D]."""
+        """Draw q, k, v and the output's gradient, as projections leave them: [1, H, l, D], in memory [1, l, H, D]."""
         heads = (self.heads, self.kv_heads, self.kv_heads, self.heads)
         shapes = [(1, local_length, count, self.width) for count in heads]
         return [torch.randn(shape, device=self.device, dtype=self.dtype).transpose(1, 2) for shape in shapes]
 
     def flops(self, pairs: float) -> float:
-        """Count the operations of forward and backward: 2 and 5 matrix multiplications (FlashAttention-2, arXiv 2307.08691, section 4.1)."""
+        """Count the operations of forward and backward: 2 and 5 matrix multiplications.
+
+        Source: FlashAttention-2, arXiv 2307.08691, section 4.1.
+        """
         return 14.0 * self.heads * self.width * pairs
 
 
@@ -96,7 +99,7 @@ def compare(
         kernel: kernel of all contestants.
         contestants: by name, their ``layout`` and, if they are LSS, ``head_chunks``.
         rounds: turns of every contestant after a warm-up.
-        seconds: after which no further round begins.
+        seconds: time after which no further round begins.
     """
     shards = {name: shard_of(size, own["layout"]) for name, own in contestants.items()}
     pairs = {name: pairs_of_rank(call.length, x.rank, size, x.layout, True) for name, x in shards.items()}

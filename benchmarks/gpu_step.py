@@ -63,9 +63,9 @@ def time_steps(
         length: L.
         checkpointing: mode of activation checkpointing.
         model: further arguments of :class:`~lightning_lss.LSSTransformer`.
-        steps: how many.
+        steps: number of timed steps.
         device: the GPU, or the CPU.
-        peak: floating-point operations a second to divide by; None for what is known of the device.
+        peak: floating-point operations a second to divide by; None for the maker's figure.
     """
     torch.manual_seed(0)
     module = LSSTransformer(seq_len=length, activation_checkpointing=checkpointing, **model)

@@ -1,10 +1,11 @@
 """Measure the memory of a rank by part with torch's own tracker, on real ranks or on shapes alone.
 
-The tracker counts the storages of tensors, in the categories of :class:`torch.distributed._tools.mem_tracker.MemTracker`.
-Activations are everything beside parameters, buffers, gradients of parameters and optimizer state: tensors that forward
-keeps for backward, and all temporaries of either, received keys and values included. The buckets of DistributedDataParallel, as
-large as the gradients, count as gradients as soon as they are used. Not counted are a kernel's own buffers, freed
-before it returns, buffers inside gloo, and the interpreter.
+The tracker counts the storages of tensors, in the categories of
+:class:`torch.distributed._tools.mem_tracker.MemTracker`. Activations are everything beside parameters, buffers,
+gradients of parameters and optimizer state: tensors that forward keeps for backward, and all temporaries of either,
+received keys and values included. The buckets of DistributedDataParallel, as large as the gradients, count as gradients
+as soon as they are used. Not counted are a kernel's own buffers, freed before it returns, buffers inside gloo, and the
+interpreter.
 """
 
 from __future__ import annotations
@@ -89,8 +90,8 @@ class StepTracker(MemTracker):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> tuple[int, int]:
-        """Track every parameter; the base class would miss the gradients of those used without their module's forward, such as
-        the head's weight in the loss."""
+        """Track every parameter; the base class would miss the gradients of those used without their module's forward,
+        such as the head's weight in the loss."""
         return super()._track_module_params_and_buffers(module, install_grad_hooks=True)
 
     def _register_global_optimizer_hook(self) -> None:
@@ -108,8 +109,8 @@ class StepTracker(MemTracker):
 
 
 class TrackedStep(pl.Callback):
-    """Track one step after the warm-up: by then optimizer state exists, and the tracker has met DDP's buckets in the step
-    before."""
+    """Track one step after the warm-up: by then optimizer state exists, and the tracker has met DDP's buckets in the
+    step before."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -141,8 +142,8 @@ class TrackedStep(pl.Callback):
 
 
 def measure(world: World, name: str, size: int, job: Job, shapes: bool) -> Peak:
-    """Measure the peak of the rank that needs most, in the job's last step. The warm-up must be three steps or more: DDP
-    arranges its buckets in the first two."""
+    """Measure the peak of the rank that needs most, in the job's last step. The warm-up must be three steps or more:
+    DDP arranges its buckets in the first two."""
     if shapes:
         return world.run(1, track_shapes, name, size, job, group=False)[0]
     ranks, threads = ranks_and_threads(name, size)
@@ -234,7 +235,7 @@ def _fake_step(module: LSSTransformer, local_length: int) -> Peak:
 
 
 def track_loss(loss: Callable[..., Tensor], tokens: int, width: int, vocabulary: int, shapes: bool) -> int:
-    """Measure the peak bytes of ``loss(features, weight, targets)`` and its backward pass, with gradients, without inputs.
+    """Measure the peak bytes of ``loss(features, weight, targets)`` and its backward pass, beyond the inputs.
 
     Args:
         loss: function of features [N, E] and weight [V, E], float32, and targets [N].

@@ -1,7 +1,7 @@
 """Slow down the links between ranks: every rank is in its own network namespace, behind a link of limited rate.
 
-This needs root and iproute2 (``ip`` and ``tc``). The links are full duplex: a token bucket filter (tbf) limits both of their
-ends. They meet in a bridge, as in a switch that is never the bottleneck.
+This needs root and iproute2 (``ip`` and ``tc``). The links are full duplex: a token bucket filter (tbf) limits both of
+their ends. They meet in a bridge, as in a switch that is never the bottleneck.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Network:
     """Links of ``megabits`` per second to ``size`` ranks; made and removed by a ``with`` statement.
 
     Raises:
-        RuntimeError: on entering, with what ``ip`` or ``tc`` said; whatever was made is removed again.
+        RuntimeError: on entering, with the message of ``ip`` or ``tc``; all links are removed again.
     """
 
     size: int

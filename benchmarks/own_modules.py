@@ -62,8 +62,8 @@ class GPTBlock(nn.Module):
 
 
 class GPT(pl.LightningModule):
-    """GPT-2 in the manner of nanoGPT: a learned table of positions, tied embeddings, a log and a schedule. Its batch is a
-    pair of tokens and targets."""
+    """GPT-2 in the manner of nanoGPT: a learned table of positions, tied embeddings, a log and a schedule. Its batch is
+    a pair of tokens and targets."""
 
     def __init__(self, num_positions: int, width: int = 256, heads: int = 4, layers: int = 6) -> None:
         super().__init__()

@@ -1,10 +1,11 @@
-"""Predict the weak scaling of the LSS paper (arXiv 2311.02382): the sequence grows with the ranks, LSS against its baseline.
+"""Predict the weak scaling of the LSS paper (arXiv 2311.02382), where the sequence grows with the ranks.
 
 python -m benchmarks paper-scaling                              # --set keep_gathered=True, --sharding fsdp, --batch-size 8
 
-Of the paper only the abstract is taken: 5.6x faster and 10.2x leaner than Nvidia's sequence parallelism on 144 V100s, and
-50,112 tokens on 3,456 GPUs at 161 % parallel efficiency and 32 PFLOP/s. 3,456 does not divide 50,112, so not all of those
-GPUs can have shared one sequence equally: here they are four sequence groups of 864, of 58 tokens a rank at every size.
+The paper's figures are those of its abstract: 5.6x faster and 10.2x leaner than Nvidia's sequence parallelism on 144 V100s,
+and 50,112 tokens on 3,456 GPUs at 161 % parallel efficiency and 32 PFLOP/s. 3,456 does not divide 50,112, so not all of
+those GPUs can have shared one sequence equally. Here they are four sequence groups of 864, with 58 tokens a rank at
+every size.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ SCHEMES = {
 
 
 def without_limit(traces: Sequence[Trace], size: int) -> Trace:
-    """Predict the baseline's step on ``size`` ranks as if heads could be divided among any number of them. At a fixed local
-    length, all that a rank holds, sends and computes is a sum of shares of the model (1 / S), of its own tokens (1), and of
-    all tokens (S)."""
+    """Predict the baseline's step on ``size`` ranks as if heads could be divided among any number of them. At a fixed
+    local length, all that a rank holds, sends and computes is a sum of shares of the model (1 / S), of its own tokens
+    (1), and of all tokens (S)."""
     basis = np.array([[1, n, 1 / n] for n in TRACED])
     weights = np.array([1, size, 1 / size]) @ np.linalg.inv(basis)
     names = [field.name for field in fields(Trace)]

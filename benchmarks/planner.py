@@ -45,13 +45,13 @@ class Case:
     """A module and its training; a function at the top level of a module builds it, so that ranks can too.
 
     Args:
-        what: a name.
+        what: name of the row.
         size: ranks S.
         length: global sequence length L.
-        build: called with ``model``.
-        model: its arguments.
+        build: function that builds the module from ``model``.
+        model: arguments of ``build``.
         strategy: arguments of :class:`~lightning_lss.LSSStrategy`; ``size`` 1 trains without one.
-        precision: Lightning's name of it.
+        precision: Lightning's name of the precision.
         pair: whether a batch is a pair instead of a dict.
     """
 

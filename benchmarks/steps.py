@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 
 def ranks_and_threads(name: str, size: int) -> tuple[int, int]:
-    """Return the processes of a contestant, and the threads of each: one process gets the threads of all, up to the cores."""
+    """Return a contestant's processes, and the threads of each: one process gets the threads of all, up to the cores."""
     single = CONTESTANTS[name].strategy == "single"
     return (1, min(size, os.cpu_count() or 1)) if single else (size, 1)
 
@@ -40,8 +40,8 @@ def who_takes_part(names: Sequence[str], size: int, heads: int, kv_heads: int) -
 
 
 def compare_steps(world: World, names: Sequence[str], size: int, job: Job, rounds: int) -> list[Row]:
-    """Measure a row for each contestant: median step, ratios within a round to ``single``, ``ddp`` and ``megatron``, and whether
-    gradients are right (against one process, on a small model of the same kind)."""
+    """Measure a row for each contestant: median step, ratios within a round to ``single``, ``ddp`` and ``megatron``,
+    and whether gradients are right (against one process, on a small model of the same kind)."""
     heads, kv_heads = job.model["num_heads"], job.model.get("num_kv_heads") or job.model["num_heads"]
     names = who_takes_part(names, size, heads, kv_heads)
     errors = _gradient_errors(world, names, size, job)
@@ -52,10 +52,12 @@ def compare_steps(world: World, names: Sequence[str], size: int, job: Job, round
 
 
 def compare_single_ranks(world: World, names: Sequence[str], job: Job, runs: int) -> list[Row]:
-    """Rows as of :func:`compare_steps` for one rank, whose runs take turns step by step: a round is one step of each. What
-    else the machine does in the meantime meets them even more alike, so that a hundredth can be seen. Who is the first to
-    train changes from run to run, since that alone makes some hundredths; rows tell the runs apart, since their spread
-    says what the median of all rounds is worth."""
+    """Measure the rows of :func:`compare_steps` for one rank; runs take turns step by step, one step of each a round.
+
+    Other load on the machine affects such runs even more alike, so that a hundredth can be seen. The first to train
+    changes from run to run, since that alone makes some hundredths. Rows keep the runs apart: their spread is the error of
+    the median of all rounds.
+    """
     errors = _gradient_errors(world, names, 1, job)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     against_ddp: dict[str, list[float]] = {name: [] for name in names}  # of each run

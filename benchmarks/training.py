@@ -47,7 +47,7 @@ class Job:
     Args:
         model: arguments of :class:`~lightning_lss.LSSTransformer`, ``seq_len`` included.
         steps: training steps of a run, those of the warm-up included.
-        warm_up: how many of them come first and are not counted.
+        warm_up: number of steps at the start that are not counted.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class Job:
 
 
 def model_options(name: str, **options: Any) -> dict[str, Any]:
-    """Read the arguments of the model on bytes from ``conf/model/NAME.yaml``; ``options`` that are not None replace them."""
+    """Read the arguments of a model on bytes from ``conf/model/NAME.yaml``; ``options`` other than None replace them."""
     config = OmegaConf.merge(OmegaConf.load(_CONF / "default.yaml"), OmegaConf.load(_CONF / f"{name}.yaml"))
     sizes = {key: config[key] for key in _SIZES}
     return {"vocab_size": 256, **sizes, **{key: value for key, value in options.items() if value is not None}}
@@ -87,7 +87,7 @@ def make_module(contestant: Contestant, job: Job) -> LSSTransformer:
 
 
 def place_attention(root: nn.Module, contestant: Contestant) -> None:
-    """Replace every :class:`~lightning_lss.LSSAttention` below ``root`` by the contestant's attention, where it has one."""
+    """Replace every :class:`~lightning_lss.LSSAttention` below ``root`` by the contestant's attention, if any."""
     if contestant.attention is None:
         return
     parents: list[Any] = [
@@ -151,9 +151,9 @@ def time_steps(rank: int, name: str, size: int, job: Job) -> list[float]:
 
 
 class _Turns(pl.Callback):
-    """Take turns with other runs, step by step, and note the seconds of the own steps.
+    """Take turns with other runs, step by step, and note the seconds of its own steps.
 
-    A byte in a pipe is the right to go on: the run whose turn it is takes it out of ``before``, trains one step (from
+    A byte in a pipe is the permission to go on: a run takes it out of ``before``, trains one step (from
     the end of the last one, data loading included) and puts it into ``after``.
     """
 
@@ -181,8 +181,8 @@ class _Turns(pl.Callback):
 
 
 def time_steps_in_turn(rank: int, names: Sequence[str], job: Job, folder: Path) -> list[float]:
-    """Measure the seconds of the steps of contestant ``names[rank]``, without the warm-up. It trains as the only rank of its
-    own run while the others wait. ``folder`` has a named pipe for each of them."""
+    """Measure the seconds of the steps of contestant ``names[rank]``, without the warm-up. It trains as the only rank
+    of its own run while the others wait. ``folder`` has a named pipe for each of them."""
     pipes = [folder / str(index) for index in range(len(names))]
     turns = _Turns(pipes[rank], pipes[(rank + 1) % len(names)], first=rank == 0)
     fit(names[rank], 1, job, turns)

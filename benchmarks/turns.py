@@ -1,7 +1,7 @@
 """Run contestants in turns.
 
-Every contestant runs in the same worker processes, A B A B, so that other load on the machine affects them alike. Figures
-are medians of the ratios within a round.
+Every contestant runs in the same worker processes, A B A B, so that other load on the machine affects them alike.
+Figures are medians of the ratios within a round.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from lightning_lss.models.transformer import Transformer
 
 
 class MegatronScheme:
-    """A baseline for ``lightning_lss.plan(..., baselines=[MegatronScheme()])``; see :class:`lightning_lss.planner.Scheme`.
+    """A baseline for ``lightning_lss.plan(..., baselines=[MegatronScheme()])``; see
+    :class:`lightning_lss.planner.Scheme`.
 
     It plans modules whose ``model`` is a :class:`~lightning_lss.models.transformer.Transformer`.
     """

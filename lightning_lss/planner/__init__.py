@@ -1,7 +1,7 @@
 """Predict the memory and traffic of a training run, and estimate its time, before anything is rented.
 
-The planner runs the user's own LightningModule on tensors without contents, as one rank of a group of stand-ins. Tables and
-pictures are in :mod:`lightning_lss.planner.report`.
+The planner runs the user's own LightningModule on tensors without contents, as one rank of a group of stand-ins. Tables
+and pictures are in :mod:`lightning_lss.planner.report`.
 """
 
 from lightning_lss.planner.choices import Choice, Impossible, Plan, plan

@@ -16,12 +16,13 @@ from lightning_lss.planner.tracker import Span, Tracker
 def skip_repeated(module: nn.Module, tracker: Tracker, structure: Callable[[nn.Module], Any]) -> list[Repeated]:
     """Skip the blocks between the second and the last of each run of equal ones.
 
-    A skipped block occupies as much memory as the second one leaves occupied, and gives gradients to its parameters. (The
-    first block does not serve as the pattern: it may fill caches that all use.) Memory grows or shrinks evenly along a run,
-    so no peak is missed between its ends.
+    A skipped block occupies as much memory as the second one leaves occupied, and gives gradients to its parameters.
+    (The first block does not serve as the pattern: it may fill caches that all use.) Memory grows or shrinks evenly
+    along a run, so no peak is missed between its ends.
 
     Args:
-        module: the module; blocks are children of an ``nn.ModuleList`` or ``nn.Sequential`` that map a tensor to a tensor.
+        module: the module; blocks are children of an ``nn.ModuleList`` or ``nn.Sequential`` that map a tensor to a
+            tensor.
         tracker: follows the step.
         structure: maps equal blocks to equal values.
 

@@ -33,9 +33,11 @@ class Impossible:
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to train: D = ``data_size`` sequence groups of S = ``size`` ranks, each on ``batch_size`` sequences at a time.
+    """One way to train: D = ``data_size`` sequence groups of S = ``size`` ranks, each on ``batch_size`` sequences at a
+    time.
 
-    ``longest`` is the number of tokens of the longest sequence that fits with the same D and S. All times are estimates.
+    ``longest`` is the number of tokens of the longest sequence that fits with the same D and S. All times are
+    estimates.
     """
 
     scheme: str
@@ -88,19 +90,20 @@ def plan(
 ) -> Plan:
     """Predict memory and traffic, and estimate the time, of a training run for every (D, S) with D x S = ``devices``.
 
-    The module's own ``training_step`` and ``configure_optimizers`` run on tensors without contents, as one rank of a group
-    of stand-ins. Planning needs neither devices nor memory for the model.
+    The module's own ``training_step`` and ``configure_optimizers`` run on tensors without contents, as one rank of a
+    group of stand-ins. Planning needs neither devices nor memory for the model.
 
     Args:
-        module: a LightningModule that trains under LSS, or a function that builds one. The function is called with the meta
-            device as torch's default, so a model may be larger than this machine.
-        batch: an example of what ``training_step`` receives, with whole sequences [B, L, ...]; its contents are ignored.
+        module: a LightningModule that trains under LSS, or a function that builds one. The function is called with the
+            meta device as torch's default, so a model may be larger than this machine.
+        batch: an example of what ``training_step`` receives, with whole sequences [B, L, ...]; its contents are
+            ignored.
         devices: number of devices W.
         hardware: the kind of devices, for example ``load_hardware("conf/hardware/h100.yaml")``.
         seq_len: global sequence length L; None for that of ``batch``.
         batch_size: sequences that a sequence group trains on at a time; None for those of ``batch``.
-        global_batch: sequences in a whole step. It replaces ``batch_size``; D, times the batches that a step accumulates,
-            must divide it.
+        global_batch: sequences in a whole step. It replaces ``batch_size``; D, times the batches that a step
+            accumulates, must divide it.
         baselines: other schemes to compare with.
         cache: whether to keep traces on disk, see :func:`~lightning_lss.planner.traces.cache_folder`.
         on_trace: called with a description before each new trace.
@@ -214,10 +217,11 @@ class _Planner:
         return moments_of(trace, shards, ddp=traces.scheme is None and self.devices > 1)
 
     def _longest(self, traces: Traces, size: int, batch_size: int, shards: int) -> int:
-        """Return the tokens of the longest sequence that fits, a multiple of S times the chunks of a rank; 0 if none fits.
+        """Return the tokens of the longest sequence that fits, a multiple of S times the chunks of a rank; 0 if none
+        fits.
 
-        Memory is affine in the local length as long as attention gathers the same number of head chunks. Two lengths near
-        the answer therefore give it. They are powers of two, so that other S share their traces.
+        Memory is affine in the local length as long as attention gathers the same number of head chunks. Two lengths
+        near the answer therefore give it. They are powers of two, so that other S share their traces.
         """
         step = chunks_per_rank(size, "contiguous" if traces.scheme else self.options.layout)
         usable = self.hardware.usable_memory

@@ -116,5 +116,6 @@ class _OnHost(torch.autograd.graph.saved_tensors_hooks):
 
 
 def host_memory(kernel: str) -> AbstractContextManager[Any]:
-    """Free offloaded tensors while a step is traced for a GPU; on traced CPU tensors, torch's offloading frees nothing."""
+    """Free offloaded tensors while a step is traced for a GPU; on traced CPU tensors, torch's offloading frees
+    nothing."""
     return nullcontext() if kernel == "cpu_flash" else patch.object(recompute, "save_on_cpu", _OnHost)

@@ -37,12 +37,13 @@ class Hardware:
         between: the link between two *nodes*; the devices of a node share it.
         devices_per_node: number of devices in a node.
         matmul: fraction of the peak that the matrix multiplications of a transformer reach.
-        attention: fraction of the peak that attention reaches, forward and backward, counting 12 operations for each visible
-            query-key pair and channel (4 forward, 8 backward; what a kernel computes a second time is not counted).
+        attention: fraction of the peak that attention reaches, forward and backward, counting 12 operations for each
+            visible query-key pair and channel (4 forward, 8 backward; what a kernel computes a second time is not
+            counted).
         overlap: fraction of a collective's time that can pass while the device computes.
         launch: seconds a kernel, whatever its size.
-        usable: fraction of the memory left for tensors, after the context, fragmentation, and buffers of the communication
-            library.
+        usable: fraction of the memory left for tensors, after the context, fragmentation, and buffers of the
+            communication library.
         precision: Lightning's name of the usual precision of training.
         kernel: the attention kernel of this hardware, a name in :data:`lightning_lss.attention.kernels.KERNELS`.
         source: origin of the figures.

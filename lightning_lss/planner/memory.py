@@ -16,8 +16,8 @@ _FORWARD, _BACKWARD, _UPDATE = range(len(STAGES))
 class Memory:
     """Bytes of a rank by part, at the moment of their highest sum.
 
-    ``most`` has each part at its own highest moment. ``beside_state`` is the highest sum of activations, K/V buffers and
-    logits.
+    ``most`` has each part at its own highest moment. ``beside_state`` is the highest sum of activations, K/V buffers
+    and logits.
     """
 
     parameters: float
@@ -70,7 +70,8 @@ def moments_of(trace: Trace, shards: int, ddp: bool) -> np.ndarray:
 
 
 def longest_below(cap: float, near: np.ndarray, far: np.ndarray, lengths: tuple[int, int]) -> float:
-    """Return the local length at which the highest moment reaches ``cap`` bytes; moments are affine in the local length.
+    """Return the local length at which the highest moment reaches ``cap`` bytes; moments are affine in the local
+    length.
 
     Args:
         cap: bytes.

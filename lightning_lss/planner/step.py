@@ -47,11 +47,13 @@ class Options:
         precision: one of :data:`PRECISIONS`, Lightning's names.
         layout: how a sequence is split, ``"zigzag"`` or ``"contiguous"``.
         sequence_dims: see :func:`lightning_lss.sequence.batch.split_batch`.
-        communication_dtype: ``"bfloat16"`` or ``"float16"`` to send keys, values and gradients in; None for their own dtype.
+        communication_dtype: ``"bfloat16"`` or ``"float16"`` to send keys, values and gradients in; None for their own
+            dtype.
         accumulate_grad_batches: batches of one step.
         sharding: divide parameters, gradients and optimizer state among all ranks (``"fsdp"``) or among the ranks of a
             sequence group (``"hybrid"``); None gives every rank all of them.
-        activation_checkpointing, checkpointed_modules, mlp_tiles, tiled_modules: see :class:`~lightning_lss.LSSStrategy`.
+        activation_checkpointing, checkpointed_modules, mlp_tiles, tiled_modules: see
+            :class:`~lightning_lss.LSSStrategy`.
     """
 
     precision: str = "32-true"
@@ -213,8 +215,8 @@ class _Step:
         return map_tensors(part, lambda _, x: x.to(dtype) if dtype and x.is_floating_point() else x)
 
     def run(self) -> Trace:
-        """Run forward, backward and the optimizer's step in Lightning's order: it frees the last step's gradients after the
-        forward pass."""
+        """Run forward, backward and the optimizer's step in Lightning's order: it frees the last step's gradients after
+        the forward pass."""
         tracker, module = self.tracker, self.module
         trained = [x for x in module.parameters() if x.requires_grad]
         with self.mode:

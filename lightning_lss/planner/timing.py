@@ -1,4 +1,5 @@
-"""Estimate the time of a training step from operations, bytes and links: a roofline, with collectives behind the work."""
+"""Estimate the time of a training step from operations, bytes and links: a roofline, with collectives behind the
+work."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class Transfer:
-    """Collectives of one kind: number of calls, and for all calls bytes of payload and seconds of work to hide behind."""
+    """Collectives of one kind: number of calls, and for all calls bytes of payload and seconds of work to hide
+    behind."""
 
     kind: str
     group: str
@@ -75,8 +77,8 @@ class Transfer:
 class StepTime:
     """Estimated seconds of a step, by kind of work; ``received`` is in bytes.
 
-    ``memory`` is norms, activation functions, copies and the loss. ``communication`` is the time of all collectives, and
-    ``exposed`` the part that no work hides.
+    ``memory`` is norms, activation functions, copies and the loss. ``communication`` is the time of all collectives,
+    and ``exposed`` the part that no work hides.
     """
 
     matmul: float
@@ -153,8 +155,8 @@ def _traced(trace: Trace, grid: Grid, rates: np.ndarray, batches: int) -> list[T
 def _of_parameters(trace: Trace, options: Options, grid: Grid, shards: int, shared: str) -> list[Transfer]:
     """List the collectives of parameters and gradients.
 
-    Gradients of shared parameters are averaged over the world, those of segment-local parameters over the data group. FSDP
-    gathers parameters for the forward and again for the backward pass, and scatters gradients.
+    Gradients of shared parameters are averaged over the world, those of segment-local parameters over the data group.
+    FSDP gathers parameters for the forward and again for the backward pass, and scatters gradients.
     """
     sizes, world = dict(zip(PARAMETERS, trace.parameters.tolist())), grid.data_size * grid.size
     forward, backward = (float((stage / _rates(grid.hardware, options)).sum()) for stage in trace.work[:2])

@@ -1,7 +1,8 @@
 """Record one rank's training step, and extrapolate it to other lengths and numbers of ranks.
 
-At a fixed number of ranks S everything that a step holds, sends and computes (but attention's operations) is affine in the
-local length l; at a fixed l it is affine in S. So two steps give all others, as long as they run the same operators.
+At a fixed number of ranks S everything that a step holds, sends and computes (but attention's operations) is affine in
+the local length l; at a fixed l it is affine in S. So two steps give all others, as long as they run the same
+operators.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "kv_buffers", "logits")
-"""Parts of a rank's memory. Activations are everything beside the other parts: tensors kept for backward, and temporaries."""
+"""Parts of a rank's memory. Activations are everything beside the other parts: tensors kept for backward, and
+temporaries."""
 
 STAGES = ("forward", "backward", "optimizer")
 
@@ -24,12 +26,12 @@ WORK = ("matmul", "attention", "written", "kernels")
 KINDS = ("all_gather", "all_reduce", "all_to_all", "broadcast", "receive", "reduce_scatter")
 
 COLLECTIVES = ("calls", "payload", "matmul", "attention", "written", "stage")
-"""Figures of a collective: calls, bytes of their payload, work between its start and the first use of its result, and index
-of its stage."""
+"""Figures of a collective: calls, bytes of their payload, work between its start and the first use of its result, and
+index of its stage."""
 
 PARAMETERS = ("shared", "own", "root", "unit", "units")
-"""Bytes of the parameters that all ranks share, of the segment-local ones, of the shared ones outside every unit of FSDP, of
-the largest unit; and the number of units."""
+"""Bytes of the parameters that all ranks share, of the segment-local ones, of the shared ones outside every unit of
+FSDP, of the largest unit; and the number of units."""
 
 
 @dataclass(frozen=True)

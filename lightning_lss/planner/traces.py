@@ -24,8 +24,8 @@ _TOLERANCE = 0.02  # relative error of the peak of an extrapolated trace
 class Traces:
     """Steps of ranks that train one module under one scheme.
 
-    LSS is traced for up to 4 ranks and extrapolated to more, since at a fixed local length all is affine in S. Other schemes
-    are traced for every S.
+    LSS is traced for up to 4 ranks and extrapolated to more, since at a fixed local length all is affine in S. Other
+    schemes are traced for every S.
 
     Args:
         module: the user's own.

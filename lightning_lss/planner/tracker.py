@@ -45,9 +45,9 @@ class Span(NamedTuple):
 class Tracker(TorchDispatchMode):
     """Follow every storage until it is freed, and add up operations.
 
-    The step is cut into *stretches*: the allocations of one autograd function, forward or backward, are one stretch. So a
-    loop inside a function (over tiles, rows of logits, ranks) counts once, and steps of different lengths have the same
-    stretches. The tracker keeps the highest moment of each.
+    The step is cut into *stretches*: the allocations of one autograd function, forward or backward, are one stretch. So
+    a loop inside a function (over tiles, rows of logits, ranks) counts once, and steps of different lengths have the
+    same stretches. The tracker keeps the highest moment of each.
 
     It does not see what a C++ operator allocates for itself and frees before it returns.
     """
