@@ -1,8 +1,8 @@
 """Predict the weak scaling of the LSS paper (arXiv 2311.02382), where the sequence grows with the ranks.
 
-python -m benchmarks paper-scaling                              # --set keep_gathered=True, --sharding fsdp, --batch-size 8
+python -m benchmarks paper-scaling                  # --set keep_gathered=True, --sharding fsdp, --batch-size 8
 
-The paper's figures are those of its abstract: 5.6x faster and 10.2x leaner than Nvidia's sequence parallelism on 144 V100s,
+The figures of the paper's abstract: 5.6x faster and 10.2x leaner than Nvidia's sequence parallelism on 144 V100s,
 and 50,112 tokens on 3,456 GPUs at 161 % parallel efficiency and 32 PFLOP/s. 3,456 does not divide 50,112, so not all of
 those GPUs can have shared one sequence equally. Here they are four sequence groups of 864, with 58 tokens a rank at
 every size.

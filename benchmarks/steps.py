@@ -22,7 +22,8 @@ Row = dict[str, Any]
 
 
 def ranks_and_threads(name: str, size: int) -> tuple[int, int]:
-    """Return a contestant's processes, and the threads of each: one process gets the threads of all, up to the cores."""
+    """Return a contestant's processes, and the threads of each: one process gets the threads of all, up to the
+    cores."""
     single = CONTESTANTS[name].strategy == "single"
     return (1, min(size, os.cpu_count() or 1)) if single else (size, 1)
 
@@ -55,8 +56,8 @@ def compare_single_ranks(world: World, names: Sequence[str], job: Job, runs: int
     """Measure the rows of :func:`compare_steps` for one rank; runs take turns step by step, one step of each a round.
 
     Other load on the machine affects such runs even more alike, so that a hundredth can be seen. The first to train
-    changes from run to run, since that alone makes some hundredths. Rows keep the runs apart: their spread is the error of
-    the median of all rounds.
+    changes from run to run, since that alone makes some hundredths. Rows keep the runs apart: their spread is the error
+    of the median of all rounds.
     """
     errors = _gradient_errors(world, names, 1, job)
     seconds: dict[str, list[float]] = {name: [] for name in names}

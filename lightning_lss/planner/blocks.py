@@ -21,8 +21,7 @@ def skip_repeated(module: nn.Module, tracker: Tracker, structure: Callable[[nn.M
     along a run, so no peak is missed between its ends.
 
     Args:
-        module: the module; blocks are children of an ``nn.ModuleList`` or ``nn.Sequential`` that map a tensor to a
-            tensor.
+        module: its blocks map a tensor to a tensor, and are children of an ``nn.ModuleList`` or ``nn.Sequential``.
         tracker: follows the step.
         structure: maps equal blocks to equal values.
 

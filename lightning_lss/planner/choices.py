@@ -33,11 +33,10 @@ class Impossible:
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to train: D = ``data_size`` sequence groups of S = ``size`` ranks, each on ``batch_size`` sequences at a
-    time.
+    """One way to train: D = ``data_size`` sequence groups of S = ``size`` ranks, each group on ``batch_size``
+    sequences.
 
-    ``longest`` is the number of tokens of the longest sequence that fits with the same D and S. All times are
-    estimates.
+    ``longest`` is the length of the longest sequence that fits with the same D and S. All times are estimates.
     """
 
     scheme: str
@@ -96,8 +95,7 @@ def plan(
     Args:
         module: a LightningModule that trains under LSS, or a function that builds one. The function is called with the
             meta device as torch's default, so a model may be larger than this machine.
-        batch: an example of what ``training_step`` receives, with whole sequences [B, L, ...]; its contents are
-            ignored.
+        batch: an example of what ``training_step`` receives, with whole sequences [B, L, ...] of any contents.
         devices: number of devices W.
         hardware: the kind of devices, for example ``load_hardware("conf/hardware/h100.yaml")``.
         seq_len: global sequence length L; None for that of ``batch``.
@@ -217,8 +215,7 @@ class _Planner:
         return moments_of(trace, shards, ddp=traces.scheme is None and self.devices > 1)
 
     def _longest(self, traces: Traces, size: int, batch_size: int, shards: int) -> int:
-        """Return the tokens of the longest sequence that fits, a multiple of S times the chunks of a rank; 0 if none
-        fits.
+        """Return the length of the longest sequence that fits, a multiple of the number of chunks; 0 if none fits.
 
         Memory is affine in the local length as long as attention gathers the same number of head chunks. Two lengths
         near the answer therefore give it. They are powers of two, so that other S share their traces.

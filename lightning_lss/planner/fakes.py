@@ -54,11 +54,7 @@ def resized(batch: Any, length: int, batch_size: int, sequence_dims: SequenceDim
 
 
 def batch_size_of(batch: Any) -> int:
-    """Count the sequences of a batch: the first dimension of its first tensor with two or more.
-
-    Raises:
-        ValueError: if no tensor has two dimensions.
-    """
+    """Return the first dimension of the first tensor with two or more; raise ``ValueError`` if there is none."""
     sizes = [x.size(0) for _, x in tensors_by_path(batch) if x.dim() > 1]
     if not sizes:
         raise ValueError("batch has no tensor [B, L, ...]: give an example of what training_step receives.")
@@ -66,11 +62,7 @@ def batch_size_of(batch: Any) -> int:
 
 
 def length_of(batch: Any, sequence_dims: SequenceDims | None) -> int:
-    """Return the length of a batch's sequences.
-
-    Raises:
-        ValueError: if its tensors disagree.
-    """
+    """Return the length of a batch's sequences; raise ``ValueError`` if its tensors disagree."""
     dims = [(x, sequence_dim(path, x, sequence_dims or {})) for path, x in tensors_by_path(batch)]
     lengths = {x.size(dim) for x, dim in dims if dim is not None}
     if len(lengths) != 1:
@@ -116,6 +108,5 @@ class _OnHost(torch.autograd.graph.saved_tensors_hooks):
 
 
 def host_memory(kernel: str) -> AbstractContextManager[Any]:
-    """Free offloaded tensors while a step is traced for a GPU; on traced CPU tensors, torch's offloading frees
-    nothing."""
+    """Free offloaded tensors in a trace for a GPU: its tensors are on the CPU, where torch's offloading frees nothing."""
     return nullcontext() if kernel == "cpu_flash" else patch.object(recompute, "save_on_cpu", _OnHost)

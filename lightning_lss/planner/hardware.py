@@ -13,15 +13,10 @@ _KINDS = {"64": "float64", "32": "float32", "bf16": "bfloat16", "16": "float16"}
 
 @dataclass(frozen=True)
 class Link:
-    """A connection between devices.
+    """A connection between devices."""
 
-    Args:
-        bandwidth: bytes a second in one direction.
-        latency: seconds a message, whatever its size.
-    """
-
-    bandwidth: float
-    latency: float
+    bandwidth: float  # bytes a second in one direction
+    latency: float  # seconds a message, whatever its size
 
 
 @dataclass(frozen=True)
@@ -37,13 +32,11 @@ class Hardware:
         between: the link between two *nodes*; the devices of a node share it.
         devices_per_node: number of devices in a node.
         matmul: fraction of the peak that the matrix multiplications of a transformer reach.
-        attention: fraction of the peak that attention reaches, forward and backward, counting 12 operations for each
-            visible query-key pair and channel (4 forward, 8 backward; what a kernel computes a second time is not
-            counted).
+        attention: fraction of the peak that attention reaches. It counts 4 operations forward and 8 backward for each
+            visible query-key pair and channel, and none of what a kernel recomputes.
         overlap: fraction of a collective's time that can pass while the device computes.
         launch: seconds a kernel, whatever its size.
-        usable: fraction of the memory left for tensors, after the context, fragmentation, and buffers of the
-            communication library.
+        usable: fraction of the memory left for tensors by the context, fragmentation and the communication library.
         precision: Lightning's name of the usual precision of training.
         kernel: the attention kernel of this hardware, a name in :data:`lightning_lss.attention.kernels.KERNELS`.
         source: origin of the figures.
@@ -79,11 +72,8 @@ class Hardware:
                 raise ValueError(f"hardware {self.name}: {name}={getattr(self, name)} must be positive.")
 
     def peak_of(self, precision: str) -> float:
-        """Return the floating-point operations a second in ``precision``, one of Lightning's names.
-
-        Raises:
-            ValueError: if there is no figure for it.
-        """
+        """Return the operations a second in ``precision``, Lightning's name; raise ``ValueError`` if there is no
+        figure."""
         kind = _KINDS[precision.partition("-")[0]]
         if kind not in self.peak:
             raise ValueError(
@@ -98,11 +88,7 @@ class Hardware:
 
 
 def load_hardware(path: str | Path) -> Hardware:
-    """Read a file such as those in ``conf/hardware``.
-
-    Raises:
-        ValueError: if there is no such file.
-    """
+    """Read a file such as those in ``conf/hardware``; raise ``ValueError`` if it does not exist."""
     from omegaconf import OmegaConf
 
     if not Path(path).is_file():
@@ -117,11 +103,7 @@ _UNITS |= {f"{k}{b}": base**n for b, base in (("B", 1000), ("iB", 1024)) for n, 
 
 
 def bytes_of(size: str | float) -> float:
-    """Convert a size such as ``80e9``, ``"80GB"`` or ``"24 GiB"`` to bytes.
-
-    Raises:
-        ValueError: if ``size`` is not such a size.
-    """
+    """Convert a size such as ``80e9``, ``"80GB"`` or ``"24 GiB"`` to bytes; raise ``ValueError`` for anything else."""
     match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or (match[2] or "B") not in _UNITS or float(match[1]) <= 0:
         raise ValueError(f"memory={size!r} is not a size: give bytes, or a number with one of {', '.join(_UNITS)}.")

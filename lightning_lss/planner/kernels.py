@@ -17,8 +17,7 @@ _TRACED = "cpu_flash"  # steps are traced on CPU tensors, and attention chooses 
 
 @contextmanager
 def stand_in(name: str, length: int, tracker: Tracker) -> Iterator[None]:
-    """Let attention on CPU tensors allocate what the kernel called ``name`` would, and count its operations in
-    ``tracker``.
+    """Let attention on CPU tensors allocate what the kernel ``name`` would, and count its operations in ``tracker``.
 
     A kernel that takes a few keys at a time is called twice a tile instead, whatever the tile's length. More calls
     would not hold more: the result of one call and the sum of the calls before. They would take thousands of operators.

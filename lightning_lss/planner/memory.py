@@ -57,8 +57,8 @@ def moments_of(trace: Trace, shards: int, ddp: bool) -> np.ndarray:
     if shards == 1:
         moments[:, _GRADIENTS] += sizes["shared"] if ddp else 0.0
         return moments
-    # FSDP keeps the root's parameters whole during a step, and those of two units: one in use, the next being gathered. In
-    # the backward pass the gradients are whole of the root and of two units: one in use, the one before being sent.
+    # FSDP keeps the root's parameters whole during a step, and those of two units: one in use, the next being gathered.
+    # In the backward pass the gradients of the root and of two units are whole: one in use, the one before being sent.
     in_use = np.where(trace.stages == _UPDATE, 0.0, sizes["root"] + 2 * sizes["unit"])
     whole_grads = np.where(trace.stages == _BACKWARD, sizes["root"] + 2 * sizes["unit"], 0.0)
     own = sizes["own"] / max(1.0, sizes["shared"] + sizes["own"])
@@ -70,14 +70,10 @@ def moments_of(trace: Trace, shards: int, ddp: bool) -> np.ndarray:
 
 
 def longest_below(cap: float, near: np.ndarray, far: np.ndarray, lengths: tuple[int, int]) -> float:
-    """Return the local length at which the highest moment reaches ``cap`` bytes; moments are affine in the local
-    length.
+    """Return the local length at which the highest moment reaches ``cap`` bytes.
 
-    Args:
-        cap: bytes.
-        near: bytes at the first of ``lengths``, [stretches, parts].
-        far: bytes at the second, for the same moments.
-        lengths: two local lengths.
+    Moments are affine in it: ``near`` and ``far`` are the same ones at the two local ``lengths``, bytes
+    [stretches, parts].
     """
     start, slope = near.sum(1), (far.sum(1) - near.sum(1)) / (lengths[1] - lengths[0])
     grows = slope > 0

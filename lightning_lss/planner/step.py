@@ -47,8 +47,7 @@ class Options:
         precision: one of :data:`PRECISIONS`, Lightning's names.
         layout: how a sequence is split, ``"zigzag"`` or ``"contiguous"``.
         sequence_dims: see :func:`lightning_lss.sequence.batch.split_batch`.
-        communication_dtype: ``"bfloat16"`` or ``"float16"`` to send keys, values and gradients in; None for their own
-            dtype.
+        communication_dtype: ``"bfloat16"`` or ``"float16"`` to send keys, values and gradients in; None: their own.
         accumulate_grad_batches: batches of one step.
         sharding: divide parameters, gradients and optimizer state among all ranks (``"fsdp"``) or among the ranks of a
             sequence group (``"hybrid"``); None gives every rank all of them.
@@ -145,9 +144,7 @@ def trace_step(module: pl.LightningModule, batch: Any, rank: Rank) -> Trace:
         ValueError: if the module needs contents, optimizes manually, or asks more of its Trainer than the stand-in has.
     """
     if not module.automatic_optimization:
-        raise ValueError(
-            "A module with automatic_optimization=False cannot be planned: the planner cannot know its optimizer steps."
-        )
+        raise ValueError("A module with automatic_optimization=False cannot be planned: its steps are unknown.")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with _group_of(rank) as group, _default_dtype(rank.options.precision):
         try:
@@ -215,8 +212,7 @@ class _Step:
         return map_tensors(part, lambda _, x: x.to(dtype) if dtype and x.is_floating_point() else x)
 
     def run(self) -> Trace:
-        """Run forward, backward and the optimizer's step in Lightning's order: it frees the last step's gradients after
-        the forward pass."""
+        """Run forward, backward and the optimizer's step; as in Lightning, old gradients are freed after forward."""
         tracker, module = self.tracker, self.module
         trained = [x for x in module.parameters() if x.requires_grad]
         with self.mode:

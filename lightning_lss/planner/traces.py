@@ -26,24 +26,15 @@ class Traces:
 
     LSS is traced for up to 4 ranks and extrapolated to more, since at a fixed local length all is affine in S. Other
     schemes are traced for every S.
-
-    Args:
-        module: the user's own.
-        batch: an example of what its training_step receives.
-        options: options of the run.
-        kernel: name of the attention kernel on the planned hardware.
-        scheme: a way other than LSS to divide sequences.
-        folder: folder to keep traces in; None keeps none.
-        on_trace: called with a description before each new trace.
     """
 
     module: pl.LightningModule
-    batch: Any
+    batch: Any  # an example of what the module's training_step receives
     options: Options
-    kernel: str
-    scheme: Scheme | None = None
-    folder: Path | None = None
-    on_trace: Callable[[str], None] = lambda description: None
+    kernel: str  # name of the attention kernel on the planned hardware
+    scheme: Scheme | None = None  # None: LSS
+    folder: Path | None = None  # to keep traces in; None keeps none
+    on_trace: Callable[[str], None] = lambda description: None  # called before each new trace
 
     def __post_init__(self) -> None:
         shapes = [(path, tuple(x.shape), str(x.dtype)) for path, x in tensors_by_path(self.batch)]
