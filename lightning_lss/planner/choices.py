@@ -112,9 +112,7 @@ def plan(
     """
     module = _built(module)
     if not isinstance(hardware, Hardware):
-        raise ValueError(
-            f'hardware={hardware!r} is not a Hardware: give one, such as load_hardware("conf/hardware/h100.yaml").'
-        )
+        raise ValueError(f'hardware={hardware!r} is not a Hardware: use load_hardware("conf/hardware/h100.yaml").')
     chosen = Options(**{"precision": hardware.precision, **options})
     hardware.peak_of(chosen.precision)  # refuses a precision without a figure
     each = batch_size_of(batch) if batch_size is None else batch_size

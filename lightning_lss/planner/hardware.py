@@ -64,9 +64,8 @@ class Hardware:
             if not isinstance(link, Link):
                 object.__setattr__(self, name, Link(**link))
         if self.kernel not in KERNELS:
-            raise ValueError(
-                f"hardware {self.name}: kernel={self.kernel!r} is unknown: choose one of {', '.join(map(repr, KERNELS))}."
-            )
+            known = ", ".join(map(repr, KERNELS))
+            raise ValueError(f"hardware {self.name}: kernel={self.kernel!r} is unknown: choose one of {known}.")
         for name in ("memory", "bandwidth", "devices_per_node", "matmul", "attention"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"hardware {self.name}: {name}={getattr(self, name)} must be positive.")
@@ -76,9 +75,8 @@ class Hardware:
         figure."""
         kind = _KINDS[precision.partition("-")[0]]
         if kind not in self.peak:
-            raise ValueError(
-                f"hardware {self.name} has no peak for {kind} (precision={precision}): it has {', '.join(self.peak)}."
-            )
+            known = ", ".join(self.peak)
+            raise ValueError(f"hardware {self.name} has no peak for {kind} (precision={precision}): it has {known}.")
         return self.peak[kind]
 
     @property

@@ -21,11 +21,7 @@ def stand_in(name: str, length: int, tracker: Tracker) -> Iterator[None]:
 
     A kernel that takes a few keys at a time is called twice a tile instead, whatever the tile's length. More calls
     would not hold more: the result of one call and the sum of the calls before. They would take thousands of operators.
-
-    Args:
-        name: name of a kernel in :data:`lightning_lss.attention.kernels.KERNELS`.
-        length: global sequence length L.
-        tracker: follows the step.
+    ``length`` is the global sequence length L.
     """
     kernel = _stand_in(KERNELS[name], length, tracker)
     with patch.dict(KERNELS, {name: kernel, _TRACED: kernel}):

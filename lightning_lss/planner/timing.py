@@ -46,8 +46,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Transfer:
-    """Collectives of one kind: number of calls, and for all calls bytes of payload and seconds of work to hide
-    behind."""
+    """Collectives of one kind: calls, bytes of payload of all calls, and seconds of work that they can hide behind."""
 
     kind: str
     group: str
@@ -97,14 +96,10 @@ class StepTime:
 
 
 def step_time(trace: Trace, options: Options, grid: Grid, shards: int = 1, shared: str = "world") -> StepTime:
-    """Estimate the seconds of a training step of the busiest rank.
+    """Estimate the seconds of a training step from the ``trace`` of the busiest rank.
 
-    Args:
-        trace: its step.
-        options: options of the run.
-        grid: the ranks.
-        shards: see :func:`~lightning_lss.planner.memory.moments_of`.
-        shared: the group over which gradients of shared parameters are averaged, ``"world"`` or ``"data"``.
+    For ``shards`` see :func:`~lightning_lss.planner.memory.moments_of`. Gradients of shared parameters are averaged
+    over the group ``shared``, ``"world"`` or ``"data"``.
     """
     hardware, batches = grid.hardware, options.accumulate_grad_batches
     rates = _rates(hardware, options)
@@ -122,14 +117,9 @@ def step_time(trace: Trace, options: Options, grid: Grid, shards: int = 1, share
 def utilization(whole: Trace, options: Options, grid: Grid, batch: int, seconds: float) -> float:
     """Return the model FLOP/s utilization: the operations of the model over those that the devices could do.
 
-    A model's operations count as three times those of its forward pass (PaLM, arXiv 2204.02311, appendix B).
-
-    Args:
-        whole: the step of one rank that holds whole sequences.
-        options: options of the run.
-        grid: the ranks.
-        batch: number of such steps that do the work of one step of the grid.
-        seconds: time of a step of the grid.
+    A model's operations count as three times those of its forward pass (PaLM, arXiv 2204.02311, appendix B). ``whole``
+    is the step of one rank with whole sequences; one step of the grid takes ``seconds`` and does the work of ``batch``
+    such steps.
     """
     flops = 3.0 * batch * whole.work[0, :2].sum()
     return flops / (seconds * grid.data_size * grid.size * grid.hardware.peak_of(options.precision))
