@@ -20,7 +20,7 @@ def check(cfg: DictConfig) -> None:
     if cfg.mode == "plan":
         if cfg.get("hardware") is None:
             raise ValueError(
-                "mode=plan needs a hardware: add hardware=cpu, hardware=h100 or another choice of that group."
+                "mode=plan needs hardware to plan for: add hardware=cpu, hardware=h100 or another choice of that group."
             )
         check_plan(cfg)
         return

@@ -111,8 +111,7 @@ def comments(folders: list[Path], choices: dict[str, str | None]) -> dict[str, s
 
 
 def _with_bases(folders: list[Path], group: str, choice: str | None) -> dict[str, str]:
-    """Find the comments of a choice: its own, else those of its bases, the choices of the same group in its
-    defaults."""
+    """Find the comments of a choice: its own, else those of the choices of the same group in its defaults list."""
     file = next((file for folder in folders if (file := folder / group / f"{choice}.yaml").is_file()), None)
     if file is None:
         return {}

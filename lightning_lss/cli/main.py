@@ -39,8 +39,7 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def composed(cfg: DictConfig) -> float | None:
-    """Check ``cfg`` and run its mode; in a multirun return the metric of
-    :func:`~lightning_lss.cli.run.run_in_new_process`."""
+    """Check ``cfg`` and run its mode; return a run's validation bits per byte in a multirun, else None."""
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the data here is cheap to load
     warnings.filterwarnings("ignore", "Detected an existing checkpoint")  # last.ckpt, a folder with strategy=megatron
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.")  # its own use of torch

@@ -41,8 +41,7 @@ def run_in_new_process() -> float | None:
     """Run one job of a sweep in a new interpreter, since ranks and their process group outlive a run.
 
     Returns the validation bits per byte, for sweepers that search, or None if nothing was validated. Raises
-    ``ValueError`` under torchrun, and ``subprocess.CalledProcessError`` if the run failed; the run has printed its
-    error.
+    ``ValueError`` under torchrun, and ``subprocess.CalledProcessError`` if the run failed and printed its error.
     """
     if "RANK" in os.environ:
         raise ValueError("-m starts a process for each run and does not work under torchrun: give one run at a time.")

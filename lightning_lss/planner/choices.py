@@ -33,8 +33,7 @@ class Impossible:
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to train: D = ``data_size`` sequence groups of S = ``size`` ranks, each group on ``batch_size``
-    sequences.
+    """One way to train: D = ``data_size`` groups of S = ``size`` ranks, each group on ``batch_size`` sequences.
 
     ``longest`` is the length of the longest sequence that fits with the same D and S. All times are estimates.
     """
@@ -161,7 +160,7 @@ class _Planner:
 
     def choices(self, traces: Traces, whole: Traces) -> list[Choice | Impossible]:
         """Evaluate every (D, S) of one scheme; ``whole`` has the step of one rank."""
-        least = 2 if traces.scheme else 1  # on one rank a baseline is the same as LSS
+        least = 2 if traces.scheme else 1  # one rank leaves a baseline nothing to divide
         sizes = [size for size in range(least, self.devices + 1) if self.devices % size == 0]
         found = [self._choice(traces, whole, size) for size in sizes]
         extrapolated = (choice for choice in found if isinstance(choice, Choice) and choice.size > 4)

@@ -108,6 +108,5 @@ class _OnHost(torch.autograd.graph.saved_tensors_hooks):
 
 
 def host_memory(kernel: str) -> AbstractContextManager[Any]:
-    """Free offloaded tensors in a trace for a GPU: its tensors are on the CPU, where torch's offloading frees
-    nothing."""
+    """Free offloaded tensors in a trace for a GPU; it runs on CPU tensors, and torch's offloading would keep those."""
     return nullcontext() if kernel == "cpu_flash" else patch.object(recompute, "save_on_cpu", _OnHost)

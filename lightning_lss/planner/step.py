@@ -186,9 +186,8 @@ class _Step:
                 table.weight = nn.Parameter(torch.empty(self.rank.length, table.dim))
         if self.rank.scheme is not None:
             assert self.group is not None
-            self.rank.scheme.prepare(
-                module, self.shard.rank, self.group
-            )  # a device mesh needs contents: outside the mode
+            # outside the mode, since a device mesh needs contents
+            self.rank.scheme.prepare(module, self.shard.rank, self.group)
         else:
             with self.mode:
                 module.configure_model()

@@ -1,8 +1,7 @@
 """Record one rank's training step, and extrapolate it to other lengths and numbers of ranks.
 
 At a fixed number of ranks S everything that a step holds, sends and computes (but attention's operations) is affine in
-the local length l; at a fixed l it is affine in S. So two steps give all others, as long as they run the same
-operators.
+the local length l; at a fixed l it is affine in S. So two steps that run the same operators give all others.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ from typing import Any
 import numpy as np
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "kv_buffers", "logits")
-"""Parts of a rank's memory. Activations are everything beside the other parts: tensors kept for backward, and
-temporaries."""
+"""Parts of a rank's memory. Activations are everything else: tensors kept for backward, and temporaries."""
 
 STAGES = ("forward", "backward", "optimizer")
 
