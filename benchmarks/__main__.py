@@ -22,10 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(arguments)
     if args.quick:
-        args.command.set_defaults(**args.smoke)  # what is given on the command line stays
+        args.command.set_defaults(**args.smoke)  # arguments on the command line stay
         args = parser.parse_args(arguments)
     _check_lengths(parser, args)
-    results.environment()  # the commit and the load of the machine before anything runs
+    results.environment()  # read the commit and the load of the machine before anything runs
     rows = args.run(args)
     if not rows:
         return
@@ -50,7 +50,7 @@ def _check_lengths(parser: ArgumentParser, args: Namespace) -> None:
 
 
 def make_parser() -> ArgumentParser:
-    """All figures and their options."""
+    """Build the parser of all figures and their options."""
     parser = ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands_ = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
 
@@ -87,13 +87,13 @@ def make_parser() -> ArgumentParser:
     peak.add_argument("--shapes", action="store_true", help="track fake tensors instead of real ranks")
     longest = figure("longest", commands.run_longest, {**tiny, "ranks": [1, 2], "cap_mib": 64.0})
     _add_training(longest, [1, 8], ["single", "lss", "megatron"], length=2048)
-    longest.add_argument("--cap-mib", type=float, default=2048.0, help="of activations, a rank")
+    longest.add_argument("--cap-mib", type=float, default=2048.0, help="MiB of activations on a rank")
 
     alone = figure("attention", commands.run_attention, {**tiny, "head_width": 16})
     _add_sizes(alone, [2], ["lss", "lss-kept", "lss-contiguous", "ring", "ring-zigzag", "ulysses"], 32_768)
     alone.add_argument("--rounds", type=_count, default=5, help="turns of every contestant")
     alone.add_argument("--heads", type=_count, default=8)
-    alone.add_argument("--kv-heads", type=_count, help="as many as heads where not given")
+    alone.add_argument("--kv-heads", type=_count, help="key/value heads; by default as many as heads")
     alone.add_argument("--head-width", type=_count, default=64)
     alone.add_argument("--bidirectional", action="store_true", help="without a causal mask")
 
@@ -105,8 +105,8 @@ def make_parser() -> ArgumentParser:
 
     study = figure("paper-scaling", paper.run, {"devices": [6, 144]})
     study.add_argument("--devices", type=_count, nargs="+", default=list(paper.DEVICES), help="numbers of GPUs")
-    study.add_argument("--batch-size", type=_count, default=1, help="sequences of a sequence group")
-    study.add_argument("--sharding", choices=["fsdp", "hybrid"], help="of LSS's parameters")
+    study.add_argument("--batch-size", type=_count, default=1, help="sequences per sequence group")
+    study.add_argument("--sharding", choices=["fsdp", "hybrid"], help="how LSS divides parameters")
     study.add_argument(
         "--set", type=_option, nargs="+", default=[], metavar="NAME=VALUE", help="arguments of the model"
     )
@@ -122,16 +122,18 @@ def make_parser() -> ArgumentParser:
 
 
 def _count(text: str) -> int:
-    """A positive integer."""
+    """Parse a positive integer."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no positive integer")
+        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
     return int(text)
 
 
 def _add_sizes(command: ArgumentParser, ranks: list[int], contestants: list[str], length: int) -> None:
     command.add_argument("--ranks", type=_count, nargs="+", default=ranks, help="numbers of ranks S")
     command.add_argument("--contestants", nargs="+", default=contestants, choices=list(CONTESTANTS), metavar="NAME")
-    command.add_argument("--length", type=_count, default=length, help="sequence length L (weak scaling: of a rank)")
+    command.add_argument(
+        "--length", type=_count, default=length, help="sequence length L (weak scaling: local length l)"
+    )
 
 
 def _add_training(
@@ -149,8 +151,8 @@ def _add_training(
     _add_sizes(command, ranks, contestants, length)
     command.add_argument("--rounds", type=_count, default=rounds, help="turns of every contestant")
     command.add_argument("--steps", type=_count, default=steps, help="timed steps of a turn")
-    command.add_argument("--warm-up", type=_count, default=warm_up, help="steps before them")
-    command.add_argument("--model", default="enwik8-small", help="a file in conf/model, for what is not given here")
+    command.add_argument("--warm-up", type=_count, default=warm_up, help="steps before the timed ones")
+    command.add_argument("--model", default="enwik8-small", help="a file in conf/model, for other arguments")
     command.add_argument("--width", type=_count, default=width)
     command.add_argument("--layers", type=_count, default=layers)
     command.add_argument("--heads", type=_count, default=heads)

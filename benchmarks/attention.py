@@ -1,4 +1,4 @@
-"""Attention alone: forward and backward on S single-threaded ranks, and whether its gradients are right."""
+"""Time attention alone, forward and backward, on S single-threaded ranks, and check its gradients."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Shape(NamedTuple):
     causal: bool = True
 
     def tensors(self, length: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        """Random q, k, v and an upstream gradient for ``length`` positions, the same on every rank."""
+        """Draw random q, k, v and an upstream gradient for ``length`` positions, the same on every rank."""
         generator = torch.Generator().manual_seed(3)
         heads = (self.heads, self.kv_heads, self.kv_heads, self.heads)
         shapes = [(1, count, length, self.width) for count in heads]
@@ -35,7 +35,7 @@ class Shape(NamedTuple):
 
 
 def run_attention(rank: int, name: str, size: int, shape: Shape) -> float:
-    """Seconds of one forward and backward pass on this rank, starting together with the others."""
+    """Time one forward and backward pass on this rank, in seconds; all ranks start together."""
     local = shape.length // size
     *leaves, grad = shape.tensors(local)
     for leaf in leaves:
@@ -49,7 +49,7 @@ def run_attention(rank: int, name: str, size: int, shape: Shape) -> float:
 
 
 def check_attention(rank: int, name: str, size: int, shape: Shape) -> dict[str, float]:
-    """Relative errors of this rank's output and gradients against plain attention on the whole sequence, float32."""
+    """Compute the relative errors of this rank's output and gradients against plain attention, in float32."""
     contestant = CONTESTANTS[name]
     shard = SequenceShard(rank, size, contestant.layout)
     *whole, grad = shape.tensors(shape.length)
@@ -66,7 +66,7 @@ def check_attention(rank: int, name: str, size: int, shape: Shape) -> dict[str, 
 
 
 def verdict(error: float) -> str:
-    """What the column ``gradients`` says."""
+    """Return the entry of the column ``gradients``."""
     return "right" if error <= RIGHT else "wrong"
 
 

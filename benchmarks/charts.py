@@ -1,4 +1,4 @@
-"""What each picture shows: columns of a CSV, and what they are in words. :mod:`benchmarks.figures` draws it."""
+"""Describe each picture: the columns of a CSV that it shows, and their labels. :mod:`benchmarks.figures` draws it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Row = dict[str, str]
 
 
 class Limit(NamedTuple):
-    """What a bar could reach at best, drawn as a short line over each group of bars."""
+    """The best value that a bar could reach, drawn as a short line over each group of bars."""
 
     value: Callable[[Row], float]
     label: str
@@ -19,16 +19,15 @@ class Chart(NamedTuple):
     """Groups of bars of ``y`` at each ``x``, one bar for each combination of the ``series`` columns.
 
     Args:
-        title: what is shown.
-        x: column of the groups; ``x_label`` says it in words.
-        y: column of the heights, divided by ``unit``; ``y_label`` says it in words.
+        title: title of the picture.
+        x: column of the groups; ``x_label`` is its label.
+        y: column of the heights, divided by ``unit``; ``y_label`` is its label.
         series: columns that tell bars of one group apart.
-        panels: columns that have axes of their own for each combination of values.
-        reference: a contestant that all are compared with: it has a line at 1 instead of bars of height 1.
+        panels: columns whose combinations of values have their own axes.
+        reference: the contestant of the comparison; it has a line at 1 instead of bars of height 1.
         left_out: a contestant without bars.
-        limit: what would be ideal.
-        timed: whether ``y`` comes from a clock. Then repeated series are drawn as dots, and the title says where ranks
-            share cores.
+        limit: the ideal.
+        timed: whether ``y`` comes from a clock. Then repeated series are dots, and the title names shared cores.
     """
 
     title: str
@@ -148,9 +147,9 @@ CHARTS = {
 
 
 class Prediction(NamedTuple):
-    """How far ``predicted`` is off ``measured``, in percent, for the newest row of each ``configuration``.
+    """Errors of ``predicted`` against ``measured``, in percent, for the newest row of each ``configuration``.
 
-    The horizontal axis is the measured value, divided by ``unit``; ``bar`` is the largest error that is accepted.
+    The horizontal axis is the measured value, divided by ``unit``; ``bar`` is the largest accepted error.
     """
 
     configuration: tuple[str, ...]

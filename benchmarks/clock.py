@@ -1,4 +1,4 @@
-"""When training steps begin and end."""
+"""Time training steps."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 
 class StepClock(pl.Callback):
-    """Notes when each step of a training run begins and ends, on CUDA with the work of the device included.
+    """Note when each step of a training run begins and ends; on CUDA the work of the device is included.
 
     Attributes:
-        starts: ``time.perf_counter()`` when the step was given its batch.
-        ends: likewise, when it was over.
+        starts: ``time.perf_counter()`` when each step received its batch.
+        ends: ``time.perf_counter()`` when each step was over.
     """
 
     def __init__(self) -> None:
@@ -31,12 +31,12 @@ class StepClock(pl.Callback):
 
     @property
     def seconds(self) -> list[float]:
-        """Of each step, without the loading of its batch."""
+        """Seconds of each step, without the loading of its batch."""
         return [end - start for start, end in zip(self.starts, self.ends)]
 
     @property
     def seconds_between_ends(self) -> list[float]:
-        """From the end of a step to the end of the next, data loading included: one fewer than there are steps."""
+        """Seconds between the ends of consecutive steps, data loading included; one fewer than there are steps."""
         return [end - start for start, end in zip(self.ends, self.ends[1:])]
 
 

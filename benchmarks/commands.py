@@ -1,4 +1,4 @@
-"""The figures: from a command line's arguments to rows."""
+"""Measure each figure: turn the arguments of a command line into rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MIB = 2**20
 
 
 def make_job(args: Namespace, length: int) -> Job:
-    """The job that the arguments describe, for sequences of ``length``."""
+    """Build the job that the arguments describe, for sequences of ``length``."""
     options = dict(width=args.width, num_layers=args.layers, num_heads=args.heads, num_kv_heads=args.kv_heads)
     model = model_options(args.model, seq_len=length, **options, **dict(args.set))
     try:
@@ -40,7 +40,7 @@ def make_job(args: Namespace, length: int) -> Job:
 
 
 def run_attention(args: Namespace) -> list[Row]:
-    """Attention forward and backward, against one single-threaded process."""
+    """Time attention forward and backward, against one single-threaded process."""
     rows = []
     shape = attention.Shape(
         args.length, args.heads, args.kv_heads or args.heads, args.head_width, not args.bidirectional
@@ -85,7 +85,7 @@ def _attention_errors(world: World, name: str, size: int, shape: attention.Shape
 
 
 def run_steps(args: Namespace) -> list[Row]:
-    """Whole training steps on sequences of the same length; also strong scaling."""
+    """Time whole training steps on sequences of the same length; also strong scaling."""
     with start_ranks(max(args.ranks)) as world:
         return _flat(
             compare_steps(world, args.contestants, s, make_job(args, args.length), args.rounds) for s in args.ranks
@@ -93,15 +93,16 @@ def run_steps(args: Namespace) -> list[Row]:
 
 
 def run_overhead(args: Namespace) -> list[Row]:
-    """Whole training steps of one rank, in turn step by step."""
+    """Time whole training steps of one rank; contestants take turns step by step."""
     if args.ranks != [1]:
-        raise SystemExit(f"overhead is that of one rank: leave out --ranks {' '.join(map(str, args.ranks))}.")
+        raise SystemExit(f"overhead is measured on one rank: leave out --ranks {' '.join(map(str, args.ranks))}.")
     with start_ranks(len(args.contestants)) as world:
         return compare_single_ranks(world, args.contestants, make_job(args, args.length), args.rounds)
 
 
 def run_weak_scaling(args: Namespace) -> list[Row]:
-    """Whole training steps on ``length`` positions a rank; efficiency is in FLOP/s a rank, against the fewest ranks."""
+    """Time whole training steps on ``length`` positions a rank; efficiency compares FLOP/s a rank with the fewest
+    ranks."""
     with start_ranks(max(args.ranks)) as world:
         jobs = {size: make_job(args, args.length * size) for size in args.ranks}
         rows = _flat(compare_steps(world, args.contestants, size, jobs[size], args.rounds) for size in args.ranks)
@@ -114,7 +115,7 @@ def run_weak_scaling(args: Namespace) -> list[Row]:
 
 
 def run_slow_network(args: Namespace) -> list[Row]:
-    """Whole training steps with every rank behind a link of limited rate; no rows where links cannot be limited."""
+    """Time whole training steps, every rank behind a link of limited rate; no rows where links cannot be limited."""
     reason = obstacle()
     if reason is not None:
         print(f"slow-network is left out: {reason}")
@@ -135,7 +136,7 @@ def run_slow_network(args: Namespace) -> list[Row]:
 
 
 def run_communication(args: Namespace) -> list[Row]:
-    """Collectives and bytes that a layer adds to a rank's step."""
+    """Count the collectives and bytes that a layer adds to a rank's step."""
     rows: list[Row] = []
     with start_ranks(max(args.ranks)) as world:
         for size in args.ranks:
@@ -172,7 +173,7 @@ def _count(world: World, name: str, size: int, job: Job) -> Tally:
 
 
 def run_memory(args: Namespace) -> list[Row]:
-    """Peak memory of a rank by part, on real ranks or (``--shapes``) without computing."""
+    """Measure the peak memory of a rank by part, on real ranks or (``--shapes``) without computing."""
     rows: list[Row] = []
     job = replace(make_job(args, args.length), steps=4, warm_up=3)
     heads, kv_heads = job.model["num_heads"], job.model.get("num_kv_heads") or job.model["num_heads"]
@@ -192,7 +193,7 @@ def run_memory(args: Namespace) -> list[Row]:
 
 
 def _only(names: Sequence[str], takes_part: Callable[[Contestant], bool], why: str) -> list[str]:
-    """Those of the names that can take part; says of the others why not."""
+    """Select the names that can take part; print why the others cannot."""
     left_out = [name for name in names if not takes_part(CONTESTANTS[name])]
     if left_out:
         print(f"left out: {', '.join(left_out)}, {why}.")
@@ -222,8 +223,8 @@ def _memory_row(
 
 
 def run_longest(args: Namespace) -> list[Row]:
-    """The longest sequence whose peak of activations a rank stays under the cap, found on shapes and checked on real
-    ranks at one length."""
+    """Find the longest sequence whose activations on a rank stay under the cap: search on shapes, then check one length
+    on real ranks."""
     rows: list[Row] = []
     heads = make_job(args, 2 * max(args.ranks)).model["num_heads"]
     args.contestants = _on_shapes(args.contestants)
@@ -256,10 +257,10 @@ def run_longest(args: Namespace) -> list[Row]:
 
 
 def run_loss(args: Namespace) -> list[Row]:
-    """Peak memory of the loss of a large vocabulary: plain cross entropy of all logits, and the chunked one.
+    """Measure the peak memory of the loss over a large vocabulary: plain cross entropy of all logits, or in chunks.
 
-    The plain one is tracked on shapes, since its logits may not fit the machine, and computed with fewer tokens to
-    confirm that; the chunked one is computed.
+    The plain one is tracked on shapes, since its logits may not fit the machine. A run with fewer tokens confirms the
+    tracked bytes. The chunked one is computed.
     """
     cases = [("plain", args.tokens, True), ("plain", args.tokens_checked, True), ("plain", args.tokens_checked, False)]
     if hasattr(lightning_lss.nn.loss, "linear_cross_entropy"):
@@ -294,7 +295,7 @@ _LOSSES = {"plain": _plain, "chunked": _chunked}
 
 
 def _loss_peak(_: int, name: str, tokens: int, width: int, vocabulary: int, shapes: bool) -> int:
-    """Peak bytes of forward and backward, gradients of features and weight included, the inputs not."""
+    """Measure the peak bytes of forward and backward, with the gradients of features and weight, without the inputs."""
     return memory.track_loss(_LOSSES[name], tokens, width, vocabulary, shapes)
 
 

@@ -1,4 +1,4 @@
-"""Who takes part: ways to train one and the same :class:`~lightning_lss.LSSTransformer` on a long sequence.
+"""Contestants: ways to train one and the same :class:`~lightning_lss.LSSTransformer` on a long sequence.
 
 A contestant is data; :mod:`benchmarks.training` trains with it and :mod:`benchmarks.attention` times its attention
 alone.
@@ -26,13 +26,12 @@ class Contestant:
     """One way to train.
 
     Args:
-        strategy: ``"lss"`` (of Lightning's strategies the one that splits the sequence), ``"megatron"``, ``"ddp"``, or
-            ``"single"``, one process that holds the whole sequence.
-        layout: of the segments, for ``"lss"``.
-        attention: what computes attention in the place of :class:`~lightning_lss.LSSAttention`; None for that one.
+        strategy: ``"lss"``, ``"megatron"``, ``"ddp"``, or ``"single"``, one process that holds the whole sequence.
+        layout: layout of the segments, for ``"lss"``.
+        attention: name of a module to replace :class:`~lightning_lss.LSSAttention`; None keeps it.
         model: arguments of :class:`~lightning_lss.LSSTransformer` that differ.
         options: further arguments of the strategy.
-        package: what has to be installed.
+        package: a package that must be installed.
     """
 
     strategy: str = "lss"
@@ -44,21 +43,21 @@ class Contestant:
 
     @property
     def splits_sequence(self) -> bool:
-        """Whether attention alone can be timed: each rank has a segment."""
+        """Tell whether each rank has a segment, so that attention alone can be timed."""
         return self.strategy == "lss"
 
     def obstacle(self, size: int, heads: int, kv_heads: int) -> str | None:
-        """Why it cannot take part with ``size`` ranks, or None."""
+        """Return why it cannot take part with ``size`` ranks, or None."""
         if self.package is not None and importlib.util.find_spec(self.package) is None:
             return f"the package {self.package} is not installed: pip install -e '.[benchmarks]'"
         if self.strategy == "megatron" and importlib.util.find_spec("lightning_lss.megatron.parallelize") is None:
             return "lightning_lss has no module megatron"
         if self.attention == "ulysses" and (heads % size or kv_heads % size):
-            return f"{kv_heads} of {heads} heads cannot be shared out over {size} ranks"
+            return f"{kv_heads} of {heads} heads cannot be divided evenly among {size} ranks"
         if self.strategy == "megatron" and heads % size:
-            return f"{heads} heads cannot be shared out over {size} ranks"
+            return f"{heads} heads cannot be divided evenly among {size} ranks"
         if kv_heads % self.model.get("head_chunks", 1):
-            return f"{kv_heads} key/value heads do not make {self.model['head_chunks']} chunks"
+            return f"{kv_heads} key/value heads cannot be divided evenly among {self.model['head_chunks']} head chunks"
         unknown = set(self.options) - set(signature(LSSStrategy).parameters)
         if unknown:
             return f"LSSStrategy does not take {', '.join(sorted(unknown))}"
@@ -83,14 +82,14 @@ CONTESTANTS: dict[str, Contestant] = {
 
 
 def attention_module(contestant: Contestant, causal: bool) -> nn.Module:
-    """The attention of a contestant that splits the sequence: ``forward(q, k, v)`` on [B, H, l, D] and [B, G, l, D]."""
+    """Build the attention of a contestant that splits sequences: ``forward(q, k, v)`` on [B, H, l, D], [B, G, l, D]."""
     if contestant.attention is not None:
         return ATTENTION[contestant.attention](causal)
     return LSSAttention(causal, **contestant.model)
 
 
 def _forget_ranks() -> None:
-    """The package remembers the first rank and world size that it sees; a worker serves worlds of several sizes."""
+    """Clear the first rank and world size, which the package remembers: a worker serves worlds of several sizes."""
     from ring_attention_pytorch import distributed
 
     distributed.get_rank.cache_clear()
@@ -98,15 +97,15 @@ def _forget_ranks() -> None:
 
 
 def _interleaved(x: Tensor, groups: int) -> Tensor:
-    """Query heads reordered so that head h belongs to key/value head h mod G, as the package pairs them."""
+    """Reorder query heads so that head h belongs to key/value head h mod G, as the package pairs them."""
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
 class RingAttention(ShardedModule):
     """Ring attention (arXiv 2310.01889) as the package ring-attention-pytorch computes it on CPU; contiguous layout.
 
-    Keys and values travel around the ring with point-to-point messages. In version 0.5.20 the backward pass takes apart
-    the pair (received, sent) of its last message where it means the gradients of keys and of values: both are wrong.
+    Keys and values are sent around the ring in point-to-point messages. In version 0.5.20 the gradients of keys and
+    values are wrong: the backward pass takes the pair (received, sent) of its last message for them.
     """
 
     def __init__(self, causal: bool) -> None:
@@ -127,8 +126,8 @@ class RingAttention(ShardedModule):
 class RingZigzagAttention(ShardedModule):
     """The same package's zigzag attention: gathers keys and values, and runs torch's kernel with a mask.
 
-    In version 0.5.20 the adjoint of its gather is a slice of this rank's own gradient, without those of the others: the
-    gradients of keys and values are wrong.
+    In version 0.5.20 the gradients of keys and values are wrong: the adjoint of its gather is a slice of this rank's
+    own gradient, without those of the others.
     """
 
     def __init__(self, causal: bool) -> None:
@@ -183,7 +182,7 @@ def _heads_to_segments(x: Tensor, shard: SequenceShard) -> Tensor:
 
 
 class _Exchange(torch.autograd.Function):
-    """From segments to heads or back; the adjoint of either is the other."""
+    """Exchange segments for heads, or back; the adjoint of either is the other."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shard: SequenceShard, to_heads: bool) -> Tensor:

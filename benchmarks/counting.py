@@ -1,4 +1,4 @@
-"""Counting what a rank receives in a step of training, and what one layer adds to it."""
+"""Count what a rank receives in a training step, and what one layer adds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_lss.testing.collectives import CollectiveCounter, Tally, total_by
 
 
 class _CountedStep(pl.Callback):
-    """Counts one step, after those of the warm-up, with forward, backward and the rest apart."""
+    """Count one step after the warm-up; forward, backward and the rest are apart."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -40,20 +40,20 @@ class _CountedStep(pl.Callback):
 
 
 def count_step(rank: int, name: str, size: int, job: Job) -> Tally:
-    """Collectives of the job's last step."""
+    """Count the collectives of the job's last step."""
     counted = _CountedStep(job.steps - 1)
     fit(name, size, job, counted)
     return counted.counter.tally
 
 
 def per_layer(run: Callable[[Job], Tally], job: Job) -> tuple[Tally, int]:
-    """What one layer adds to a step: the collectives of its activations, and the bytes of its parameters.
+    """Count what one layer adds to a step: the collectives of its activations, and the bytes of its parameters.
 
-    A layer's collectives are those of a model of two layers without those of a model of one. The ones of parameters are
-    as large for a sequence of 2 L as for one of L, the ones of activations are not.
+    A layer's collectives are those of a model of two layers without those of a model of one. Collectives of parameters
+    are as large at 2 L as at L; those of activations grow.
 
     Args:
-        run: from a job to its tally.
+        run: counts the tally of a job.
         job: the model and L.
     """
     twice = job.with_model(seq_len=2 * job.length)

@@ -1,7 +1,7 @@
-"""A picture of each figure, drawn from its CSV.
+"""Draw a picture of each figure from its CSV.
 
 Bars start at 0 and stand beside each other, so that none hides another. Where a measurement was repeated, each series
-is a dot on the bar of the newest one: how far the dots lie apart is what a difference between two bars is worth.
+is a dot on the bar of the newest one. The distance between dots is the noise of a difference between two bars.
 """
 
 from __future__ import annotations
@@ -75,16 +75,16 @@ def _draw_chart(chart: Chart, rows: list[Row]) -> Figure:
 
 
 def _newest(chart: Chart, rows: list[Row]) -> dict[tuple[str, ...], Row]:
-    """The newest row of each bar."""
+    """Find the newest row of each bar."""
     return {tuple(row[column] for column in (chart.x, *chart.series)): row for row in rows}
 
 
 def _draw_bars(axes: Axes, chart: Chart, rows: list[Row], labels: dict[tuple[str, ...], str]) -> None:
-    """One panel: a group of bars for each x, of the contestants that have a value there."""
+    """Draw one panel: a group of bars for each x, of the contestants that have a value there."""
     groups = sorted({row[chart.x] for row in rows}, key=float)
     newest = _newest(chart, rows)
     members = [[key for key in labels if (x, *key) in newest] for x in groups]
-    width = 0.84 / max(4, *map(len, members))  # a bar alone is no wider than one of four
+    width = 0.84 / max(4, *map(len, members))  # a single bar is at most as wide as one of four
     styles = _styles(list(labels.values()))
     for center, (x, bars) in enumerate(zip(groups, members)):
         for place, key in enumerate(bars):
@@ -106,7 +106,7 @@ def _draw_bars(axes: Axes, chart: Chart, rows: list[Row], labels: dict[tuple[str
 
 
 def _write_height(axes: Axes, x: float, height: float, top: float) -> None:
-    """Write the height of a bar above all that is drawn of it."""
+    """Write the height of a bar above its highest dot."""
     box = dict(facecolor="white", edgecolor="none", alpha=0.8, pad=0.4)
     options: dict[str, Any] = dict(rotation=90, ha="center", va="bottom", fontsize=7, bbox=box)
     axes.annotate(f"{height:.3g}", (x, top), (0, 4), "data", "offset points", **options)
@@ -121,7 +121,7 @@ def _key(chart: Chart, row: Row) -> tuple[str, ...]:
 
 
 def _labels(chart: Chart, rows: list[Row]) -> dict[tuple[str, ...], str]:
-    """The name of each bar in the order of drawing: its contestant, and what not all bars have in common."""
+    """Name each bar in the order of drawing: its contestant, and the values in which the bars differ."""
     wrong = {row["contestant"] for row in rows if row.get("gradients") == "wrong"}
     keys = {_key(chart, row) for row in rows}
     differ = [len(set(values)) > 1 for values in zip(*keys)]
@@ -138,7 +138,7 @@ def _labels(chart: Chart, rows: list[Row]) -> dict[tuple[str, ...], str]:
 
 
 def _styles(labels: list[str]) -> dict[str, tuple[str, str | None]]:
-    """Colour and hatching of each bar; wrong gradients are hatched."""
+    """Choose the colour and hatching of each bar; wrong gradients are hatched."""
     places = {
         label: _FIRST.index(label.removesuffix(_WRONG)) for label in labels if label.removesuffix(_WRONG) in _FIRST
     }
@@ -148,7 +148,7 @@ def _styles(labels: list[str]) -> dict[str, tuple[str, str | None]]:
 
 
 def _panel_title(columns: tuple[str, ...], values: tuple[str, ...]) -> str:
-    """The title of a panel; of a model with other options than its file's, only these options, on a line of their own."""
+    """Compose the title of a panel; a model with options is named by these alone, on a line of their own."""
     parts = []
     for column, value in zip(columns, values):
         if column in _PANEL_NAMES:
@@ -161,12 +161,12 @@ def _panel_title(columns: tuple[str, ...], values: tuple[str, ...]) -> str:
 
 
 def _by_number(values: tuple[str, ...]) -> list[tuple[float, str]]:
-    """A key to sort 8,192 before 65,536 and words after numbers."""
+    """Return a key that sorts 8,192 before 65,536 and words after numbers."""
     return [(float(value), "") if value.isdecimal() else (inf, value) for value in values]
 
 
 def _shared_cores(rows: list[Row]) -> list[str]:
-    """A line such as "4 and 8 ranks on 2 cores", if ranks shared cores."""
+    """Compose a line such as "4 and 8 ranks on 2 cores", if ranks shared cores."""
     shared: dict[str, set[int]] = {}
     for row in rows:
         if row.get("ranks") and row.get("cores") and not row.get("gpu") and int(row["ranks"]) > int(row["cores"]):
@@ -175,7 +175,7 @@ def _shared_cores(rows: list[Row]) -> list[str]:
 
 
 def _add_legend(figure: Figure, rows: Iterable[Row]) -> None:
-    """Every name once, below the axes, where it hides nothing, under the commits at which ``rows`` were measured."""
+    """List every name once below the axes, where it hides nothing, under the commits of the measured ``rows``."""
     handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
     commits = ", ".join(sorted({row["commit"] for row in rows}))
     legend = figure.legend(
@@ -191,7 +191,7 @@ def _add_legend(figure: Figure, rows: Iterable[Row]) -> None:
 
 
 def _draw_overhead(rows: list[Row]) -> Figure:
-    """Step time of ``lss`` against ``ddp`` on one rank: all runs of each series, their median, and the bar of 1 %."""
+    """Draw the step time of ``lss`` against ``ddp`` on one rank: all runs of a series, their median, the bar of 1 %."""
     shown = [row for row in rows if row["contestant"] == "lss" and row["seconds_against_ddp"]]
     figure = Figure(figsize=(8, 1.8 + 0.7 * len(shown)), layout="constrained")
     axes = figure.subplots()
@@ -203,7 +203,7 @@ def _draw_overhead(rows: list[Row]) -> Figure:
         axes.plot(runs, heights, "C0.", markersize=5, alpha=0.7, label="each run")
         middle = 100 * (float(row["seconds_against_ddp"]) - 1)
         axes.plot(middle, place, "kD", markersize=5, label="median of all steps" if place == 0 else None)
-        if len(runs) > 5:  # fewer have no such interval
+        if len(runs) > 5:  # fewer runs have no such interval
             low, high = median_interval(runs)
             axes.plot([low, high], [place, place], "k-", linewidth=2, label="95 % interval of the median of the runs")
     names = [
@@ -220,10 +220,10 @@ def _draw_overhead(rows: list[Row]) -> Figure:
 
 
 def median_interval(values: list[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Bounds of the median of what ``values`` are drawn from, two of the values themselves (order statistics).
+    """Bound the median of the distribution of ``values`` by two of the values (order statistics).
 
-    The k-th smallest of n values lies above the median with the probability that fewer than k of n fair coins show heads.
-    Fewer than six values have no interval of 95 %: then it is the widest there is, smallest to largest.
+    The k-th smallest of n values lies above the median with the probability that fewer than k of n fair coins show
+    heads. Fewer than six values have no interval of 95 %: then the bounds are the smallest and the largest value.
     """
     ordered, n = sorted(values), len(values)
     outside, k = 0.0, 0

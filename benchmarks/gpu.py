@@ -1,4 +1,4 @@
-"""One rank's share of a long sequence on one GPU: attention, kernels, and a training step.
+"""Measure one rank's share of a long sequence on one GPU: attention, kernels, and a training step.
 
     python -m benchmarks gpu                      # all three figures
     python -m benchmarks gpu --figures attention --ranks 8 --lengths 131072
@@ -8,11 +8,11 @@ Rank 0 of S runs by itself with its real kernels, sizes and memory; collectives 
 :mod:`benchmarks.one_rank`.
 
 - ``attention``: forward and backward of one rank's attention, against plain attention on a shorter sequence of as many
-  query-key pairs, taken in turn; ``fraction_of_plain`` is the ratio of their speeds by pair. The same of torch's own
+  query-key pairs, in turn; ``fraction_of_plain`` is the ratio of their speeds by pair. The same for torch's own
   ``context_parallel``.
 - ``kernels``: the same at one length for every kernel that runs here and several numbers of head chunks.
 - ``step``: a training step of :class:`~lightning_lss.LSSTransformer` with the Trainer and
-  :class:`~lightning_lss.LSSStrategy`, for every mode of activation checkpointing: time, model FLOP/s utilization, memory.
+  :class:`~lightning_lss.LSSStrategy`, for every mode of activation checkpointing: time, utilization, memory.
 """
 
 from __future__ import annotations
@@ -80,12 +80,12 @@ _SHOWN = (
 
 
 def run_attention(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Figure ``attention``. torch's context parallel runs by itself, so that lack of memory there takes no row of LSS."""
+    """Measure ``attention``; torch's context parallel runs apart, so that its lack of memory costs no row of LSS."""
     lss = {layout: {"layout": layout, "head_chunks": "auto"} for layout in args.layouts}
     groups = {"lss": lss, CONTEXT_PARALLEL: {CONTEXT_PARALLEL: {"layout": "zigzag"}}}
     if args.device.type != "cuda":
         del groups[CONTEXT_PARALLEL]
-        print(f"{CONTEXT_PARALLEL} takes no part: it has no kernel for CPU")
+        print(f"{CONTEXT_PARALLEL} is left out: it has no kernel for CPU")
     for size, length in itertools.product(args.ranks, args.lengths):
         call = _call(args, length)
         kernel = _kernel(args, call)
@@ -97,20 +97,20 @@ def run_attention(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def run_kernels(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Figure ``kernels``."""
+    """Measure ``kernels``."""
     size = args.ranks[0]
     for kernel, impl in [*((name, None) for name in BACKENDS), ("cuda_flash", "FA3"), ("cuda_flash", "FA4")]:
         call = _call(args, args.kernel_length)
         try:
             select_kernel(torch.empty(1, 1, 1, call.width, dtype=call.dtype, device=call.device), kernel)
         except ValueError as reason:
-            print(f"{kernel} takes no part: {reason}")
+            print(f"{kernel} is left out: {reason}")
             continue
         with _flash_attention(impl) as active:
             if not active:
                 continue
             chunks = [count for count in args.chunks if call.kv_heads % count == 0]
-            contestants = {f"{count} chunks": {"layout": "zigzag", "head_chunks": count} for count in chunks}
+            contestants = {f"{count} head chunks": {"layout": "zigzag", "head_chunks": count} for count in chunks}
             where = dict(ranks=size, length=call.length, kernel=kernel)
             for row in _guarded(
                 args, partial(compare, call, size, kernel, contestants, args.rounds, args.seconds), **where
@@ -120,14 +120,14 @@ def run_kernels(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _flash_attention(impl: str | None) -> Iterator[bool]:
-    """With an implementation in the place of FlashAttention-2, if there is one of that name here."""
+    """Measure with the implementation ``impl`` in place of FlashAttention-2, if it is here."""
     if impl is None:
         yield True
         return
     try:
         torch_attention.activate_flash_attention_impl(impl)
     except (AttributeError, ImportError, RuntimeError, ValueError) as reason:
-        print(f"{impl} takes no part: {reason}")
+        print(f"{impl} is left out: {reason}")
         yield False
         return
     try:
@@ -137,7 +137,7 @@ def _flash_attention(impl: str | None) -> Iterator[bool]:
 
 
 def run_step(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Figure ``step``."""
+    """Measure ``step``."""
     for size in args.ranks:
         length = args.step_length * size
         for mode in args.checkpointing:
@@ -153,7 +153,7 @@ FIGURES = {"attention": run_attention, "kernels": run_kernels, "step": run_step}
 def _guarded(
     args: argparse.Namespace, rows: Callable[[], Iterable[dict[str, Any]]], **where: Any
 ) -> list[dict[str, Any]]:
-    """The rows, measured as one rank of S; where memory does not suffice or a kernel refuses, one row that says so."""
+    """Measure the rows as one rank of S; return one row with the error where memory is short or a kernel refuses."""
     print(", ".join(f"{key} {value}" for key, value in where.items()), flush=True)
     try:
         with one_rank_of(where["ranks"], args.device):
@@ -175,12 +175,12 @@ def _call(args: argparse.Namespace, length: int) -> Call:
 
 
 def _kernel(args: argparse.Namespace, call: Call) -> str:
-    """The name of the kernel that ``args.kernel`` stands for."""
+    """Return the name of the kernel that ``args.kernel`` chooses."""
     return select_kernel(torch.empty(1, 1, 1, call.width, dtype=call.dtype, device=call.device), args.kernel).name
 
 
 def _gpu(device: torch.device) -> dict[str, str]:
-    """What the environment of every row does not say."""
+    """Name the device and its driver, which the environment of a row lacks."""
     if device.type != "cuda":
         return {"gpu": "", "driver": "", "cuda": "", "cudnn": ""}
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", str(device.index or 0)]
@@ -193,7 +193,7 @@ def _gpu(device: torch.device) -> dict[str, str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options, for :func:`run`."""
+    """Add the options of :func:`run`."""
     parser.add_argument("--figures", nargs="+", choices=list(FIGURES), default=list(FIGURES))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes for a smoke test; nothing is written")
@@ -201,9 +201,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64], help="numbers of ranks S")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(17, 23)], help="L of attention")
     parser.add_argument("--layouts", nargs="+", choices=["zigzag", "contiguous"], default=["zigzag"])
-    parser.add_argument("--kernel", default="auto", help="of the figure attention")
+    parser.add_argument("--kernel", default="auto", help="attention kernel of the figure attention")
     parser.add_argument("--kernel-length", type=int, default=2**18, help="L of the figure kernels")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 4, 8], help="of heads, of the figure kernels")
+    parser.add_argument(
+        "--chunks", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of head chunks in the figure kernels"
+    )
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-width", type=int, default=128)
@@ -213,9 +215,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpointing", nargs="+", default=["none", "selective", "full", "offload"], help="of the figure step"
     )
-    parser.add_argument("--peak-tflops", type=float, help="of the device in bfloat16, for utilization")
-    parser.add_argument("--rounds", type=int, default=5, help="after a warm-up")
-    parser.add_argument("--seconds", type=float, default=15.0, help="after which no further round begins")
+    parser.add_argument("--peak-tflops", type=float, help="peak of the device in bfloat16, for utilization")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds after a warm-up")
+    parser.add_argument("--seconds", type=float, default=15.0, help="seconds after which no further round begins")
 
 
 _QUICK: dict[str, Any] = dict(
@@ -232,7 +234,7 @@ _QUICK: dict[str, Any] = dict(
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One rank's share of a long sequence on one GPU."""
+    """Measure one rank's share of a long sequence on one GPU."""
     if args.quick:
         vars(args).update(_QUICK, rounds=1)
     args.device = torch.device(args.device)

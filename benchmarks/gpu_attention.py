@@ -1,4 +1,4 @@
-"""Attention of one rank of S against plain attention, for :mod:`benchmarks.gpu`."""
+"""Time the attention of one rank of S against plain attention, for :mod:`benchmarks.gpu`."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cpu_flash": SDPBackend.FLASH_ATTENTION,
 }
-"""Under which name torch's own attention has a kernel."""
+"""Names of kernels in torch's own attention."""
 CONTEXT_PARALLEL = "context-parallel"
-"""The contestant that is torch's own ``context_parallel``. It has no kernel for CPU."""
+"""Name of the contestant for torch's own ``context_parallel``. It has no kernel for CPU."""
 
 
 @dataclass(frozen=True)
@@ -45,36 +45,39 @@ class Call:
     device: torch.device
 
     def tensors(self, local_length: int) -> list[Tensor]:
-        """Random q, k, v and gradient of the output, as projections leave them: [1, H, l, D], in memory [1, l, H, D]."""
+        """Draw q, k, v and the output's gradient, as projections leave them: [1, H, l, D], in memory [1, l, H, D]."""
         heads = (self.heads, self.kv_heads, self.kv_heads, self.heads)
         shapes = [(1, local_length, count, self.width) for count in heads]
         return [torch.randn(shape, device=self.device, dtype=self.dtype).transpose(1, 2) for shape in shapes]
 
     def flops(self, pairs: float) -> float:
-        """Of forward and backward: 2 and 5 matrix multiplications (FlashAttention-2, arXiv 2307.08691, section 4.1)."""
+        """Count the operations of forward and backward: 2 and 5 matrix multiplications.
+
+        Source: FlashAttention-2, arXiv 2307.08691, section 4.1.
+        """
         return 14.0 * self.heads * self.width * pairs
 
 
 def time_rank(call: Call, size: int, kernel: str, layout: str, head_chunks: Any) -> Timed:
-    """One rank's attention of S."""
+    """Time the attention of one rank of S."""
     attend = partial(lss_attention, shard=shard_of(size, layout), kernel=kernel, head_chunks=head_chunks)
     return time_call(attend, *call.tensors(call.length // size))
 
 
 def time_plain(call: Call, kernel: str) -> Timed:
-    """torch's own attention on a sequence that is whole."""
+    """Time torch's own attention on a whole sequence."""
     return time_call(partial(_attend, call, kernel), *call.tensors(call.length))
 
 
 def time_context_parallel(call: Call, size: int, kernel: str) -> Timed:
-    """One rank's attention of S with torch's own ``context_parallel``, as it is by default: balanced (the zigzag layout),
-    keys and values gathered. torch's fake process group copies in the place of its collectives, on the stream of the
-    computation. Its backward pass has to run within the context too.
+    """Time the attention of one rank of S with torch's own ``context_parallel`` and its defaults: balanced (the zigzag
+    layout), keys and values gathered. torch's fake process group copies instead of communicating, on the stream of the
+    computation. The backward pass has to run within the context too.
     """
     from torch.distributed.tensor.experimental import context_parallel  # a prototype: nothing else may depend on it
 
     mesh = DeviceMesh.from_group(dist.group.WORLD, call.device.type)
-    whole = torch.empty(call.length, device=call.device)  # the context balances only if it is given something to split
+    whole = torch.empty(call.length, device=call.device)  # the context balances only if it has a buffer to split
     with context_parallel(mesh, buffers=[whole], buffer_seq_dims=[0]):
         return time_call(partial(_attend, call, kernel), *call.tensors(call.length // size))
 
@@ -88,15 +91,15 @@ def _attend(call: Call, kernel: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def compare(
     call: Call, size: int, kernel: str, contestants: dict[str, dict[str, Any]], rounds: int, seconds: float
 ) -> Iterator[dict[str, Any]]:
-    """Columns of the contestants' rows, and of plain attention with as many pairs as the first of them.
+    """Measure the contestants' rows, and plain attention with as many pairs as the first of them.
 
     Args:
         call: sizes.
         size: S; the caller is within :func:`benchmarks.one_rank.one_rank_of`.
-        kernel: of all of them.
+        kernel: kernel of all contestants.
         contestants: by name, their ``layout`` and, if they are LSS, ``head_chunks``.
         rounds: turns of every contestant after a warm-up.
-        seconds: after which no further round begins.
+        seconds: time after which no further round begins.
     """
     shards = {name: shard_of(size, own["layout"]) for name, own in contestants.items()}
     pairs = {name: pairs_of_rank(call.length, x.rank, size, x.layout, True) for name, x in shards.items()}

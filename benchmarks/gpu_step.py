@@ -1,4 +1,4 @@
-"""Training steps of one rank of S with the Trainer, for :mod:`benchmarks.gpu`."""
+"""Time training steps of one rank of S with the Trainer, for :mod:`benchmarks.gpu`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _PEAK_FLOPS = {"NVIDIA H200": 989.5e12}
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Floating-point operations a second in bfloat16 that the maker states for the device; None if unknown."""
+    """Return the maker's figure of the device: floating-point operations a second in bfloat16; None if unknown."""
     if device.type != "cuda":
         return None
     return _PEAK_FLOPS.get(torch.cuda.get_device_name(device)) or get_available_flops(device, torch.bfloat16)
 
 
 class _Clock(StepClock):
-    """Also notes the bytes on the device at the peak of the steps after the first."""
+    """Note the bytes on the device at the peak of the steps after the first, too."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class _Clock(StepClock):
 
     @property
     def peak(self) -> int:
-        """Bytes."""
+        """Peak in bytes."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
 
 
@@ -56,16 +56,16 @@ def time_steps(
     device: torch.device,
     peak: float | None,
 ) -> list[dict[str, Any]]:
-    """Columns of one row: ``steps`` training steps on one sequence of ``length``, after two that are not counted.
+    """Measure one row: ``steps`` training steps on one sequence of ``length``, after two that are not counted.
 
     Args:
         size: S; the caller is within :func:`benchmarks.one_rank.one_rank_of`.
         length: L.
         checkpointing: mode of activation checkpointing.
         model: further arguments of :class:`~lightning_lss.LSSTransformer`.
-        steps: how many.
+        steps: number of timed steps.
         device: the GPU, or the CPU.
-        peak: floating-point operations a second to divide by; None for what is known of the device.
+        peak: floating-point operations a second to divide by; None for the maker's figure.
     """
     torch.manual_seed(0)
     module = LSSTransformer(seq_len=length, activation_checkpointing=checkpointing, **model)

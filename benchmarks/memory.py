@@ -1,10 +1,11 @@
-"""Memory of a rank by part, with torch's own tracker, on real ranks or on shapes alone.
+"""Measure the memory of a rank by part with torch's own tracker, on real ranks or on shapes alone.
 
-What is counted are the storages of tensors, in the categories of :class:`torch.distributed._tools.mem_tracker.MemTracker`.
-Activations are everything that is no parameter, buffer, gradient of a parameter or optimizer state: what forward keeps
-for backward, and all temporaries of either, received keys and values included. The buckets of DistributedDataParallel, as
-large as the gradients, count as gradients as soon as they are used. Not counted: what a kernel allocates for itself
-and frees before it returns, buffers inside gloo, and the interpreter.
+The tracker counts the storages of tensors, in the categories of
+:class:`torch.distributed._tools.mem_tracker.MemTracker`. Activations are everything beside parameters, buffers,
+gradients of parameters and optimizer state: tensors that forward keeps for backward, and all temporaries of either,
+received keys and values included. The buckets of DistributedDataParallel, as large as the gradients, count as gradients
+as soon as they are used. Not counted are a kernel's own buffers, freed before it returns, buffers inside gloo, and the
+interpreter.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ class Peak(NamedTuple):
 
 
 class StepTracker(MemTracker):
-    """Tracks one training step, for the peak of each part.
+    """Track one training step, for the peak of each part.
 
-    Lightning calls forward and backward from within the optimizer's step, so the optimizer's own part is the caller's
-    to announce, with :attr:`in_optimizer`.
+    Lightning calls forward and backward from within the optimizer's step, so the caller has to announce the optimizer's
+    own part, with :attr:`in_optimizer`.
     """
 
     def __init__(self) -> None:
@@ -67,7 +68,7 @@ class StepTracker(MemTracker):
 
     @property
     def in_optimizer(self) -> bool:
-        """Whether what is allocated now is optimizer state."""
+        """Tell whether allocations count as optimizer state now."""
         return self._in_opt
 
     @in_optimizer.setter
@@ -75,11 +76,11 @@ class StepTracker(MemTracker):
         self._in_opt = value
 
     def peak(self) -> Peak:
-        """What was found."""
+        """Return the peak so far."""
         return Peak(**self.peaks)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run and track, and know DDP's buckets, which hold gradients: its reducer scales gradients into them."""
+        """Run and track; count DDP's buckets as gradients, since its reducer scales gradients into them."""
         if func is torch.ops.aten.mul.out and self._mod_tracker.is_bw:
             bucket = (kwargs or {})["out"]
             if bucket.untyped_storage() not in self._WINFO:
@@ -89,12 +90,12 @@ class StepTracker(MemTracker):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> tuple[int, int]:
-        """Of every parameter; the base class would miss gradients of those that are used without their module's forward,
+        """Track every parameter; the base class would miss the gradients of those used without their module's forward,
         such as the head's weight in the loss."""
         return super()._track_module_params_and_buffers(module, install_grad_hooks=True)
 
     def _register_global_optimizer_hook(self) -> None:
-        """The base class would take everything within ``optimizer.step`` for optimizer state."""
+        """Register nothing: the base class would take everything within ``optimizer.step`` for optimizer state."""
 
     def _update_peak_stats(self, peak_state: Any) -> None:
         sizes = {"activations": 0, "parameters": 0, "gradients": 0, "optimizer": 0, "total": 0}
@@ -108,8 +109,8 @@ class StepTracker(MemTracker):
 
 
 class TrackedStep(pl.Callback):
-    """Tracks one step, after those of the warm-up: optimizer state exists by then, and the tracker has met DDP's buckets
-    in the step before it."""
+    """Track one step after the warm-up: by then optimizer state exists, and the tracker has met DDP's buckets in the
+    step before."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -118,7 +119,7 @@ class TrackedStep(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin with the step before."""
+        """Begin to track in the step before."""
         if batch_idx == self.step - 1:
             optimizers = [optimizer.optimizer for optimizer in trainer.strategy._lightning_optimizers]
             self.tracker.track_external(pl_module, *optimizers, *tree_leaves(batch))
@@ -128,21 +129,21 @@ class TrackedStep(pl.Callback):
             self.tracker.peaks = dict.fromkeys(self.tracker.peaks, 0)
 
     def on_before_optimizer_step(self, *args: Any) -> None:
-        """Say that the optimizer allocates from now on."""
+        """Announce that the optimizer allocates from now on."""
         self.tracker.in_optimizer = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """End with the step."""
+        """Stop after the step."""
         if batch_idx == self.step:
             self.tracker.__exit__(None, None, None)
         self.tracker.in_optimizer = False
 
 
 def measure(world: World, name: str, size: int, job: Job, shapes: bool) -> Peak:
-    """The peak of the rank that needs most, in the job's last step; the warm-up must be three steps or more, in the first
-    two of which DDP arranges its buckets."""
+    """Measure the peak of the rank that needs most, in the job's last step. The warm-up must be three steps or more:
+    DDP arranges its buckets in the first two."""
     if shapes:
         return world.run(1, track_shapes, name, size, job, group=False)[0]
     ranks, threads = ranks_and_threads(name, size)
@@ -151,16 +152,16 @@ def measure(world: World, name: str, size: int, job: Job, shapes: bool) -> Peak:
 
 
 def track_ranks(rank: int, name: str, size: int, job: Job) -> Peak:
-    """The peak of the job's last step on this rank, under the real Trainer."""
+    """Measure the peak of the job's last step on this rank, under the real Trainer."""
     tracked = TrackedStep(job.steps - 1)
     fit(name, size, job, tracked)
     return tracked.tracker.peak()
 
 
 def track_shapes(_: int, name: str, size: int, job: Job) -> Peak:
-    """The same for rank 0 of ``size`` without computing anything: fake tensors and a fake process group.
+    """Measure the peak of rank 0 of ``size`` without computing: on fake tensors in a fake process group.
 
-    A step without the Trainer; for ``single``, ``megatron`` and those that run under LSSStrategy without options.
+    The step runs without the Trainer, for ``single``, ``megatron`` and contestants under LSSStrategy without options.
     """
     with fake_world(0, size):
         module = _split_module(CONTESTANTS[name], size, job)
@@ -173,13 +174,13 @@ def track_shapes(_: int, name: str, size: int, job: Job) -> Peak:
 
 
 def _bucket_bytes(module: nn.Module) -> int:
-    """Bytes of DistributedDataParallel's buckets, which are there throughout."""
+    """Count the bytes of DistributedDataParallel's buckets; they exist throughout a step."""
     own = segment_local_names(module)
     return sum(x.nbytes for name, x in module.named_parameters() if name not in own)
 
 
 def _split_module(contestant: Contestant, size: int, job: Job) -> LSSTransformer:
-    """The module as rank 0 of ``size`` has it."""
+    """Build the module of rank 0 of ``size``."""
     module = make_module(contestant, job)
     if contestant.strategy == "megatron":
         parallelize(module.model, init_device_mesh("cpu", (1, size), mesh_dim_names=(DATA, TENSOR)))
@@ -187,13 +188,13 @@ def _split_module(contestant: Contestant, size: int, job: Job) -> LSSTransformer
         for part in segment_modules(module):
             part.set_shard(SequenceShard(0, size, contestant.layout, dist.group.WORLD))
     for part in module.modules():
-        if isinstance(part, SegmentDropout):  # would draw a seed, a number that fake tensors do not have
+        if isinstance(part, SegmentDropout):  # would draw a seed, and fake tensors have no numbers
             part.set_shard(WHOLE_SEQUENCE)  # torch's own dropout allocates the same
     return module
 
 
 def _make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace parameters and buffers by fake ones; what is tied stays tied."""
+    """Replace parameters and buffers by fake ones; tied ones stay tied."""
     fakes: dict[Tensor, Tensor] = {}
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
@@ -219,7 +220,7 @@ def _fake_step(module: LSSTransformer, local_length: int) -> Peak:
     optimizer = configured["optimizer"]
     batch = {key: torch.zeros(1, local_length, dtype=torch.int64) for key in ("inputs", "targets")}
     tracker = StepTracker()
-    for last in (False, True):  # the first step makes the optimizer's state
+    for last in (False, True):  # the first step creates the optimizer's state
         if last:
             tracker.track_external(module, optimizer, *batch.values())
             tracker.__enter__()
@@ -234,15 +235,15 @@ def _fake_step(module: LSSTransformer, local_length: int) -> Peak:
 
 
 def track_loss(loss: Callable[..., Tensor], tokens: int, width: int, vocabulary: int, shapes: bool) -> int:
-    """Peak bytes of ``loss(features, weight, targets)`` and its backward pass beyond these inputs, gradients included.
+    """Measure the peak bytes of ``loss(features, weight, targets)`` and its backward pass, beyond the inputs.
 
     Args:
-        loss: of features [N, E] and weight [V, E], float32, and targets [N].
+        loss: function of features [N, E] and weight [V, E], float32, and targets [N].
         tokens: N.
         width: E.
         vocabulary: V.
-        shapes: whether to track fake tensors instead of computing. What a C++ operator allocates for itself is only seen
-            when it computes.
+        shapes: whether to track fake tensors instead of computing. A C++ operator's own buffers are seen only when it
+            computes.
     """
     with FakeTensorMode() if shapes else nullcontext():
         features, weight = (torch.randn(rows, width, requires_grad=True) for rows in (tokens, vocabulary))
@@ -257,8 +258,8 @@ def track_loss(loss: Callable[..., Tensor], tokens: int, width: int, vocabulary:
 
 
 def allocated_peak(function: Callable[[], Any]) -> int:
-    """Peak bytes that ``function`` holds of torch's CPU allocator, kernels' own buffers included, beyond what there was
-    before."""
+    """Measure the peak bytes that ``function`` holds of torch's CPU allocator beyond those before, kernels' own buffers
+    included."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -270,9 +271,9 @@ def allocated_peak(function: Callable[[], Any]) -> int:
 
 
 def longest_length(peak: Callable[[int], int], cap: int, step: int, start: int) -> int:
-    """The longest multiple of ``step`` whose ``peak`` (bytes, by length) is at most ``cap``; 0 if there is none.
+    """Find the longest multiple of ``step`` whose ``peak`` (bytes, by length) is at most ``cap``; 0 if there is none.
 
-    Doubles from ``start`` until the cap is passed, then bisects; ``peak`` is taken to grow with the length.
+    Double from ``start`` until the cap is passed, then bisect; this assumes that ``peak`` grows with the length.
     """
     low, high = 0, max(1, start // step)
     while peak(high * step) <= cap:

@@ -1,7 +1,7 @@
-"""Slow links between ranks: every rank in a network namespace of its own, behind a link of limited rate.
+"""Slow down the links between ranks: every rank is in its own network namespace, behind a link of limited rate.
 
-Needs root and iproute2 (``ip`` and ``tc``). The links are full duplex: a token bucket filter (tbf) limits both of their
-ends. They meet in a bridge, as in a switch that is never the bottleneck.
+This needs root and iproute2 (``ip`` and ``tc``). The links are full duplex: a token bucket filter (tbf) limits both of
+their ends. They meet in a bridge, as in a switch that is never the bottleneck.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SUBNET = "10.213.77"
 
 
 def obstacle() -> str | None:
-    """Why links cannot be limited here, as a sentence, or None."""
+    """Return why links cannot be limited here, as a sentence, or None."""
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool, path=_path()) is None]
     if missing:
         return f"{' and '.join(missing)} not found: install iproute2."
@@ -40,7 +40,7 @@ class Network:
     """Links of ``megabits`` per second to ``size`` ranks; made and removed by a ``with`` statement.
 
     Raises:
-        RuntimeError: on entering, with what ``ip`` or ``tc`` said; whatever was made is removed again.
+        RuntimeError: on entering, with the message of ``ip`` or ``tc``; all links are removed again.
     """
 
     size: int
@@ -61,7 +61,7 @@ class Network:
         self._remove()
 
     def enter(self, rank: int) -> None:
-        """Move this process into the namespace of ``rank``: for a process that has one thread yet."""
+        """Move this process into the namespace of ``rank``: only for a process that still has one thread."""
         with open(f"/run/netns/{self.prefix}n{rank}") as namespace:
             libc = ctypes.CDLL(None, use_errno=True)
             if libc.setns(namespace.fileno(), _CLONE_NEWNET):
@@ -95,7 +95,7 @@ class Network:
 
 
 def bytes_received() -> int:
-    """What the kernel counted on this rank's link so far, headers included."""
+    """Read the bytes that the kernel counted on this rank's link so far, headers included."""
     for line in Path("/proc/thread-self/net/dev").read_text().splitlines():
         name, _, counters = line.partition(":")
         if name.strip() == "eth0":
@@ -104,7 +104,7 @@ def bytes_received() -> int:
 
 
 def measured_megabits(rank: int, megabits: int) -> float:
-    """What really passes from rank 0 to rank 1, in megabits per second, over about a quarter of a second."""
+    """Measure the real rate from rank 0 to rank 1, in megabits per second, over about a quarter of a second."""
     message = torch.zeros(megabits * 125_000 // 16)
     dist.barrier()
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""One rank of S on one device under the Trainer, and timed; see :mod:`lightning_lss.testing.one_rank`."""
+"""Run and time one rank of S on one device under the Trainer; see :mod:`lightning_lss.testing.one_rank`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_lss.testing.one_rank import synchronize
 
 
 class OneOfMany(LightningEnvironment):
-    """Tells Lightning that this process is the first of ``size`` machines of one device each, all of them launched."""
+    """Tell Lightning that this process is the first of ``size`` launched machines of one device each."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -22,20 +22,20 @@ class OneOfMany(LightningEnvironment):
 
     @property
     def creates_processes_externally(self) -> bool:
-        """There is nothing to launch."""
+        """Tell that all processes are launched."""
         return True
 
     def world_size(self) -> int:
-        """S."""
+        """Return S."""
         return self._size
 
     def node_rank(self) -> int:
-        """The first."""
+        """Return 0, the first."""
         return 0
 
 
 def copy_bucket(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
-    """A communication hook of DistributedDataParallel: the bucket of gradients is copied there and back."""
+    """Copy the bucket of gradients there and back: a communication hook of DistributedDataParallel."""
     buffer = bucket.buffer()
     buffer.copy_(buffer.clone())
     future: torch.futures.Future[Tensor] = torch.futures.Future()
@@ -44,18 +44,18 @@ def copy_bucket(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses a
 
 
 class Timed(NamedTuple):
-    """What one forward and backward pass took."""
+    """Time and memory of one forward and backward pass."""
 
     forward: float
     """Seconds."""
     backward: float
     """Seconds."""
     peak: int
-    """Bytes on the device at the peak, beyond what was there before; 0 on CPU."""
+    """Bytes on the device at the peak, beyond those before; 0 on CPU."""
 
     @property
     def seconds(self) -> float:
-        """Of both."""
+        """Seconds of both passes."""
         return self.forward + self.backward
 
 

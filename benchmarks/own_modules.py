@@ -1,4 +1,4 @@
-"""Two LightningModules as users write them, which the planner has never seen."""
+"""Two LightningModules as users write them; the planner knows neither."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ByteModel(pl.LightningModule):
         self.attention = LSSAttention(causal=True)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean cross entropy over the tokens of all ranks."""
+        """Return the mean cross entropy over the tokens of all ranks."""
         x = self.embed(batch["inputs"])  # [B, l, E]
         for layer in self.qkv:
             q, k, v = layer(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -36,7 +36,7 @@ class ByteModel(pl.LightningModule):
         return token_mean(loss, targets.numel())
 
     def configure_optimizers(self) -> Any:
-        """AdamW."""
+        """Return AdamW."""
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
@@ -53,7 +53,7 @@ class GPTBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, l, E] -> [B, l, E]."""
+        """Map [B, l, E] to [B, l, E]."""
         q, k, v = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.c_attn(self.ln_1(x)).chunk(3, dim=-1)
         )
@@ -62,8 +62,8 @@ class GPTBlock(nn.Module):
 
 
 class GPT(pl.LightningModule):
-    """GPT-2 in the manner of nanoGPT: a learned table of positions, tied embeddings, a log and a schedule. Its batch is a
-    pair of tokens and targets."""
+    """GPT-2 in the manner of nanoGPT: a learned table of positions, tied embeddings, a log and a schedule. Its batch is
+    a pair of tokens and targets."""
 
     def __init__(self, num_positions: int, width: int = 256, heads: int = 4, layers: int = 6) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class GPT(pl.LightningModule):
         self.lm_head.weight = self.wte.weight
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Mean cross entropy over the tokens of all ranks."""
+        """Return the mean cross entropy over the tokens of all ranks."""
         tokens, targets = batch
         x = self.wte(tokens) + self.wpe(tokens.size(1))
         for block in self.blocks:
@@ -86,7 +86,7 @@ class GPT(pl.LightningModule):
         return mean
 
     def configure_optimizers(self) -> Any:
-        """AdamW with a cosine over the steps of the run."""
+        """Return AdamW with a cosine over the steps of the run."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3, betas=(0.9, 0.95))
         steps = int(self.trainer.estimated_stepping_batches)
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)]

@@ -1,10 +1,11 @@
-"""Weak scaling as in the LSS paper (arXiv 2311.02382), predicted: the sequence grows with the ranks, LSS against its baseline.
+"""Predict the weak scaling of the LSS paper (arXiv 2311.02382), where the sequence grows with the ranks.
 
-python -m benchmarks paper-scaling                              # --set keep_gathered=True, --sharding fsdp, --batch-size 8
+python -m benchmarks paper-scaling                  # --set keep_gathered=True, --sharding fsdp, --batch-size 8
 
-Of the paper only the abstract is taken: 5.6x faster and 10.2x leaner than Nvidia's sequence parallelism on 144 V100s, and
-50,112 tokens on 3,456 GPUs at 161 % parallel efficiency and 32 PFLOP/s. 3,456 does not divide 50,112, so not all of those
-GPUs can have shared one sequence equally: here they are four sequence groups of 864, of 58 tokens a rank at every size.
+The figures of the paper's abstract: 5.6x faster and 10.2x leaner than Nvidia's sequence parallelism on 144 V100s,
+and 50,112 tokens on 3,456 GPUs at 161 % parallel efficiency and 32 PFLOP/s. 3,456 does not divide 50,112, so not all of
+those GPUs can have shared one sequence equally. Here they are four sequence groups of 864, with 58 tokens a rank at
+every size.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from lightning_lss.planner.traces import Traces
 V100 = Path(__file__).parents[1] / "conf" / "hardware" / "v100.yaml"
 TOKENS_A_RANK, LARGEST_GROUP, COMPARED_AT = 58, 864, 144
 DEVICES = (6, 36, 144, 432, 864, 3456)
-TRACED = (2, 4, 8)  # numbers of ranks that the baseline is traced for, which divide its 8 heads
+TRACED = (2, 4, 8)  # ranks to trace the baseline for: its 8 heads can be divided evenly among them
 PAPER = {"efficiency": 1.61, "petaflops": 32.0}  # of the abstract, on 3,456 GPUs
 
 SCHEMES = {
@@ -43,8 +44,9 @@ SCHEMES = {
 
 
 def without_limit(traces: Sequence[Trace], size: int) -> Trace:
-    """The baseline's step on ``size`` ranks as if heads could be split among any number of them. At a fixed local length what
-    a rank holds, sends and computes is a sum of shares of the model (1 / S), of its tokens, and of all tokens (S)."""
+    """Predict the baseline's step on ``size`` ranks as if heads could be divided among any number of them. At a fixed
+    local length, all that a rank holds, sends and computes is a sum of shares of the model (1 / S), of its own tokens
+    (1), and of all tokens (S)."""
     basis = np.array([[1, n, 1 / n] for n in TRACED])
     weights = np.array([1, size, 1 / size]) @ np.linalg.inv(basis)
     names = [field.name for field in fields(Trace)]
@@ -61,7 +63,7 @@ def without_limit(traces: Sequence[Trace], size: int) -> Trace:
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared: ``batch_size`` sequences a group, on ``hardware``."""
+    """A comparison: ``batch_size`` sequences a group, on ``hardware``."""
 
     lss: Traces
     baseline: Traces
@@ -69,7 +71,7 @@ class Study:
     hardware: Hardware
 
     def row(self, scheme: str, devices: int) -> dict[str, Any]:
-        """One scheme at one number of devices, with seconds of one sequence."""
+        """Predict one scheme at one number of devices; seconds are those of one sequence."""
         length = TOKENS_A_RANK * min(devices, LARGEST_GROUP)
         own, size = scheme.startswith("lss"), min(devices, LARGEST_GROUP)
         if own:
@@ -101,7 +103,7 @@ class Study:
 
 
 def run(args: Namespace) -> list[dict[str, Any]]:
-    """Weak scaling as in the LSS paper, predicted from traces."""
+    """Predict the weak scaling of the LSS paper from traces."""
     sizes = {**model_options("enwik8-small"), **dict(args.set)}
     with torch.device("meta"):
         module = LSSTransformer(**sizes, seq_len=TOKENS_A_RANK * 2)
@@ -122,7 +124,7 @@ def run(args: Namespace) -> list[dict[str, Any]]:
 
 
 def tell_ratios(rows: list[dict[str, Any]], name: str) -> None:
-    """Print how many times what LSS needs the baseline called ``name`` needs, at 144 devices."""
+    """Print the time and memory of the baseline called ``name`` at 144 devices, as multiples of those of LSS."""
     found = {row["scheme"]: row for row in rows if row["devices"] == COMPARED_AT}
     if found:
         own, other = found["lss"], found[name]
@@ -135,7 +137,7 @@ def tell_ratios(rows: list[dict[str, Any]], name: str) -> None:
 
 
 def draw(rows: list[dict[str, str]]) -> Figure:
-    """Time, memory, efficiency and throughput over the number of GPUs, of the newest run."""
+    """Draw time, memory, efficiency and throughput over the number of GPUs, of the newest run."""
     newest = [row for row in rows if row["date"] == rows[-1]["date"]]
     devices = sorted({int(row["devices"]) for row in newest})
     figure = Figure(figsize=(11, 8), layout="constrained")

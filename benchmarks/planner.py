@@ -1,4 +1,4 @@
-"""The planner's memory of a rank against torch's memory tracker, under the real Trainer on real ranks.
+"""Compare the planner's memory of a rank with torch's memory tracker, under the real Trainer on real ranks.
 
 python -m benchmarks planner
 """
@@ -24,7 +24,7 @@ from lightning_lss import LSSStrategy, LSSTransformer
 from lightning_lss.planner import Hardware, Link, plan
 from lightning_lss.testing.world import World
 
-# for memory only the kernel counts
+# only the kernel affects memory
 CPU = Hardware(
     "CPU",
     1e10,
@@ -42,16 +42,16 @@ STEPS = 4  # DDP arranges its buckets in the first two
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, and how; a function at the top level of a module builds it, so that ranks can.
+    """A module and its training; a function at the top level of a module builds it, so that ranks can too.
 
     Args:
-        what: a name.
+        what: name of the row.
         size: ranks S.
         length: global sequence length L.
-        build: called with ``model``.
-        model: its arguments.
+        build: function that builds the module from ``model``.
+        model: arguments of ``build``.
         strategy: arguments of :class:`~lightning_lss.LSSStrategy`; ``size`` 1 trains without one.
-        precision: Lightning's name of it.
+        precision: Lightning's name of the precision.
         pair: whether a batch is a pair instead of a dict.
     """
 
@@ -65,18 +65,18 @@ class Case:
     pair: bool = False
 
     def samples(self, number: int) -> list[Any]:
-        """Random tokens and their successors."""
+        """Draw random tokens and their successors."""
         tokens = torch.randint(256, (self.length + 1,), generator=torch.Generator().manual_seed(1))
         pair = (tokens[:-1], tokens[1:])
         return [pair if self.pair else dict(zip(("inputs", "targets"), pair))] * number
 
     def module(self) -> pl.LightningModule:
-        """The module."""
+        """Build the module."""
         return self.build(**self.model)
 
 
 def transformer(what: str, size: int, length: int, strategy: dict[str, Any] | None = None, **options: Any) -> Case:
-    """A case of LSSTransformer with three layers, changed by ``options``."""
+    """Return a case of LSSTransformer with three layers, changed by ``options``."""
     precision = options.pop("precision", "32-true")
     sizes = {"seq_len": length, "width": 256, "num_layers": 3, "num_heads": 4, "positions": "rotary", **options}
     return Case(what, size, length, sizes, strategy or {}, precision)
@@ -97,7 +97,7 @@ CASES = [
         mlp_width=2048,
     ),
     transformer("keep_gathered", 4, 4096, keep_gathered=True),
-    transformer("4 chunks of heads", 2, 8192, head_chunks=4),
+    transformer("4 head chunks", 2, 8192, head_chunks=4),
     transformer("8,192 tokens", 2, 4096, vocab_size=8192),
     transformer("dropout, swiglu, 2 of 8 heads", 4, 4096, mlp="swiglu", num_heads=8, num_kv_heads=2, dropout=0.1),
     transformer("bf16-mixed", 2, 4096, precision="bf16-mixed"),
@@ -110,7 +110,7 @@ CASES = [
 
 
 def track(rank: int, case: Case) -> int:
-    """Bytes at the peak of the last of a few steps on this rank."""
+    """Measure the bytes at the peak of the last of a few steps on this rank."""
     tracked = TrackedStep(STEPS - 1)
     strategy: Any = "auto"
     if case.size > 1:
@@ -130,7 +130,7 @@ def track(rank: int, case: Case) -> int:
 
 
 def predict(case: Case) -> float:
-    """The planner's bytes."""
+    """Predict the bytes with the planner."""
     (batch,) = DataLoader(case.samples(1), batch_size=1)
     planned = plan(case.module(), batch, case.size, CPU, precision=case.precision, **case.strategy)
     (choice,) = (choice for choice in planned.choices if choice.size == case.size)
@@ -138,7 +138,7 @@ def predict(case: Case) -> float:
 
 
 def compare(world: World, case: Case) -> dict[str, Any]:
-    """Measure and predict."""
+    """Measure a case, and predict it."""
     measured, predicted = max(world.run(case.size, track, case, group=case.size > 1)), predict(case)
     error = predicted / measured - 1
     print(
@@ -161,13 +161,13 @@ def compare(world: World, case: Case) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to compare."""
+    """Add the options of :func:`run`."""
     parser.add_argument("--quick", action="store_true", help="one configuration, for a smoke test; no figure")
     parser.add_argument("--output", type=Path, default=results.FOLDER, help="folder of the CSV")
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The planner's memory of a rank against torch's memory tracker on real ranks."""
+    """Compare the planner's memory of a rank with torch's memory tracker on real ranks."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     cases = CASES[1:2] if args.quick else CASES
     with World(max(case.size for case in cases), timeout=600) as world:

@@ -1,4 +1,4 @@
-"""Rows of figures: one CSV a figure, with the environment and the commit in every row."""
+"""Keep the rows of figures: one CSV a figure, with the environment and the commit in every row."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parent / "results"
 
 @cache
 def environment() -> dict[str, Any]:
-    """Say where and with what a figure is measured; ``load`` is the load average of the minute before."""
+    """Describe the machine and the versions of a measurement; ``load`` is the load average of the minute before."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -40,7 +40,7 @@ def commit() -> str:
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-        # results are not what is measured
+        # results do not change what is measured
         changes = [*git, "status", "--porcelain", "-uno", "--", ":/", ":!/benchmarks/results"]
         dirty = subprocess.run(changes, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:
@@ -95,7 +95,7 @@ def read(figure: str, folder: Path = FOLDER) -> list[dict[str, str]]:
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    """Print what differs between the rows as a table, and above it what they have in common; of one row, all of it."""
+    """Print a table of the columns that differ, below the values that all rows share; a single row is printed whole."""
     if len(rows) == 1:
         rows = [{"": key.replace("_", " "), "value": value} for key, value in rows[0].items() if value != ""]
     common = {key: value for key, value in rows[0].items() if len(rows) > 1 and all(r[key] == value for r in rows)}

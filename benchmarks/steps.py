@@ -1,4 +1,4 @@
-"""Figures of whole training steps: step time, scaling, overhead, and slow links."""
+"""Measure whole training steps: step time, scaling, overhead, and slow links."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ Row = dict[str, Any]
 
 
 def ranks_and_threads(name: str, size: int) -> tuple[int, int]:
-    """Processes of a contestant and torch's threads of each: one process gets the threads of all, up to the cores."""
+    """Return a contestant's processes, and the threads of each: one process gets the threads of all, up to the
+    cores."""
     single = CONTESTANTS[name].strategy == "single"
     return (1, min(size, os.cpu_count() or 1)) if single else (size, 1)
 
 
 def who_takes_part(names: Sequence[str], size: int, heads: int, kv_heads: int) -> list[str]:
-    """Those who can; for the others says why not."""
+    """Select the contestants that can take part; print why the others cannot."""
     able = []
     for name in names:
         obstacle = CONTESTANTS[name].obstacle(size, heads, kv_heads)
@@ -40,22 +41,24 @@ def who_takes_part(names: Sequence[str], size: int, heads: int, kv_heads: int) -
 
 
 def compare_steps(world: World, names: Sequence[str], size: int, job: Job, rounds: int) -> list[Row]:
-    """A row for each contestant: median step, ratios within a round to ``single``, ``ddp`` and ``megatron``, and whether
-    gradients are right (against one process, on a small model of the same kind)."""
+    """Measure a row for each contestant: median step, ratios within a round to ``single``, ``ddp`` and ``megatron``,
+    and whether gradients are right (against one process, on a small model of the same kind)."""
     heads, kv_heads = job.model["num_heads"], job.model.get("num_kv_heads") or job.model["num_heads"]
     names = who_takes_part(names, size, heads, kv_heads)
     errors = _gradient_errors(world, names, size, job)
     received: dict[str, int] = {}
     runs = {name: partial(_one_turn, world, name, size, job, received) for name in names}
-    seconds = in_turn(runs, rounds, warm_up=0)  # every turn has warm-up steps of its own
+    seconds = in_turn(runs, rounds, warm_up=0)  # every turn has its own warm-up steps
     return [_row(name, size, job, rounds, seconds, errors, received) for name in names]
 
 
 def compare_single_ranks(world: World, names: Sequence[str], job: Job, runs: int) -> list[Row]:
-    """Rows as of :func:`compare_steps` for one rank, whose runs take turns step by step: a round is one step of each. What
-    else the machine does in the meantime meets them even more alike, so that a hundredth can be seen. Who is the first to
-    train changes from run to run, since that alone makes some hundredths; rows tell the runs apart, since their spread
-    says what the median of all rounds is worth."""
+    """Measure the rows of :func:`compare_steps` for one rank; runs take turns step by step, one step of each a round.
+
+    Other load on the machine affects such runs even more alike, so that a hundredth can be seen. The first to train
+    changes from run to run, since that alone makes some hundredths. Rows keep the runs apart: their spread is the error
+    of the median of all rounds.
+    """
     errors = _gradient_errors(world, names, 1, job)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     against_ddp: dict[str, list[float]] = {name: [] for name in names}  # of each run
@@ -91,14 +94,14 @@ def _gradient_errors(world: World, names: Sequence[str], size: int, job: Job) ->
 
 
 def time_steps_and_bytes(rank: int, name: str, size: int, job: Job) -> tuple[list[float], int]:
-    """See :func:`~benchmarks.training.time_steps`; with what the kernel counted on the link, per step of the run."""
+    """Call :func:`~benchmarks.training.time_steps`, and add the bytes that the kernel counted on the link, per step."""
     before = bytes_received()
     seconds = time_steps(rank, name, size, job)
     return seconds, (bytes_received() - before) // job.steps
 
 
 def _one_turn(world: World, name: str, size: int, job: Job, received: dict[str, int]) -> float:
-    """Median seconds of a step in one run, the slowest rank's of each step."""
+    """Return the median seconds of a step in one run; the slowest rank gives the seconds of each step."""
     ranks, threads = ranks_and_threads(name, size)
     group = CONTESTANTS[name].strategy != "single"
     answers = world.run(ranks, time_steps_and_bytes, name, ranks, job, threads=threads, group=group)

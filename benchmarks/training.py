@@ -1,4 +1,4 @@
-"""A training run of one contestant: the real Trainer on the same model and the same tokens for everyone."""
+"""Train one contestant: the real Trainer on the same model and the same tokens for everyone."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ _SIZES = (
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, and for how long.
+    """A model and the length of its training.
 
     Args:
         model: arguments of :class:`~lightning_lss.LSSTransformer`, ``seq_len`` included.
         steps: training steps of a run, those of the warm-up included.
-        warm_up: how many of them come first and are not counted.
+        warm_up: number of steps at the start that are not counted.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
@@ -66,20 +66,19 @@ class Job:
         return TransformerConfig(**{name: value for name, value in self.model.items() if name in names})
 
     def with_model(self, **options: Any) -> Job:
-        """The same job with other arguments of the model."""
+        """Return the same job with other arguments of the model."""
         return replace(self, model={**self.model, **options})
 
 
 def model_options(name: str, **options: Any) -> dict[str, Any]:
-    """Arguments of the model from ``conf/model/NAME.yaml`` on bytes; those in ``options`` that are not None replace
-    them."""
+    """Read the arguments of a model on bytes from ``conf/model/NAME.yaml``; ``options`` other than None replace them."""
     config = OmegaConf.merge(OmegaConf.load(_CONF / "default.yaml"), OmegaConf.load(_CONF / f"{name}.yaml"))
     sizes = {key: config[key] for key in _SIZES}
     return {"vocab_size": 256, **sizes, **{key: value for key, value in options.items() if value is not None}}
 
 
 def make_module(contestant: Contestant, job: Job) -> LSSTransformer:
-    """The model, from the same seed for everyone, with the contestant's attention in it."""
+    """Build the model from the same seed for everyone, with the contestant's attention in it."""
     torch.manual_seed(7)
     cls = MegatronTransformer if contestant.strategy == "megatron" else LSSTransformer
     module = cls(**{**job.model, **contestant.model})
@@ -88,8 +87,7 @@ def make_module(contestant: Contestant, job: Job) -> LSSTransformer:
 
 
 def place_attention(root: nn.Module, contestant: Contestant) -> None:
-    """Put the contestant's attention, where it has its own, in the place of every
-    :class:`~lightning_lss.LSSAttention` below ``root``."""
+    """Replace every :class:`~lightning_lss.LSSAttention` below ``root`` by the contestant's attention, if any."""
     if contestant.attention is None:
         return
     parents: list[Any] = [
@@ -100,7 +98,7 @@ def place_attention(root: nn.Module, contestant: Contestant) -> None:
 
 
 def make_trainer(contestant: Contestant, size: int, job: Job, callbacks: list[pl.Callback]) -> pl.Trainer:
-    """A Trainer for ``size`` ranks that share every sequence, without what would write files or print."""
+    """Build a Trainer for ``size`` ranks that share every sequence; it writes no files and prints nothing."""
     return pl.Trainer(
         accelerator="cpu",
         devices=size,
@@ -117,7 +115,7 @@ def make_trainer(contestant: Contestant, size: int, job: Job, callbacks: list[pl
 
 
 def make_strategy(contestant: Contestant, size: int) -> Any:
-    """The strategy of a rank."""
+    """Build the strategy of a rank."""
     launched: dict[str, Any] = {"cluster_environment": LightningEnvironment()}  # the processes exist already
     if contestant.strategy == "single":
         return "auto"
@@ -131,14 +129,14 @@ def make_strategy(contestant: Contestant, size: int) -> Any:
 
 
 def make_loader(job: Job) -> DataLoader[Any]:
-    """The same sequence of random bytes at every step."""
+    """Yield the same sequence of random bytes at every step."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(job.model["vocab_size"], (job.length + 1,), generator=generator)
     return DataLoader([{"inputs": tokens[:-1], "targets": tokens[1:]}] * job.steps, batch_size=1)
 
 
 def fit(name: str, size: int, job: Job, *callbacks: pl.Callback) -> pl.Trainer:
-    """Train."""
+    """Train ``job`` on this rank."""
     contestant = CONTESTANTS[name]
     trainer = make_trainer(contestant, size, job, list(callbacks))
     trainer.fit(make_module(contestant, job), make_loader(job))
@@ -146,16 +144,16 @@ def fit(name: str, size: int, job: Job, *callbacks: pl.Callback) -> pl.Trainer:
 
 
 def time_steps(rank: int, name: str, size: int, job: Job) -> list[float]:
-    """Seconds from the end of one step to the end of the next, data loading included; without the warm-up."""
+    """Measure the seconds between the ends of consecutive steps, with data loading, without the warm-up."""
     clock = StepClock()
     fit(name, size, job, clock)
     return clock.seconds_between_ends[job.warm_up - 1 :]
 
 
 class _Turns(pl.Callback):
-    """Takes turns with other runs, step by step, and notes the seconds of its own steps.
+    """Take turns with other runs, step by step, and note the seconds of its own steps.
 
-    A byte in a pipe is the right to go on: the run whose turn it is takes it out of ``before``, trains one step (from
+    A byte in a pipe is the permission to go on: a run takes it out of ``before``, trains one step (from
     the end of the last one, data loading included) and puts it into ``after``.
     """
 
@@ -183,8 +181,8 @@ class _Turns(pl.Callback):
 
 
 def time_steps_in_turn(rank: int, names: Sequence[str], job: Job, folder: Path) -> list[float]:
-    """Seconds of the steps of contestant ``names[rank]``, which trains as the only rank of its own run while the others
-    wait; without the warm-up. ``folder`` has a named pipe for each of them."""
+    """Measure the seconds of the steps of contestant ``names[rank]``, without the warm-up. It trains as the only rank
+    of its own run while the others wait. ``folder`` has a named pipe for each of them."""
     pipes = [folder / str(index) for index in range(len(names))]
     turns = _Turns(pipes[rank], pipes[(rank + 1) % len(names)], first=rank == 0)
     fit(names[rank], 1, job, turns)
@@ -194,7 +192,7 @@ def time_steps_in_turn(rank: int, names: Sequence[str], job: Job, folder: Path) 
 
 
 class _Gradients(pl.Callback):
-    """Whole gradients as the optimizer is about to see them."""
+    """Keep the whole gradients of the first step, as the optimizer sees them."""
 
     def __init__(self) -> None:
         self.by_name: dict[str, Tensor] = {}
@@ -206,24 +204,24 @@ class _Gradients(pl.Callback):
 
 
 def whole(x: Tensor) -> Tensor:
-    """All of a tensor that may be distributed."""
+    """Return the whole of a tensor that may be distributed."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def gradients(rank: int, name: str, size: int, job: Job) -> dict[str, Tensor]:
-    """The gradients of the first step, by parameter; of rank 0 only, since they are the same on all."""
+    """Return the gradients of the first step by parameter, on rank 0 only, since all ranks have the same."""
     taken = _Gradients()
     fit(name, size, replace(job, steps=1, warm_up=0), taken)
     return taken.by_name if rank == 0 else {}
 
 
 def gradient_error(own: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest relative error of a parameter's gradient; infinite if one is missing or not finite."""
+    """Return the largest relative error of a parameter's gradient; infinite if one is missing or not finite."""
     return worst_difference(own, expected).error
 
 
 def checking_job(job: Job, size: int) -> Job:
-    """A small job for the same kind of model, on which gradients are compared: short, shallow, without dropout.
+    """Return a small job of the same kind to compare gradients on: short, shallow, without dropout.
 
     Positions are rotary, so that every parameter exists whole on every rank.
     """

@@ -1,7 +1,7 @@
-"""Contestants that take turns.
+"""Run contestants in turns.
 
-Every contestant is run in the same worker processes, A B A B, so that whatever else the machine does meets them all
-alike. Ratios are taken within a round and their median is quoted.
+Every contestant runs in the same worker processes, A B A B, so that other load on the machine affects them alike.
+Figures are medians of the ratios within a round.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 def start_ranks(size: int, network: Network | None = None) -> World:
-    """Up to ``size`` ranks for benchmarks, behind the limited links of ``network`` where it is given."""
+    """Start up to ``size`` ranks for benchmarks, behind the limited links of ``network`` where it is given."""
     enter = None if network is None else network.enter
     return World(size, 3600.0, enter, preload=["torch", "lightning_lss", "benchmarks.training"])
 
@@ -27,13 +27,13 @@ def start_ranks(size: int, network: Network | None = None) -> World:
 def in_turn(
     contestants: Mapping[str, Callable[[], Result]], rounds: int, warm_up: int = 1, most_seconds: float = math.inf
 ) -> dict[str, list[Result]]:
-    """What every contestant gave in every round; in each round every contestant runs once, in order.
+    """Return the results of every contestant in every round; in each round every contestant runs once, in order.
 
     Args:
         contestants: by name, a function that runs the contestant and returns its seconds, or more.
-        rounds: how many rounds are kept.
-        warm_up: how many rounds before them are thrown away.
-        most_seconds: no round but the first begins when those that are kept have taken as long.
+        rounds: number of rounds to keep.
+        warm_up: number of rounds to discard before them.
+        most_seconds: no further round begins after the kept ones have taken so long.
     """
     found: dict[str, list[Result]] = {name: [] for name in contestants}
     start = math.inf
@@ -50,5 +50,5 @@ def in_turn(
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """Median over the rounds of the ratio within a round."""
+    """Return the median over the rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(numerators, denominators))

@@ -1,4 +1,4 @@
-"""LightningCLI with this package's model and data. Run: python examples/lightning_cli.py fit --help"""
+"""Run LightningCLI with this package's model and data: python examples/lightning_cli.py fit --help"""
 
 from lightning.pytorch.cli import LightningCLI
 

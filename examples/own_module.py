@@ -1,5 +1,7 @@
-"""Your own LightningModule on long sequences: the marked lines are all that LSS asks for. Run: python
-examples/own_module.py"""
+"""Train your own LightningModule on long sequences. LSS needs only the numbered lines.
+
+Run: python examples/own_module.py
+"""
 
 from pathlib import Path
 
@@ -17,7 +19,7 @@ class ByteModel(L.LightningModule):
         super().__init__()
         self.heads = heads
         self.embed, self.qkv, self.out = nn.Embedding(256, width), nn.Linear(width, 3 * width), nn.Linear(width, 256)
-        self.rotary = RotaryEmbedding(width // heads)  # 2. positions that know where in the sequence they are
+        self.rotary = RotaryEmbedding(width // heads)  # 2. positions of the whole sequence, not of the segment
         self.attention = LSSAttention(causal=True)  # 3. attention that sees the whole sequence
 
     def training_step(self, batch, batch_idx):

@@ -1,4 +1,4 @@
-"""Refuse configurations that cannot work before anything is started: no process, no folder of data, no model."""
+"""Refuse configurations that cannot work, before a process, a folder of data or a model exists."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check(cfg: DictConfig) -> None:
     if cfg.mode == "plan":
         if cfg.get("hardware") is None:
             raise ValueError(
-                "mode=plan needs to know what it plans for: add hardware=cpu, hardware=h100 or another choice of that group."
+                "mode=plan needs hardware to plan for: add hardware=cpu, hardware=h100 or another choice of that group."
             )
         check_plan(cfg)
         return
@@ -38,13 +38,13 @@ def check(cfg: DictConfig) -> None:
 
 
 def check_checkpoint(cfg: DictConfig) -> None:
-    """Refuse a checkpoint that is missing, or a folder where the strategy reads files only; raises ``ValueError``."""
+    """Refuse a missing checkpoint, and a folder where the strategy reads files only; raises ``ValueError``."""
     path = Path(cfg.ckpt_path)
     if not (path.exists() or "://" in cfg.ckpt_path):
         raise ValueError(f"ckpt_path={path} does not exist.")
     if path.is_dir() and not cfg.strategy.get("_target_", "").endswith(SPLITTING):
         raise ValueError(
-            f"ckpt_path={path} is a folder, which this strategy cannot read: make a file of it with"
+            f"ckpt_path={path} is a folder, and this strategy reads files: convert it with"
             " lightning_lss.checkpoint.consolidate(folder, file), or use strategy=lss."
         )
 
@@ -59,7 +59,7 @@ def check_split(cfg: DictConfig, world_size: int) -> None:
     if not target.endswith(SPLITTING):
         if cfg.sequence_parallel_size not in ("auto", 1):
             raise ValueError(
-                f"sequence_parallel_size={cfg.sequence_parallel_size} has no meaning for this strategy: use strategy=lss."
+                f"sequence_parallel_size={cfg.sequence_parallel_size} has no effect with this strategy: use strategy=lss."
             )
         return
     size = layouts.resolve_sequence_parallel_size(world_size, cfg.strategy.sequence_parallel_size)

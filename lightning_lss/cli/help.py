@@ -1,4 +1,4 @@
-"""The text of ``--help``, made from the YAML files of ``conf/`` and the comments in them."""
+"""Compose the text of ``--help`` from the YAML files of ``conf/`` and their comments."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ EXAMPLES = {
 
 
 def help_text(_root_: DictConfig) -> str:
-    """Groups with their choices and all keys of the composed configuration ``_root_``, each with its comment.
+    """List the groups with their choices, and all keys of the configuration ``_root_``, each with its comment.
 
-    Hydra takes it as ``hydra.help.template``, in which ``$`` is written twice.
+    Hydra reads the text as ``hydra.help.template``; there ``$`` is written twice.
     """
     runtime = _root_.hydra.runtime
     folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
@@ -40,9 +40,9 @@ def help_text(_root_: DictConfig) -> str:
         f"    {command} [GROUP=CHOICE ...] [KEY=VALUE ...] [--config-dir FOLDER] [--multirun]\n",
         "Examples\n",
         *(f"    # {what}\n    {command} {words}".rstrip() for what, words in EXAMPLES.items()),
-        "\nGroups: GROUP=CHOICE, * marks what is chosen",
+        "\nGroups: GROUP=CHOICE, * marks the present choice",
         *_group_lines(folders, choices),
-        "\nKeys: KEY=VALUE, with the values that these choices give them",
+        "\nKeys: KEY=VALUE, with the values of these choices",
         *_key_lines(cast("dict[str, Any]", OmegaConf.to_container(_root_)), choices, comments(folders, choices)),
         "\n--hydra-help shows Hydra's own options. HYDRA_FULL_ERROR=1 shows where an error was found.",
     ]
@@ -50,7 +50,7 @@ def help_text(_root_: DictConfig) -> str:
 
 
 def program_name() -> str:
-    """What the user typed to start this: ``train.py`` or ``lightning-lss``."""
+    """Return the name of this program, as the user typed it: ``train.py``, ``lightning-lss`` or the module's name."""
     name = Path(sys.argv[0]).name
     return "lightning_lss.cli" if name == "__main__.py" else name
 
@@ -63,33 +63,33 @@ def _group_lines(folders: list[Path], choices: dict[str, str | None]) -> Iterato
             yield _columns(f"{'*' if name == chosen else ' '} {group}={name}", description(file))
 
 
-def _key_lines(cfg: dict[str, Any], choices: dict[str, str | None], told: dict[str, str]) -> Iterator[str]:
+def _key_lines(cfg: dict[str, Any], choices: dict[str, str | None], known: dict[str, str]) -> Iterator[str]:
     top = {key: value for key, value in cfg.items() if key not in choices and key != "hydra"}
     sections = {"": top, **{f"{group}.": cfg[group] for group in choices if cfg.get(group)}}
     for prefix, section in sections.items():
         yield ""
-        yield from (_columns(f"  {key}{value}", comment) for key, value, comment in keys(section, prefix, told))
+        yield from (_columns(f"  {key}{value}", comment) for key, value, comment in keys(section, prefix, known))
 
 
 def _columns(left: str, right: str) -> str:
-    """``left`` and beside it ``right``, wrapped; below it where ``left`` is too long."""
+    """Put ``right``, wrapped, beside ``left``; below it where ``left`` is too long."""
     margin = " " * LEFT
     block = textwrap.fill(right, WIDTH, initial_indent=margin, subsequent_indent=margin, break_long_words=False)
     return f"{left}\n{block}".rstrip() if len(left) > LEFT - 2 else left + block[len(left) :]
 
 
-def keys(section: dict[str, Any], prefix: str, told: dict[str, str]) -> Iterator[tuple[str, str, str]]:
-    """Each key below ``prefix``, its value as ``=YAML``, and its comment; ``""`` where it has none.
+def keys(section: dict[str, Any], prefix: str, known: dict[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Yield each key below ``prefix``, its value as ``=YAML``, and its comment, ``""`` where it has none.
 
-    A mapping is a value itself unless it makes an object or one of its keys has a comment.
+    A mapping is a value itself, unless it makes an object or one of its keys has a comment.
     """
     for name, value in section.items():
         key = f"{prefix}{name}"
-        if isinstance(value, dict) and ("_target_" in value or any(other.startswith(f"{key}.") for other in told)):
-            yield key, "", told.get(key, "")
-            yield from keys(value, f"{key}.", told)
+        if isinstance(value, dict) and ("_target_" in value or any(other.startswith(f"{key}.") for other in known)):
+            yield key, "", known.get(key, "")
+            yield from keys(value, f"{key}.", known)
         elif name != "_target_":
-            yield key, f"={_as_yaml(value)}", told.get(key, "")
+            yield key, f"={_as_yaml(value)}", known.get(key, "")
 
 
 def _as_yaml(value: Any) -> str:
@@ -101,44 +101,44 @@ def _as_yaml(value: Any) -> str:
 
 
 def comments(folders: list[Path], choices: dict[str, str | None]) -> dict[str, str]:
-    """The comment of each key, such as ``model.width``, in the main file, the files chosen and those they build on."""
-    told: dict[str, str] = {}
+    """Find the comment of each key, such as ``model.width``, in the main file, the chosen files and their bases."""
+    known: dict[str, str] = {}
     for file in (file for folder in folders for file in folder.glob("*.yaml")):
-        told |= comments_of(file)
+        known |= comments_of(file)
     for group, choice in choices.items():
-        told |= _with_bases(folders, group, choice)
-    return told
+        known |= _with_bases(folders, group, choice)
+    return known
 
 
 def _with_bases(folders: list[Path], group: str, choice: str | None) -> dict[str, str]:
-    """The comments of a choice: its own, else those of the choices of the same group in its defaults list."""
+    """Find the comments of a choice: its own, else those of the choices of the same group in its defaults list."""
     file = next((file for folder in folders if (file := folder / group / f"{choice}.yaml").is_file()), None)
     if file is None:
         return {}
-    told: dict[str, str] = {}
+    known: dict[str, str] = {}
     for base in yaml.safe_load(file.read_text()).get("defaults", []):
         if isinstance(base, str):  # others change the choice of another group
-            told |= _with_bases(folders, group, base)
+            known |= _with_bases(folders, group, base)
     prefix = "" if "# @package _global_" in file.read_text() else f"{group}."
-    return told | {f"{prefix}{key}": comment for key, comment in comments_of(file).items()}
+    return known | {f"{prefix}{key}": comment for key, comment in comments_of(file).items()}
 
 
 def comments_of(file: Path) -> dict[str, str]:
-    """The comment beside each key of a YAML file; keys within keys are joined by dots, and those without are left out."""
-    lines, told = file.read_text().splitlines(), {}
+    """Find the comment beside each key of a YAML file; dots join nested keys. Keys without a comment are left out."""
+    lines, known = file.read_text().splitlines(), {}
     mappings: list[tuple[str, Any]] = [("", yaml.compose("\n".join(lines)))]
-    for prefix, mapping in mappings:  # the list grows by the mappings within
+    for prefix, mapping in mappings:  # the list grows by nested mappings
         for key, value in mapping.value:
             line = key.start_mark.line
             end = value.end_mark if value.end_mark.line == line else key.end_mark  # a # within a value is part of it
             if comment := lines[line][end.column :].partition("#")[2]:
-                told[f"{prefix}{key.value}"] = comment.strip()
+                known[f"{prefix}{key.value}"] = comment.strip()
             if isinstance(value, yaml.MappingNode) and not value.flow_style:
                 mappings.append((f"{prefix}{key.value}.", value))
-    return told
+    return known
 
 
 def description(file: Path) -> str:
-    """The first line of comment of a YAML file; ``""`` if there is none above its keys."""
+    """Return the first comment line of a YAML file; ``""`` if there is none above its keys."""
     first = next((line for line in file.read_text().splitlines() if not line.startswith("# @package")), "")
     return first.removeprefix("#").strip() if first.startswith("#") else ""

@@ -1,4 +1,4 @@
-"""Compose a configuration with Hydra, check it, and do what its mode says."""
+"""Compose a configuration with Hydra, check it, and run its mode."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from lightning_lss.data.download import DownloadError
 PACKAGE = Path(__file__).parent.parent
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # in a wheel; in a clone
 
-# Errors about what was asked for, rather than faults of the program.
+# Errors in what the user asked for, rather than faults of the program.
 USER_ERRORS = (ValueError, FileNotFoundError, OmegaConfBaseException, MisconfigurationException, DownloadError)
 
 
 def main() -> None:
-    """What the command line starts."""
+    """Start the command line."""
     keep_to_own_folder()
     OmegaConf.register_new_resolver("help_text", help_text, replace=True)
     composed()
@@ -39,7 +39,7 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def composed(cfg: DictConfig) -> float | None:
-    """One run, or one of a multirun: check ``cfg`` and do what its mode says; returns what a run of a sweep came to."""
+    """Check ``cfg`` and run its mode; return a run's validation bits per byte in a multirun, else None."""
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the data here is cheap to load
     warnings.filterwarnings("ignore", "Detected an existing checkpoint")  # last.ckpt, a folder with strategy=megatron
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.")  # its own use of torch
@@ -53,7 +53,7 @@ def composed(cfg: DictConfig) -> float | None:
             run(cfg)
         return None
     except subprocess.CalledProcessError as error:
-        sys.exit(error.returncode)  # the run has said why
+        sys.exit(error.returncode)  # the run has printed its error
     except Exception as error:
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
         if os.environ.get("HYDRA_FULL_ERROR") == "1" or not isinstance(cause, USER_ERRORS):
@@ -63,9 +63,9 @@ def composed(cfg: DictConfig) -> float | None:
 
 
 def keep_to_own_folder() -> None:
-    """Under torchrun or SLURM every rank composes its own configuration: only the first may make the run's folder.
+    """Let only rank 0 create the run's folder under torchrun or SLURM, where every rank composes its own configuration.
 
-    Clocks differ, so the ranks' ``${now:...}`` would too; Lightning's checkpoints and logs follow rank 0 anyway.
+    Clocks differ, so the ranks' ``${now:...}`` would differ too. Lightning's checkpoints and logs follow rank 0 anyway.
     """
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     if rank > 0:

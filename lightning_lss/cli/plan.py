@@ -1,7 +1,8 @@
-"""`mode=plan`: predict what a run would need instead of training."""
+"""`mode=plan`: predict the needs of a run instead of training."""
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,24 +14,22 @@ if TYPE_CHECKING:
 
 
 def check_plan(cfg: DictConfig) -> None:
-    """Refuse what cannot be planned, and files that could not be written; raises ``ValueError``."""
+    """Refuse what cannot be planned, and paths that cannot be written; raises ``ValueError``."""
     if not isinstance(cfg.devices, int):
         raise ValueError(f"mode=plan needs a number of devices, not devices={cfg.devices}: add devices=8, for example.")
     if cfg.trainer.accelerator not in ("cpu", "auto") and cfg.hardware.kernel == "cpu_flash":
         kinds = "v100, a100, h100 or h200"
         raise ValueError(
-            f"hardware={cfg.hardware.name} is not what trainer.accelerator={cfg.trainer.accelerator} runs on: add hardware={kinds}."
+            f"hardware={cfg.hardware.name} does not match trainer.accelerator={cfg.trainer.accelerator}: add hardware={kinds}."
         )
     for name in ("csv", "png"):
         path = cfg.plan[name]
         if path is not None and not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"plan.{name}={path} cannot be written: there is no folder {Path(path).parent}.")
+            raise ValueError(f"plan.{name}={path} cannot be written: the folder {Path(path).parent} does not exist.")
 
 
 def run_plan(cfg: DictConfig) -> None:
     """Predict memory, traffic and time of the training that ``cfg`` describes, for every (D, S); nothing is trained."""
-    from dataclasses import replace
-
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -43,12 +42,8 @@ def run_plan(cfg: DictConfig) -> None:
     if cfg.plan.memory is not None:
         hardware = replace(hardware, memory=bytes_of(cfg.plan.memory), usable=1.0)
     console = Console(soft_wrap=True)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("traced {task.completed} steps, now {task.description}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
+    text = TextColumn("traced {task.completed} steps, now {task.description}")
+    with Progress(SpinnerColumn(), text, TimeElapsedColumn(), console=console, transient=True) as progress:
         task = progress.add_task("", total=None)
         planned = plan(
             lambda: hydra.utils.instantiate(cfg.model, _convert_="all", **_of_data(cfg)),
@@ -68,7 +63,7 @@ def run_plan(cfg: DictConfig) -> None:
 
 
 def _example_batch(cfg: DictConfig) -> Any:
-    """A batch of the run's data, which is not looked for on disk."""
+    """Return a batch like the run's data, without reading any."""
     data = hydra.utils.get_class(cfg.data._target_)
     example = getattr(data, "example_batch", None)
     if example is None:
@@ -80,34 +75,27 @@ def _example_batch(cfg: DictConfig) -> Any:
 
 
 def _of_data(cfg: DictConfig) -> dict[str, Any]:
-    """Arguments of the model that are left to the data: of the configuration, or those of the data's class."""
+    """Return the model's arguments that come from the data: from its configuration, else from its class."""
     data = hydra.utils.get_class(cfg.data._target_)
     names = [name for name in ("vocab_size", "bytes_per_token") if name in cfg.model and cfg.model[name] is None]
     return {name: OmegaConf.select(cfg.data, name) or getattr(data, name) for name in names}
 
 
 def _options(cfg: DictConfig, usual_precision: str) -> dict[str, Any]:
-    """What trainer and strategy say about a step."""
-    names = (
-        "layout",
-        "sequence_dims",
-        "communication_dtype",
-        "sharding",
-        "activation_checkpointing",
-        "checkpointed_modules",
-        "mlp_tiles",
-        "tiled_modules",
-    )
+    """Return the planner's options that the trainer and the strategy set."""
+    from lightning_lss.planner import Options
+
+    names = {field.name for field in fields(Options)} - {"precision", "accumulate_grad_batches"}
     given = OmegaConf.to_container(cfg.strategy, resolve=True)
     assert isinstance(given, dict)
-    chosen = {name: given[name] for name in names if given.get(name) not in (None, "auto")}
+    chosen = {name: value for name, value in given.items() if name in names and value not in (None, "auto")}
     precision = planned_precision(cfg, usual_precision)
     return {**chosen, "precision": precision, "accumulate_grad_batches": cfg.trainer.accumulate_grad_batches}
 
 
 def planned_precision(cfg: DictConfig, usual: str) -> str:
-    """What ``plan.precision`` says; else the trainer's, unless that is the CPU trainer's own while other hardware is
-    planned for, of which ``usual`` is the usual one."""
+    """Return ``plan.precision``, else the trainer's. Where the CPU trainer has its default, return ``usual``, the usual
+    precision of the planned hardware."""
     if cfg.plan.precision is not None:
         return cfg.plan.precision
     left_alone = cfg.trainer.accelerator == "cpu" and cfg.trainer.precision == "32-true"

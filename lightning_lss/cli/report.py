@@ -1,4 +1,4 @@
-"""What a run came to: a table on the screen and `result.json`."""
+"""Report a run: a table on the screen, and `result.json`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESULT = "result.json"
 
 
 def report(trainer: pl.Trainer, folder: Path) -> None:
-    """Print what the run came to and where things lie; write the metrics to ``result.json``."""
+    """Print the metrics and paths of a run, and write the metrics to ``result.json`` in ``folder``."""
     result = {name: value.item() for name, value in trainer.callback_metrics.items()}
     table = Table.grid(padding=(0, 2))
     for stage in ("val", "test"):
@@ -42,5 +42,5 @@ def report(trainer: pl.Trainer, folder: Path) -> None:
 
 
 def shown(path: str | Path) -> str:
-    """A path as the user would type it from here."""
+    """Write a path as the user would type it from here."""
     return os.path.relpath(path) if Path(path).absolute().is_relative_to(Path.cwd()) else str(path)

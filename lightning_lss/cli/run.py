@@ -1,4 +1,4 @@
-"""One run: instantiate what a configuration names, do what its mode says."""
+"""Run a configuration: instantiate what it names, and call the Trainer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_lss.cli.report import RESULT, report
 
 
 def run(cfg: DictConfig) -> None:
-    """Instantiate everything that ``cfg`` names and do what its mode says."""
+    """Instantiate everything that ``cfg`` names, and call the Trainer's method for its mode."""
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = hydra.utils.instantiate(cfg.data)
     unset = [name for name in ("vocab_size", "bytes_per_token") if cfg.model[name] is None]
@@ -38,10 +38,10 @@ def run(cfg: DictConfig) -> None:
 
 
 def run_in_new_process() -> float | None:
-    """One run of a sweep, in an interpreter of its own, since ranks and their process group outlive a run.
+    """Run one job of a sweep in a new interpreter, since ranks and their process group outlive a run.
 
-    Returns validation bits per byte, for sweepers that search, or None if nothing was validated. Raises ``ValueError``
-    under torchrun, and ``subprocess.CalledProcessError`` if the run failed, which has printed why.
+    Returns the validation bits per byte, for sweepers that search, or None if nothing was validated. Raises
+    ``ValueError`` under torchrun, and ``subprocess.CalledProcessError`` if the run failed and printed its error.
     """
     if "RANK" in os.environ:
         raise ValueError("-m starts a process for each run and does not work under torchrun: give one run at a time.")
@@ -52,14 +52,14 @@ def run_in_new_process() -> float | None:
 
 
 def program() -> list[str]:
-    """The command that started this process, without its arguments; Lightning starts the other ranks by the same."""
+    """Return the command that started this process, without arguments; Lightning starts the other ranks by it."""
     if sys.modules["__main__"].__spec__ is not None:
         return [sys.executable, "-m", "lightning_lss.cli"]
     return [sys.executable, hydra.utils.to_absolute_path(sys.argv[0])]
 
 
 def config_choice(given: list[str]) -> list[str]:
-    """``--config-name`` and ``--config-dir`` as they were given."""
+    """Select ``--config-name``, ``--config-dir`` and their values from the arguments."""
     flags = ("--config-name", "-cn", "--config-dir", "-cd", "--config-path", "-cp")
     pairs = [given[i : i + 2] for i, word in enumerate(given) if word in flags]
     return [word for pair in pairs for word in pair] + [w for w in given if w.startswith(tuple(f"{f}=" for f in flags))]

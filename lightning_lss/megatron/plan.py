@@ -1,4 +1,4 @@
-"""Nvidia's sequence parallelism as a baseline for the planner."""
+"""Plan Nvidia's sequence parallelism as a baseline."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from lightning_lss.models.transformer import Transformer
 
 
 class MegatronScheme:
-    """What ``lightning_lss.plan(..., baselines=[MegatronScheme()])`` compares with, for modules whose ``model`` is a
-    :class:`~lightning_lss.models.transformer.Transformer`; see :class:`lightning_lss.planner.Scheme`."""
+    """A baseline for ``lightning_lss.plan(..., baselines=[MegatronScheme()])``; see
+    :class:`lightning_lss.planner.Scheme`.
+
+    It plans modules whose ``model`` is a :class:`~lightning_lss.models.transformer.Transformer`.
+    """
 
     name = "megatron"
 
     def check(self, module: pl.LightningModule, length: int, size: int) -> None:
-        """Raise ``ValueError`` if ``size`` ranks cannot share the model, or a sequence of ``length``."""
+        """Raise ``ValueError`` if the model, or a sequence of ``length``, cannot be divided among ``size`` ranks."""
         check_sizes(replace(_model_of(module).config, seq_len=length), size)
 
     def prepare(self, module: pl.LightningModule, rank: int, group: dist.ProcessGroup) -> None:
@@ -32,7 +35,7 @@ class MegatronScheme:
         parallelize(model, module._device_mesh)
 
     def after_backward(self, module: pl.LightningModule) -> None:
-        """Finish the gradients of whole weights."""
+        """Sum the gradients of whole weights over the group."""
         assert module.device_mesh is not None
         reduce_gradients(module.parameters(), module.device_mesh)
 

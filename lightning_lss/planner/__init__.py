@@ -1,6 +1,6 @@
-"""The planner: memory, traffic and an estimate of the time of a training run, before anything is rented.
+"""Predict the memory and traffic of a training run, and estimate its time, before anything is rented.
 
-It runs the user's own LightningModule on tensors without contents, as one rank of a group whose others do not exist. Tables
+The planner runs the user's own LightningModule on tensors without contents, as one rank of a group of stand-ins. Tables
 and pictures are in :mod:`lightning_lss.planner.report`.
 """
 

@@ -1,4 +1,4 @@
-"""Trace the first two and the last of many equal blocks, and let the others pass for them."""
+"""Trace the first two and the last of many equal blocks, and infer the others from the second."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from lightning_lss.planner.tracker import Span, Tracker
 
 
 def skip_repeated(module: nn.Module, tracker: Tracker, structure: Callable[[nn.Module], Any]) -> list[Repeated]:
-    """Replace the forward of blocks between the second and the last of a run of equal ones.
+    """Skip the blocks between the second and the last of each run of equal ones.
 
-    A block that is skipped holds what the second has left behind, and gives gradients to its parameters. (The first may fill
-    caches that all use.) Whatever a step
-    holds in the middle of such a run lies between what it holds at its ends, so its peak is not missed.
+    A skipped block occupies as much memory as the second one leaves occupied, and gives gradients to its parameters.
+    (The first block does not serve as the pattern: it may fill caches that all use.) Memory grows or shrinks evenly
+    along a run, so no peak is missed between its ends.
 
     Args:
-        module: the module; blocks are children of an ``nn.ModuleList`` or ``nn.Sequential`` that map a tensor to a tensor.
-        tracker: what follows the step.
-        structure: of two blocks that are equal it gives equal values.
+        module: its blocks map a tensor to a tensor, and are children of an ``nn.ModuleList`` or ``nn.Sequential``.
+        tracker: follows the step.
+        structure: maps equal blocks to equal values.
 
     Returns:
-        the runs, whose work is to be added when the step is over.
+        the runs; call :meth:`Repeated.add_work` of each when the step is over.
     """
     runs = []
     for stack in [x for x in module.modules() if isinstance(x, (nn.ModuleList, nn.Sequential))]:
@@ -38,24 +38,24 @@ def skip_repeated(module: nn.Module, tracker: Tracker, structure: Callable[[nn.M
 
 
 class Repeated:
-    """A run of equal blocks, of which one, the pattern, says what the skipped ones come to."""
+    """A run of equal blocks: one of them, the pattern, stands for the skipped ones."""
 
     def __init__(self, tracker: Tracker, pattern: nn.Module, skipped: list[nn.Module]) -> None:
         self.tracker = tracker
         self.left: dict[str, int] | None = None  # bytes by part that a block's forward leaves for its backward
         self.like: tuple[torch.Size, torch.dtype] | None = None  # the output of a block
-        self.waiting: list[Any] = []  # contexts of the blocks that were skipped, until their backward
-        self.times = [0, 0]  # how often a forward, and a backward, was skipped
+        self.waiting: list[Any] = []  # contexts of skipped blocks, until their backward
+        self.times = [0, 0]  # numbers of skipped forwards and backwards
         self.spans: list[Span] = []  # of the pattern's forward, and of its backward
         self.started: Span | None = None  # where the pattern's backward begins
         self._allocated: tuple[range, int] = (range(0), 0)
         self._run_pattern = pattern.forward
         pattern.forward = self._call_pattern
         for block in skipped:
-            block.forward = _Skip(self, block)
+            block.forward = _skip(block, self)
 
     def begin_backward(self) -> None:
-        """Weights that autocast has cached are gone by now."""
+        """Measure again what a block holds: the weights that autocast had cached are freed by now."""
         self.left = self.tracker.left_of(*self._allocated)
         with self.tracker.paused():
             for context in self.waiting:
@@ -63,12 +63,12 @@ class Repeated:
                 context.left = self.occupy()
 
     def add_work(self) -> None:
-        """Count the work of the blocks that were skipped."""
+        """Count the work of the skipped blocks."""
         for span, times in zip(self.spans, self.times):
             self.tracker.repeat(span, times)
 
     def occupy(self) -> list[Tensor]:
-        """As much memory as a block's forward leaves occupied."""
+        """Allocate as much memory as a block's forward leaves occupied."""
         assert self.left is not None
         tensors = [torch.empty(size, dtype=torch.uint8) for size in self.left.values()]
         for part, tensor in zip(self.left, tensors):
@@ -88,21 +88,20 @@ class Repeated:
         return out
 
 
-class _Skip:
-    """The forward of a block that is skipped; until the pattern has run it is its own."""
+def _skip(block: nn.Module, run: Repeated) -> Callable[..., Any]:
+    """Return a forward that skips ``block`` as soon as the pattern has run."""
+    forward, parameters = block.forward, [x for x in block.parameters() if x.requires_grad]
 
-    def __init__(self, run: Repeated, block: nn.Module) -> None:
-        self._run, self._forward = run, block.forward
-        self._parameters = [x for x in block.parameters() if x.requires_grad]
+    def skip(x: Any, *args: Any, **kwargs: Any) -> Any:
+        if run.left is None or not isinstance(x, Tensor):
+            return forward(x, *args, **kwargs)
+        return _Skipped.apply(x, run, *parameters)
 
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._run.left is None or not isinstance(x, Tensor):
-            return self._forward(x, *args, **kwargs)
-        return _Skipped.apply(x, self._run, *self._parameters)
+    return skip
 
 
 class _Skipped(torch.autograd.Function):
-    """What a block leaves behind, and gradients like its input and parameters."""
+    """Occupy the memory of a block, and return gradients like its input and parameters."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, run: Repeated, *parameters: Tensor) -> Tensor:
@@ -111,7 +110,7 @@ class _Skipped(torch.autograd.Function):
         ctx.save_for_backward(x)
         shape, dtype = run.like
         with run.tracker.paused():
-            if run.tracker.stage == 0:  # else it is computed again
+            if run.tracker.stage == 0:  # in a later stage the block is recomputed
                 ctx.left = run.occupy()
                 run.waiting.append(ctx)
                 run.times[0] += 1
@@ -131,7 +130,7 @@ class _Skipped(torch.autograd.Function):
 
 
 class _End(torch.autograd.Function):
-    """The input of the pattern, whose gradient says that its backward is over."""
+    """Pass on the input of the pattern: when its gradient arrives, the pattern's backward is over."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, run: Repeated) -> Tensor:

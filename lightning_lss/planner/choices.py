@@ -1,4 +1,4 @@
-"""Every way to share a number of devices between data and sequence parallelism, side by side, and which one to take."""
+"""Compare every way to divide devices between data and sequence parallelism, and recommend one."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lightning_lss.planner.trace import Trace
 from lightning_lss.planner.traces import Traces, cache_folder
 from lightning_lss.sequence.layout import check_length, check_positive, chunks_per_rank
 
-_MOST_TOKENS = 2**36  # of a sequence; where to stop looking
+_MOST_TOKENS = 2**36  # longest sequence to look for
 
 
 @dataclass(frozen=True)
 class Impossible:
-    """A way to share the devices out that cannot be, and why."""
+    """A (D, S) that cannot be trained, and the reason."""
 
     scheme: str
     data_size: int
@@ -33,7 +33,7 @@ class Impossible:
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to train: D = ``data_size`` sequence groups of S = ``size`` ranks, each on ``batch_size`` sequences at a time.
+    """One way to train: D = ``data_size`` groups of S = ``size`` ranks, each group on ``batch_size`` sequences.
 
     ``longest`` is the length of the longest sequence that fits with the same D and S. All times are estimates.
     """
@@ -63,11 +63,11 @@ class Plan:
 
     @property
     def recommended(self) -> Choice | None:
-        """The fastest choice that fits, and among equals the leanest, whatever its scheme; None if nothing fits."""
+        """The best choice of all schemes; None if nothing fits."""
         return self.best()
 
     def best(self, scheme: str | None = None) -> Choice | None:
-        """The same of one scheme."""
+        """Return the fastest choice that fits, and among equals the leanest; None if nothing of ``scheme`` fits."""
         fitting = [choice for choice in self.choices if choice.fits and scheme in (None, choice.scheme)]
         return max(fitting, key=lambda choice: (choice.tokens_per_second, -choice.memory.total), default=None)
 
@@ -86,37 +86,34 @@ def plan(
     on_trace: Callable[[str], None] = lambda description: None,
     **options: Any,
 ) -> Plan:
-    """What a training run will need, before anything is rented: memory, traffic and an estimate of the time of every (D, S)
-    with D x S = ``devices``.
+    """Predict memory and traffic, and estimate the time, of a training run for every (D, S) with D x S = ``devices``.
 
-    The module's own ``training_step`` and ``configure_optimizers`` run on tensors without contents, as one rank of a group
-    whose others do not exist. It takes neither devices nor memory.
+    The module's own ``training_step`` and ``configure_optimizers`` run on tensors without contents, as one rank of a
+    group of stand-ins. Planning needs neither devices nor memory for the model.
 
     Args:
-        module: a LightningModule that trains under LSS, or a function that builds one, which is called with the meta device
-            as torch's default, for models that would not fit this machine.
-        batch: an example of what ``training_step`` receives, with whole sequences [B, L, ...]; its contents do not count.
+        module: a LightningModule that trains under LSS, or a function that builds one. The function is called with the
+            meta device as torch's default, so a model may be larger than this machine.
+        batch: an example of what ``training_step`` receives, with whole sequences [B, L, ...] of any contents.
         devices: number of devices W.
-        hardware: what they are, for example ``load_hardware("conf/hardware/h100.yaml")``.
+        hardware: the kind of devices, for example ``load_hardware("conf/hardware/h100.yaml")``.
         seq_len: global sequence length L; None for that of ``batch``.
         batch_size: sequences that a sequence group trains on at a time; None for those of ``batch``.
-        global_batch: sequences in a step in all, which D (times the batches that a step accumulates) has to divide; it
-            replaces ``batch_size``.
+        global_batch: sequences in a whole step. It replaces ``batch_size``; D, times the batches that a step
+            accumulates, must divide it.
         baselines: other schemes to compare with.
-        cache: whether traces are kept on disk, see :func:`~lightning_lss.planner.traces.cache_folder`.
-        on_trace: called with a description before each trace that is taken.
+        cache: whether to keep traces on disk, see :func:`~lightning_lss.planner.traces.cache_folder`.
+        on_trace: called with a description before each new trace.
         **options: fields of :class:`~lightning_lss.planner.Options`; the precision is by default that of the hardware.
 
     Raises:
-        ValueError: if an argument is not what it must be, if no (D, S) is possible, or if the module cannot be traced.
+        ValueError: if an argument is invalid, if no (D, S) is possible, or if the module cannot be traced.
     """
     module = _built(module)
     if not isinstance(hardware, Hardware):
-        raise ValueError(
-            f'hardware={hardware!r} is not a Hardware: give one, such as load_hardware("conf/hardware/h100.yaml").'
-        )
+        raise ValueError(f'hardware={hardware!r} is not a Hardware: use load_hardware("conf/hardware/h100.yaml").')
     chosen = Options(**{"precision": hardware.precision, **options})
-    hardware.peak_of(chosen.precision)  # refuse what it has no figure for
+    hardware.peak_of(chosen.precision)  # refuses a precision without a figure
     each = batch_size_of(batch) if batch_size is None else batch_size
     length = length_of(batch, chosen.sequence_dims) if seq_len is None else seq_len
     check_positive(devices=devices, seq_len=length, batch_size=each)
@@ -133,7 +130,7 @@ def plan(
     if not choices:
         first = impossible[0]
         raise ValueError(
-            f"No way to share out {devices} devices is possible; D = {first.data_size}, S = {first.size}, for example: {first.reason}"
+            f"No (D, S) is possible for {devices} devices. With D = {first.data_size}, S = {first.size}: {first.reason}"
         )
     return Plan(length, devices, hardware, chosen, choices, impossible)
 
@@ -152,7 +149,7 @@ def _built(module: Any) -> pl.LightningModule:
 
 @dataclass(frozen=True)
 class _Planner:
-    """What is planned for."""
+    """Evaluate every (D, S) for one length, number of devices, hardware and set of options."""
 
     length: int
     devices: int
@@ -162,14 +159,13 @@ class _Planner:
     global_batch: int | None
 
     def choices(self, traces: Traces, whole: Traces) -> list[Choice | Impossible]:
-        """Every (D, S) of one scheme; ``whole`` has the step of one rank."""
-        least = 2 if traces.scheme else 1  # of one rank a baseline has nothing to tell
+        """Evaluate every (D, S) of one scheme; ``whole`` has the step of one rank."""
+        least = 2 if traces.scheme else 1  # one rank leaves a baseline nothing to divide
         sizes = [size for size in range(least, self.devices + 1) if self.devices % size == 0]
         found = [self._choice(traces, whole, size) for size in sizes]
-        far = [choice.size for choice in found if isinstance(choice, Choice) and choice.size > 4]
-        if far and traces.scheme is None:
-            batch_size = next(x.batch_size for x in found if isinstance(x, Choice) and x.size == far[0])
-            traces.check(far[0], self.length, batch_size)
+        extrapolated = (choice for choice in found if isinstance(choice, Choice) and choice.size > 4)
+        if traces.scheme is None and (first := next(extrapolated, None)) is not None:
+            traces.check(first.size, self.length, first.batch_size)
         return found
 
     def _choice(self, traces: Traces, whole: Traces, size: int) -> Choice | Impossible:
@@ -185,19 +181,12 @@ class _Planner:
         trace = traces.at(size, self.length, batch_size)
         time = step_time(trace, self.options, grid, shards, shared="data" if traces.scheme else "world")
         memory = memory_of(self._moments(trace, traces, shards))
-        steps = data_size * batches  # of one rank with whole sequences, that a step comes to
-        return Choice(
-            scheme,
-            data_size,
-            size,
-            batch_size,
-            memory,
-            time,
-            tokens_per_second=steps * batch_size * self.length / time.total,
-            utilization=utilization(whole.taken(1, self.length, batch_size), self.options, grid, steps, time.total),
-            fits=memory.total <= self.hardware.usable_memory,
-            longest=self._longest(traces, size, batch_size, shards),
-        )
+        steps = data_size * batches  # steps of one rank with whole sequences that do the work of this one
+        speed = steps * batch_size * self.length / time.total
+        used = utilization(whole.taken(1, self.length, batch_size), self.options, grid, steps, time.total)
+        fits = memory.total <= self.hardware.usable_memory
+        longest = self._longest(traces, size, batch_size, shards)
+        return Choice(scheme, data_size, size, batch_size, memory, time, speed, used, fits, longest)
 
     def _batch_size(self, data_size: int) -> int:
         groups = data_size * self.options.accumulate_grad_batches
@@ -223,15 +212,13 @@ class _Planner:
         return moments_of(trace, shards, ddp=traces.scheme is None and self.devices > 1)
 
     def _longest(self, traces: Traces, size: int, batch_size: int, shards: int) -> int:
-        """Tokens of the longest sequence that fits, a multiple of what S needs; 0 if none does.
+        """Return the length of the longest sequence that fits, a multiple of the number of chunks; 0 if none fits.
 
-        Memory is affine in the local length between lengths at which attention gathers as many head chunks, so the answer
-        is told from two lengths near it, powers of two that other S ask for as well.
+        Memory is affine in the local length as long as attention gathers the same number of head chunks. Two lengths
+        near the answer therefore give it. They are powers of two, so that other S share their traces.
         """
-        step, usable = (
-            chunks_per_rank(size, "contiguous" if traces.scheme else self.options.layout),
-            self.hardware.usable_memory,
-        )
+        step = chunks_per_rank(size, "contiguous" if traces.scheme else self.options.layout)
+        usable = self.hardware.usable_memory
         power, seen = _power_below(self.length // size // step), set()
         while True:
             seen.add(power)
@@ -245,5 +232,5 @@ class _Planner:
 
 
 def _power_below(number: int) -> int:
-    """The largest power of two that is at most ``number``, and at least 1."""
+    """Return the largest power of two that is at most ``number``; 1 if there is none."""
     return 1 << max(0, number.bit_length() - 1)

@@ -1,9 +1,10 @@
-"""What stands in for the real: a module and a batch without contents, a Trainer, host memory."""
+"""Stand-ins without contents: for a module, a batch, a Trainer and host memory."""
 
 from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -19,11 +20,11 @@ from lightning_lss.sequence.segment import SequenceShard
 
 
 def without_contents(module: pl.LightningModule, mode: FakeTensorMode, dtype: torch.dtype | None) -> pl.LightningModule:
-    """A copy of the module with parameters and buffers that have no contents; what is tied stays tied."""
+    """Copy the module, with parameters and buffers that have no contents; tied ones stay tied."""
     fakes: dict[int, Any] = {}
     with mode:
         for x in [*module.parameters(), *module.buffers()]:
-            deferred = isinstance(x, DeferredTable)  # which would build itself if it were asked for its shape
+            deferred = isinstance(x, DeferredTable)  # asking for its shape would build the table
             chosen = dtype if dtype is not None and x.dtype.is_floating_point else x.dtype
             fake = torch.empty((0,) if deferred else x.shape, dtype=chosen)
             fakes[id(x)] = nn.Parameter(fake, x.requires_grad) if isinstance(x, nn.Parameter) else fake
@@ -37,7 +38,7 @@ def without_contents(module: pl.LightningModule, mode: FakeTensorMode, dtype: to
 
 
 def resized(batch: Any, length: int, batch_size: int, sequence_dims: SequenceDims | None) -> Any:
-    """A batch like ``batch`` without contents, of ``batch_size`` sequences of ``length``."""
+    """Return a batch like ``batch`` without contents, of ``batch_size`` sequences of ``length``."""
     before = batch_size_of(batch)
 
     def resize(path: Any, x: Tensor) -> Tensor:
@@ -53,11 +54,7 @@ def resized(batch: Any, length: int, batch_size: int, sequence_dims: SequenceDim
 
 
 def batch_size_of(batch: Any) -> int:
-    """Sequences of a batch: the first dimension of its first tensor that has two or more.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """Return the first dimension of the first tensor with two or more; raise ``ValueError`` if there is none."""
     sizes = [x.size(0) for _, x in tensors_by_path(batch) if x.dim() > 1]
     if not sizes:
         raise ValueError("batch has no tensor [B, L, ...]: give an example of what training_step receives.")
@@ -65,11 +62,7 @@ def batch_size_of(batch: Any) -> int:
 
 
 def length_of(batch: Any, sequence_dims: SequenceDims | None) -> int:
-    """Length of a batch's sequences.
-
-    Raises:
-        ValueError: if its tensors disagree.
-    """
+    """Return the length of a batch's sequences; raise ``ValueError`` if its tensors disagree."""
     dims = [(x, sequence_dim(path, x, sequence_dims or {})) for path, x in tensors_by_path(batch)]
     lengths = {x.size(dim) for x, dim in dims if dim is not None}
     if len(lengths) != 1:
@@ -81,16 +74,11 @@ def length_of(batch: Any, sequence_dims: SequenceDims | None) -> int:
 
 
 class MissingError(AttributeError):
-    """A module has asked for what the stand-in for a Trainer does not have."""
-
-
-class _Strategy:
-    def __init__(self, shard: SequenceShard) -> None:
-        self.sequence_shard = self.shard_of_run = shard
+    """Report that a module asked for an attribute that the stand-in for a Trainer lacks."""
 
 
 class StandInTrainer:
-    """What modules ask of a Trainer within a step and to configure optimizers."""
+    """Answer what modules ask of a Trainer in ``training_step`` and ``configure_optimizers``."""
 
     estimated_stepping_batches = max_steps = 1000
     max_epochs = 1
@@ -102,7 +90,7 @@ class StandInTrainer:
     barebones = False
 
     def __init__(self, shard: SequenceShard) -> None:
-        self.strategy = _Strategy(shard)
+        self.strategy = SimpleNamespace(sequence_shard=shard, shard_of_run=shard)
         self.world_size = shard.size
         self.loggers: list[Any] = []
 
@@ -113,12 +101,12 @@ class StandInTrainer:
 
 
 class _OnHost(torch.autograd.graph.saved_tensors_hooks):
-    """Offload what autograd keeps: to the device it is gone."""
+    """Offload what autograd keeps: on the device it is freed."""
 
     def __init__(self, pin_memory: bool = False) -> None:
         super().__init__(lambda x: (x.shape, x.dtype), lambda like: torch.empty(like[0], dtype=like[1]))
 
 
 def host_memory(kernel: str) -> AbstractContextManager[Any]:
-    """Steps are traced on CPU tensors, which offloading would leave where they are."""
+    """Free offloaded tensors in a trace for a GPU; it runs on CPU tensors, and torch's offloading would keep those."""
     return nullcontext() if kernel == "cpu_flash" else patch.object(recompute, "save_on_cpu", _OnHost)

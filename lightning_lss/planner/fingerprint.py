@@ -1,4 +1,4 @@
-"""Whether two modules, or two versions of one, would go through the same step."""
+"""Hash modules and code, to tell whether two modules, or two versions of one, run the same step."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _PLAIN = (bool, int, float, str, tuple, list, torch.dtype, type(None))
 
 
 def structure(module: nn.Module) -> str:
-    """A hash of the classes, settings and shapes of a module and all below it."""
+    """Hash the classes, settings and shapes of a module and all below it."""
     return hashlib.sha256(repr(list(_facts(module))).encode()).hexdigest()
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A hash of its structure and of the source of its classes."""
+    """Hash a module's structure and the source of its classes."""
     names = {type(part).__module__ for part in module.modules()}
     sources = [_source_of(name) for name in sorted(names) if not name.startswith(("torch", "lightning."))]
     return hashlib.sha256("".join([structure(module), *sources]).encode()).hexdigest()
@@ -34,7 +34,7 @@ def fingerprint(module: nn.Module) -> str:
 
 @cache
 def code_version() -> str:
-    """A hash of the versions of torch and Lightning, and of the package's own code."""
+    """Hash the versions of torch and Lightning, and the package's own code."""
     digest = hashlib.sha256(f"{torch.__version__} {pl.__version__}".encode())
     for path in sorted(Path(lightning_lss.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
@@ -53,5 +53,5 @@ def _facts(module: nn.Module) -> Iterator[tuple[Any, ...]]:
 def _source_of(name: str) -> str:
     try:
         return inspect.getsource(sys.modules[name])
-    except (KeyError, OSError, TypeError):  # typed into an interpreter
+    except (KeyError, OSError, TypeError):  # the class was typed into an interpreter
         return name

@@ -1,4 +1,4 @@
-"""What a device and the links between devices can do; every figure with its source in ``conf/hardware``."""
+"""Figures of devices and of the links between them; ``conf/hardware`` gives every figure with its source."""
 
 from __future__ import annotations
 
@@ -13,15 +13,10 @@ _KINDS = {"64": "float64", "32": "float32", "bf16": "bfloat16", "16": "float16"}
 
 @dataclass(frozen=True)
 class Link:
-    """A connection between devices.
+    """A connection between devices."""
 
-    Args:
-        bandwidth: bytes a second in one direction.
-        latency: seconds that a message takes whatever its size.
-    """
-
-    bandwidth: float
-    latency: float
+    bandwidth: float  # bytes a second in one direction
+    latency: float  # seconds a message, whatever its size
 
 
 @dataclass(frozen=True)
@@ -29,23 +24,22 @@ class Hardware:
     """A cluster of equal nodes of equal devices.
 
     Args:
-        name: what tables and pictures call it.
+        name: name in tables and pictures.
         memory: bytes of a device.
         bandwidth: bytes a second between a device and its memory.
         peak: floating-point operations a second by dtype, such as ``{"bfloat16": 989e12}``.
-        inside: the link of a device to another of its node.
-        between: the link of a *node* to another; its devices share it.
+        inside: the link between two devices of a node.
+        between: the link between two *nodes*; the devices of a node share it.
         devices_per_node: number of devices in a node.
         matmul: fraction of the peak that the matrix multiplications of a transformer reach.
-        attention: fraction of the peak that attention reaches, forward and backward, counting 12 operations for each visible
-            query-key pair and channel (4 forward, 8 backward; what a kernel computes a second time is not counted).
-        overlap: fraction of the time of a collective that can pass while the device computes.
-        launch: seconds that a kernel takes whatever its size.
-        usable: fraction of the memory that tensors can have; the rest is the context, fragmentation, and buffers of the
-            communication library.
-        precision: Lightning's name of the precision that one would train in.
-        kernel: name of the kernel of attention that one would use, in :data:`lightning_lss.attention.kernels.KERNELS`.
-        source: where the figures come from.
+        attention: fraction of the peak that attention reaches. It counts 4 operations forward and 8 backward for each
+            visible query-key pair and channel, and none of what a kernel recomputes.
+        overlap: fraction of a collective's time that can pass while the device computes.
+        launch: seconds a kernel, whatever its size.
+        usable: fraction of the memory left for tensors by the context, fragmentation and the communication library.
+        precision: Lightning's name of the usual precision of training.
+        kernel: the attention kernel of this hardware, a name in :data:`lightning_lss.attention.kernels.KERNELS`.
+        source: origin of the figures.
     """
 
     name: str
@@ -65,43 +59,34 @@ class Hardware:
     source: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("inside", "between"):  # a configuration file has mappings
+        for name in ("inside", "between"):  # a configuration file gives mappings
             link = getattr(self, name)
             if not isinstance(link, Link):
                 object.__setattr__(self, name, Link(**link))
         if self.kernel not in KERNELS:
-            raise ValueError(
-                f"hardware {self.name}: kernel={self.kernel!r} is unknown: choose one of {', '.join(map(repr, KERNELS))}."
-            )
+            known = ", ".join(map(repr, KERNELS))
+            raise ValueError(f"hardware {self.name}: kernel={self.kernel!r} is unknown: choose one of {known}.")
         for name in ("memory", "bandwidth", "devices_per_node", "matmul", "attention"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"hardware {self.name}: {name}={getattr(self, name)} must be positive.")
 
     def peak_of(self, precision: str) -> float:
-        """Floating-point operations a second in ``precision``, one of Lightning's names.
-
-        Raises:
-            ValueError: if there is no figure for it.
-        """
+        """Return the operations a second in ``precision``, Lightning's name; raise ``ValueError`` if there is no
+        figure."""
         kind = _KINDS[precision.partition("-")[0]]
         if kind not in self.peak:
-            raise ValueError(
-                f"hardware {self.name} has no peak for {kind} (precision={precision}): it has {', '.join(self.peak)}."
-            )
+            known = ", ".join(self.peak)
+            raise ValueError(f"hardware {self.name} has no peak for {kind} (precision={precision}): it has {known}.")
         return self.peak[kind]
 
     @property
     def usable_memory(self) -> float:
-        """Bytes that tensors can have."""
+        """Bytes of a device that tensors can occupy."""
         return self.memory * self.usable
 
 
 def load_hardware(path: str | Path) -> Hardware:
-    """Read a file such as those in ``conf/hardware``.
-
-    Raises:
-        ValueError: if there is no such file.
-    """
+    """Read a file such as those in ``conf/hardware``; raise ``ValueError`` if it does not exist."""
     from omegaconf import OmegaConf
 
     if not Path(path).is_file():
@@ -111,19 +96,12 @@ def load_hardware(path: str | Path) -> Hardware:
     return Hardware(**{str(key): value for key, value in figures.items() if key != "_target_"})
 
 
-_UNITS = {
-    "B": 1,
-    **{f"{k}B": 1000**n for n, k in enumerate("KMGT", 1)},
-    **{f"{k}iB": 1024**n for n, k in enumerate("KMGT", 1)},
-}
+_UNITS = {"B": 1}
+_UNITS |= {f"{k}{b}": base**n for b, base in (("B", 1000), ("iB", 1024)) for n, k in enumerate("KMGT", 1)}
 
 
 def bytes_of(size: str | float) -> float:
-    """Bytes of a size such as ``80e9``, ``"80GB"`` or ``"24 GiB"``.
-
-    Raises:
-        ValueError: if it is no such size.
-    """
+    """Convert a size such as ``80e9``, ``"80GB"`` or ``"24 GiB"`` to bytes; raise ``ValueError`` for anything else."""
     match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or (match[2] or "B") not in _UNITS or float(match[1]) <= 0:
         raise ValueError(f"memory={size!r} is not a size: give bytes, or a number with one of {', '.join(_UNITS)}.")

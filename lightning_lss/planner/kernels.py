@@ -1,4 +1,4 @@
-"""Attention kernels on tensors without contents: they allocate what the real ones allocate, in one operator."""
+"""Stand-ins for attention kernels on tensors without contents: each allocates what the real one allocates."""
 
 from __future__ import annotations
 
@@ -12,21 +12,16 @@ from torch import Tensor
 from lightning_lss.attention.kernels import KERNELS, Kernel
 from lightning_lss.planner.tracker import Tracker
 
-_TRACED = "cpu_flash"  # what attention chooses on CPU tensors, on which steps are traced
+_TRACED = "cpu_flash"  # steps are traced on CPU tensors, and attention chooses this kernel there
 
 
 @contextmanager
 def stand_in(name: str, length: int, tracker: Tracker) -> Iterator[None]:
-    """Within, attention on CPU tensors goes through what the kernel called ``name`` would allocate, and ``tracker`` is told
-    its operations.
+    """Let attention on CPU tensors allocate what the kernel ``name`` would, and count its operations in ``tracker``.
 
-    A kernel that takes a few keys at a time is called twice a tile instead, whatever its length, so that long sequences
-    do not take thousands of operators: it holds what arrives of one call and the sum of the calls before.
-
-    Args:
-        name: name of a kernel in :data:`lightning_lss.attention.kernels.KERNELS`.
-        length: global sequence length L.
-        tracker: what follows the step.
+    A kernel that takes a few keys at a time is called twice a tile instead, whatever the tile's length. More calls
+    would not hold more: the result of one call and the sum of the calls before. They would take thousands of operators.
+    ``length`` is the global sequence length L.
     """
     kernel = _stand_in(KERNELS[name], length, tracker)
     with patch.dict(KERNELS, {name: kernel, _TRACED: kernel}):
@@ -56,7 +51,7 @@ def _stand_in(kernel: Kernel, length: int, tracker: Tracker) -> Kernel:
 
 
 def _empty_keys(k: Tensor, most: int | None) -> Tensor:
-    """A tensor like ``k`` [B, G, n, D] that occupies the memory of ``most`` keys, where there are more."""
+    """Return a tensor like ``k`` [B, G, n, D] that occupies the memory of at most ``most`` keys."""
     batch, heads, keys, width = k.shape
     if most is None or keys <= most:
         return k.new_empty(k.shape)

@@ -1,4 +1,4 @@
-"""The memory of a rank, from its trace: with whole parameters, or with parts of them."""
+"""Compute the memory of a rank from its trace: with whole parameters, or with parts of them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ _FORWARD, _BACKWARD, _UPDATE = range(len(STAGES))
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank by part at the moment at which their sum is highest; ``most`` has each part at its own highest
-    moment, and ``beside_state`` the most that activations, K/V buffers and logits come to together."""
+    """Bytes of a rank by part, at the moment of their highest sum.
+
+    ``most`` has each part at its own highest moment. ``beside_state`` is the highest sum of activations, K/V buffers
+    and logits.
+    """
 
     parameters: float
     gradients: float
@@ -28,12 +31,12 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All parts together."""
+        """The sum of all parts."""
         return sum(getattr(self, part) for part in PARTS)
 
 
 def memory_of(moments: np.ndarray) -> Memory:
-    """The peak of moments [stretches, parts]."""
+    """Return the peak of ``moments``, bytes [stretches, parts]."""
     highest = moments[moments.sum(1).argmax()]
     most = dict(zip(PARTS, moments.max(0).tolist()))
     return Memory(
@@ -42,11 +45,11 @@ def memory_of(moments: np.ndarray) -> Memory:
 
 
 def moments_of(trace: Trace, shards: int, ddp: bool) -> np.ndarray:
-    """Bytes at each moment of a step, [stretches, parts].
+    """Return the bytes at each moment of a step, [stretches, parts].
 
     Args:
         trace: a step with whole parameters.
-        shards: on how many ranks the parts of a parameter lie (FSDP); 1 for whole parameters.
+        shards: number of ranks that a parameter is divided among (FSDP); 1 for whole parameters.
         ddp: whether DistributedDataParallel holds buckets as large as the gradients of shared parameters.
     """
     moments = trace.moments.copy()
@@ -54,8 +57,8 @@ def moments_of(trace: Trace, shards: int, ddp: bool) -> np.ndarray:
     if shards == 1:
         moments[:, _GRADIENTS] += sizes["shared"] if ddp else 0.0
         return moments
-    # Whole are the root's parameters during a step, those of the unit in use, and of the next one, which is gathered
-    # meanwhile; in the backward pass the gradients of the root and of a unit, and what is sent of the unit before.
+    # FSDP keeps the root's parameters whole during a step, and those of two units: one in use, the next being gathered.
+    # In the backward pass the gradients of the root and of two units are whole: one in use, the one before being sent.
     in_use = np.where(trace.stages == _UPDATE, 0.0, sizes["root"] + 2 * sizes["unit"])
     whole_grads = np.where(trace.stages == _BACKWARD, sizes["root"] + 2 * sizes["unit"], 0.0)
     own = sizes["own"] / max(1.0, sizes["shared"] + sizes["own"])
@@ -67,13 +70,10 @@ def moments_of(trace: Trace, shards: int, ddp: bool) -> np.ndarray:
 
 
 def longest_below(cap: float, near: np.ndarray, far: np.ndarray, lengths: tuple[int, int]) -> float:
-    """The local length at which the highest of moments that are affine in it comes to ``cap`` bytes.
+    """Return the local length at which the highest moment reaches ``cap`` bytes.
 
-    Args:
-        cap: bytes.
-        near: moments at the first of ``lengths``, [stretches, parts].
-        far: the same moments at the second.
-        lengths: two local lengths.
+    Moments are affine in it: ``near`` and ``far`` are the same ones at the two local ``lengths``, bytes
+    [stretches, parts].
     """
     start, slope = near.sum(1), (far.sum(1) - near.sum(1)) / (lengths[1] - lengths[0])
     grows = slope > 0

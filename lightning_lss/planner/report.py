@@ -1,4 +1,4 @@
-"""A plan on the terminal, as CSV, and as a picture."""
+"""Show a plan on the terminal, as CSV, and as a picture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lightning_lss.planner.choices import Choice, Plan
+from lightning_lss.planner.choices import Choice, Impossible, Plan
 from lightning_lss.planner.trace import PARTS
 
 if TYPE_CHECKING:
@@ -18,18 +18,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _NAMES = dict(zip(PARTS, ["params", "grads", "optim", "acts", "K/V", "logits"]))
-_COLORS = dict(
-    zip(PARTS, ["#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377"])
-)  # Paul Tol's bright scheme
+# Paul Tol's bright scheme
+_COLORS = dict(zip(PARTS, ["#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377"]))
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
-    """Two tables with a row for each way to train, what is recommended, and how it compares."""
+    """Print two tables with a row for each choice, the recommendation, and a comparison with the baselines."""
     console = console or Console(soft_wrap=True)
-    console.print(_memory_table(plan))
-    console.print(_speed_table(plan))
-    for line in _remarks(plan):
-        console.print(line)
+    for part in (_memory_table(plan), _speed_table(plan), *_remarks(plan)):
+        console.print(part)
 
 
 def _memory_table(plan: Plan) -> Table:
@@ -49,21 +46,15 @@ def _speed_table(plan: Plan) -> Table:
     table = _table("a step, estimated", "B", "GiB received", "seconds", "not hidden", "tokens/s", "MFU", "fits")
     for choice in plan.choices:
         time = choice.time
-        cells = (
-            str(choice.batch_size),
-            f"{time.received / 2**30:.3g}",
-            f"{time.total:.3g}",
-            f"{100 * time.exposed / time.total:.0f} %",
-            _short(choice.tokens_per_second),
-            f"{100 * choice.utilization:.0f} %",
-            "yes" if choice.fits else "no",
-        )
-        _add(table, plan, choice, *cells)
+        sizes = (str(choice.batch_size), f"{time.received / 2**30:.3g}")
+        seconds = (f"{time.total:.3g}", f"{100 * time.exposed / time.total:.0f} %")
+        speed = (_short(choice.tokens_per_second), f"{100 * choice.utilization:.0f} %")
+        _add(table, plan, choice, *sizes, *seconds, *speed, "yes" if choice.fits else "no")
     return table
 
 
 def _short(number: float) -> str:
-    """Three digits, with k, M or G for thousands."""
+    """Write a number with three digits and k, M or G for thousands."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             digits = number / size
@@ -86,8 +77,8 @@ def _add(table: Table, plan: Plan, choice: Choice, *cells: str) -> None:
 
 def _remarks(plan: Plan) -> list[str]:
     lines = [
-        "Memory: each part when it is most; total: the most that they come to at one moment.",
-        '"not hidden": share of a step in which a rank waits for others. All times are estimates; see docs/planner.md.',
+        "Memory: each part has its own peak; total is the highest sum of all parts at one moment.",
+        '"not hidden": share of a step that a rank waits for others. All times are estimates; see docs/planner.md.',
     ]
     if plan.impossible:
         first, *others = plan.impossible
@@ -97,7 +88,7 @@ def _remarks(plan: Plan) -> list[str]:
     if best is None:
         longest = max(plan.choices, key=lambda choice: choice.longest)
         lines.append(
-            f"[bold red]Nothing fits.[/] The longest sequence that would is {longest.longest:,} tokens ({longest.scheme},"
+            f"[bold red]Nothing fits.[/] The longest sequence that would fit has {longest.longest:,} tokens ({longest.scheme},"
             f" D={longest.data_size}, S={longest.size}); or use more devices, activation_checkpointing or sharding."
         )
         return lines
@@ -110,7 +101,7 @@ def _remarks(plan: Plan) -> list[str]:
 
 
 def _strategy(choice: Choice, plan: Plan) -> str:
-    """What train.py takes to run it."""
+    """Return the value of ``strategy=`` that runs a choice."""
     sharding = plan.options.sharding
     if sharding is None or choice.scheme != "lss":
         return choice.scheme
@@ -134,21 +125,21 @@ def _comparison(plan: Plan) -> list[str]:
 
 
 def write_csv(plan: Plan, path: str | Path) -> None:
-    """A row for each choice, and for each that is impossible; bytes and seconds."""
+    """Write a row for each choice, possible or not, in bytes and seconds."""
     rows = [_row(choice, plan) for choice in plan.choices]
-    for x in plan.impossible:
-        rows.append(
-            {"scheme": x.scheme, "D": x.data_size, "S": x.size, "seq_len": plan.seq_len, "impossible": x.reason}
-        )
+    rows += [_key(x, plan) | {"impossible": x.reason} for x in plan.impossible]
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], "impossible"], restval="")
         writer.writeheader()
         writer.writerows(rows)
 
 
+def _key(choice: Choice | Impossible, plan: Plan) -> dict[str, Any]:
+    return {"scheme": choice.scheme, "D": choice.data_size, "S": choice.size, "seq_len": plan.seq_len}
+
+
 def _row(choice: Choice, plan: Plan) -> dict[str, Any]:
-    row = {"scheme": choice.scheme, "D": choice.data_size, "S": choice.size, "seq_len": plan.seq_len}
-    row |= {"batch_size": choice.batch_size, "fits": choice.fits, "longest": choice.longest}
+    row = _key(choice, plan) | {"batch_size": choice.batch_size, "fits": choice.fits, "longest": choice.longest}
     row |= {f"{part}_bytes": round(getattr(choice.memory, part)) for part in PARTS}
     row |= {"total_bytes": round(choice.memory.total)}
     row |= {f"most_{part}_bytes": round(size) for part, size in choice.memory.most.items()}
@@ -159,22 +150,18 @@ def _row(choice: Choice, plan: Plan) -> dict[str, Any]:
 
 
 def draw_plan(plan: Plan) -> Figure:
-    """Memory by part and tokens a second, for each choice."""
+    """Draw memory by part, and tokens a second, of each choice."""
     from matplotlib.figure import Figure
 
     choices, places = plan.choices, range(len(plan.choices))
     figure = Figure(figsize=(max(8.0, 1.5 + 0.75 * len(choices)), 7.0), layout="constrained")
     memory, speed = figure.subplots(2, 1, sharex=True)
     _draw_memory(memory, plan)
-    colors = [
-        "#228833" if choice is plan.recommended else "#4477aa" if choice.fits else "#bbbbbb" for choice in choices
-    ]
+    colors = ["#228833" if x is plan.recommended else "#4477aa" if x.fits else "#bbbbbb" for x in choices]
     bars = speed.bar(places, [choice.tokens_per_second for choice in choices], color=colors)
     speed.bar_label(bars, [f"{100 * choice.utilization:.0f} %" for choice in choices], fontsize=8)
-    speed.set(
-        ylabel="tokens / s",
-        title="estimated speed and model FLOP/s utilization (green: recommended, grey: does not fit)",
-    )
+    title = "estimated speed and model FLOP/s utilization (green: recommended, grey: does not fit)"
+    speed.set(ylabel="tokens / s", title=title)
     speed.set_xticks(places, [f"{c.scheme}\nD={c.data_size}\nS={c.size}" for c in choices], fontsize=8)
     speed.margins(y=0.12)
     speed.yaxis.set_major_formatter("{x:,.0f}")

@@ -1,4 +1,4 @@
-"""Run one training step of a user's own LightningModule on tensors without contents, as one rank of a world of fakes."""
+"""Run one training step of a user's own LightningModule on tensors without contents, as one rank among stand-ins."""
 
 from __future__ import annotations
 
@@ -41,17 +41,18 @@ PRECISIONS = ("64-true", "32-true", "bf16-true", "16-true", "bf16-mixed", "16-mi
 
 @dataclass(frozen=True)
 class Options:
-    """Choices of a run that change a rank's step, and are not the module's.
+    """Options of a run, beside the module's own, that change a rank's step.
 
     Args:
-        precision: Lightning's name of it, one of :data:`PRECISIONS`.
+        precision: one of :data:`PRECISIONS`, Lightning's names.
         layout: how a sequence is split, ``"zigzag"`` or ``"contiguous"``.
         sequence_dims: see :func:`lightning_lss.sequence.batch.split_batch`.
-        communication_dtype: ``"bfloat16"`` or ``"float16"``, in which keys, values and gradients are sent; None for their own.
-        accumulate_grad_batches: batches of one step, one after the other.
-        sharding: None, every rank has all parameters; ``"fsdp"``, parameters, gradients and optimizer state are in equal
-            parts on all ranks; ``"hybrid"``, on the ranks of a sequence group.
-        activation_checkpointing, checkpointed_modules, mlp_tiles, tiled_modules: see :class:`~lightning_lss.LSSStrategy`.
+        communication_dtype: ``"bfloat16"`` or ``"float16"`` to send keys, values and gradients in; None: their own.
+        accumulate_grad_batches: batches of one step.
+        sharding: divide parameters, gradients and optimizer state among all ranks (``"fsdp"``) or among the ranks of a
+            sequence group (``"hybrid"``); None gives every rank all of them.
+        activation_checkpointing, checkpointed_modules, mlp_tiles, tiled_modules: see
+            :class:`~lightning_lss.LSSStrategy`.
     """
 
     precision: str = "32-true"
@@ -67,13 +68,12 @@ class Options:
 
     @property
     def memory(self) -> MemoryOptions:
-        """What is applied to the module."""
-        return MemoryOptions(
-            self.activation_checkpointing, self.checkpointed_modules, self.mlp_tiles, self.tiled_modules
-        )
+        """The options that change how the module's blocks are called."""
+        checkpointing = self.activation_checkpointing
+        return MemoryOptions(checkpointing, self.checkpointed_modules, self.mlp_tiles, self.tiled_modules)
 
     def shards(self, data_size: int, size: int) -> int:
-        """On how many ranks the parts of a parameter lie."""
+        """Count the ranks that a parameter is divided among."""
         return {None: 1, "hybrid": size, "fsdp": data_size * size}[self.sharding]
 
     def __post_init__(self) -> None:
@@ -83,31 +83,33 @@ class Options:
                 choices = ", ".join(map(repr, values))
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {choices}.")
         resolve_communication_dtype(self.communication_dtype)
-        _ = self.memory  # refuses what it cannot be
+        _ = self.memory  # refuses invalid options
         check_positive(accumulate_grad_batches=self.accumulate_grad_batches)
 
 
 class Scheme(Protocol):
-    """Another way than LSS to share a sequence among S ranks, in contiguous segments."""
+    """A way other than LSS to divide a sequence among S ranks, in contiguous segments."""
 
     @property
     def name(self) -> str:
-        """What tables call it."""
+        """Name in tables."""
 
     def check(self, module: pl.LightningModule, length: int, size: int) -> None:
-        """Raise ``ValueError`` if ``size`` ranks cannot share the module, or a sequence of ``length``."""
+        """Raise ``ValueError`` if the module, or a sequence of ``length``, cannot be divided among ``size`` ranks."""
 
     def prepare(self, module: pl.LightningModule, rank: int, group: dist.ProcessGroup) -> None:
-        """Make a module without contents that of ``rank`` in ``group``, the S ranks."""
+        """Give a module without contents the parameters of ``rank`` in ``group``, the S ranks."""
 
     def after_backward(self, module: pl.LightningModule) -> None:
-        """What happens between backward and the optimizer's step."""
+        """Run what lies between backward and the optimizer's step."""
 
 
 @dataclass(frozen=True)
 class Rank:
-    """Whose step is traced: the busiest of S ranks, on a batch of sequences of ``length``, sharing them by ``scheme`` (None is
-    LSS). ``skips_blocks``: see :func:`~lightning_lss.planner.blocks.skip_repeated`."""
+    """The busiest of ``size`` ranks that share ``batch_size`` sequences of ``length`` under ``scheme`` (None is LSS).
+
+    ``kernel`` names the attention kernel. ``skips_blocks``: see :func:`~lightning_lss.planner.blocks.skip_repeated`.
+    """
 
     size: int
     length: int
@@ -118,29 +120,35 @@ class Rank:
     skips_blocks: bool = True
 
     @property
-    def shard(self) -> SequenceShard:
-        """Its place, without a group. Under a causal mask the last of contiguous segments sees the most keys."""
-        layout = "contiguous" if self.scheme else self.options.layout
-        return SequenceShard(self.size - 1 if layout == "contiguous" else 0, self.size, layout)
+    def index(self) -> int:
+        """Index of the busiest rank: under a causal mask the last of contiguous segments sees the most keys."""
+        return self.size - 1 if self.scheme or self.options.layout == "contiguous" else 0
+
+    def shard(self, group: dist.ProcessGroup | None) -> SequenceShard:
+        """Return the rank's place in ``group``."""
+        if self.scheme:
+            return SequenceShard(self.index, self.size, "contiguous", group)
+        dtype = resolve_communication_dtype(self.options.communication_dtype)
+        return SequenceShard(self.index, self.size, self.options.layout, group, dtype)
 
 
 def trace_step(module: pl.LightningModule, batch: Any, rank: Rank) -> Trace:
     """Trace the second step of a run, when the optimizer has its state, without computing anything.
 
     Args:
-        module: the user's own; it is left as it is. Its parameters may lie anywhere, on the meta device as well.
+        module: the user's own; it stays unchanged. Its parameters may be on any device, the meta device included.
         batch: an example with whole sequences, of any length, batch size and device.
-        rank: whose step.
+        rank: the rank whose step is traced.
 
     Raises:
-        ValueError: if the module does what can only be done with numbers, naming it.
+        ValueError: if the module needs contents, optimizes manually, or asks more of its Trainer than the stand-in has.
     """
     if not module.automatic_optimization:
-        raise ValueError("A module with automatic_optimization=False cannot be planned: its steps are its own.")
+        raise ValueError("A module with automatic_optimization=False cannot be planned: its steps are unknown.")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with _group_of(rank) as group, _default_dtype(rank.options.precision):
         try:
-            if rank.scheme is not None:  # DTensor works out whole shapes the first time, in operators that no rank runs
+            if rank.scheme is not None:  # the first time DTensor derives shapes by operators that no rank runs
                 _Step(module, batch, rank, mode, group).run()
             return _Step(module, batch, rank, mode, group).run()
         except MissingError as error:
@@ -159,16 +167,9 @@ class _Step:
         self, module: pl.LightningModule, batch: Any, rank: Rank, mode: FakeTensorMode, group: dist.ProcessGroup | None
     ) -> None:
         self.rank, self.mode, self.group = rank, mode, group
-        self.shard = SequenceShard(
-            rank.shard.rank,
-            rank.size,
-            rank.shard.layout,
-            group,
-            resolve_communication_dtype(rank.options.communication_dtype) if rank.scheme is None else None,
-        )
+        self.shard = rank.shard(group)
         self.tracker = Tracker()
         self.module = without_contents(module, mode, _dtype_of(rank.options.precision))
-        self.trainer = StandInTrainer(self.shard)
         self._prepare()
         with mode:
             self.batch = self._own_batch(batch)
@@ -176,7 +177,7 @@ class _Step:
 
     def _prepare(self) -> None:
         module = self.module
-        module.trainer = self.trainer  # type: ignore[assignment]
+        module.trainer = StandInTrainer(self.shard)  # type: ignore[assignment]
         module.log = module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign,assignment]
         module.train()
         for table in [x for x in module.modules() if isinstance(x, SegmentPositionalEmbedding)]:
@@ -185,7 +186,7 @@ class _Step:
                 table.weight = nn.Parameter(torch.empty(self.rank.length, table.dim))
         if self.rank.scheme is not None:
             assert self.group is not None
-            # outside of the mode, in which a device mesh would have no contents either
+            # outside the mode, since a device mesh needs contents
             self.rank.scheme.prepare(module, self.shard.rank, self.group)
         else:
             with self.mode:
@@ -210,8 +211,7 @@ class _Step:
         return map_tensors(part, lambda _, x: x.to(dtype) if dtype and x.is_floating_point() else x)
 
     def run(self) -> Trace:
-        """Forward, backward and the optimizer's step, in Lightning's order: the last step's gradients are freed after the
-        forward pass."""
+        """Run forward, backward and the optimizer's step; as in Lightning, old gradients are freed after forward."""
         tracker, module = self.tracker, self.module
         trained = [x for x in module.parameters() if x.requires_grad]
         with self.mode:
@@ -248,26 +248,26 @@ class _Step:
             for group in optimizer.param_groups:
                 plain = not group.get("fused") and not any(isinstance(x, DTensor) for x in group["params"])
                 if plain and group.get("foreach", True) is None:
-                    group["foreach"] = self.rank.kernel != "cpu_flash"  # torch's choice, which goes by the device
+                    group["foreach"] = self.rank.kernel != "cpu_flash"  # torch chooses by the device
             optimizer.step()
 
     def _parameters(self) -> np.ndarray:
         own = set(segment_local_names(self.module)) if self.shard.size > 1 else set()
-        shared = {x: _bytes(x) for name, x in self.module.named_parameters() if name not in own}
-        local = sum(_bytes(x) for name, x in self.module.named_parameters() if name in own)
-        units = [[shared[x] for x in unit.parameters() if x in shared] for unit in units_of(self.module)]
-        in_units = [sum(unit) for unit in units]
-        total = sum(shared.values())
-        return np.array([total, local, total - sum(in_units), max(in_units, default=0), len(units)], dtype=float)
+        named = dict(self.module.named_parameters())
+        sizes = {x: part.nbytes for x, part in zip(named.values(), _local(named.values()))}
+        local = sum(sizes.pop(x) for name, x in named.items() if name in own)
+        units = [sum(sizes.get(x, 0) for x in unit.parameters()) for unit in units_of(self.module)]
+        total = sum(sizes.values())
+        return np.array([total, local, total - sum(units), max(units, default=0), len(units)], dtype=float)
 
 
 def _group_of(rank: Rank) -> AbstractContextManager[dist.ProcessGroup | None]:
-    """The group of a sequence, None of one rank. On CPUs it is called as if it were gloo."""
+    """Make the sequence group, None for one rank. For CPU kernels it is called as if it were gloo."""
     if rank.size == 1:
         return nullcontext()
     if dist.is_initialized():
         raise ValueError("plan cannot run within a process group: call it before the Trainer, or in another process.")
-    return fake_world(rank.shard.rank, rank.size, like_gloo=rank.kernel == "cpu_flash")
+    return fake_world(rank.index, rank.size, like_gloo=rank.kernel == "cpu_flash")
 
 
 def _loss_of(output: Any) -> Tensor:
@@ -278,7 +278,7 @@ def _loss_of(output: Any) -> Tensor:
 
 
 def _optimizers(configured: Any) -> list[Optimizer]:
-    """The optimizers in whatever ``configure_optimizers`` returns."""
+    """Find the optimizers in whatever ``configure_optimizers`` returned."""
     if isinstance(configured, Optimizer):
         return [configured]
     if isinstance(configured, Mapping):
@@ -289,23 +289,19 @@ def _optimizers(configured: Any) -> list[Optimizer]:
 
 
 def _local(tensors: Any) -> list[Tensor]:
-    """Tensors of this rank's own memory."""
+    """Return the tensors in this rank's own memory."""
     return [x.to_local() if isinstance(x, DTensor) else x for x in tensors if isinstance(x, Tensor)]
 
 
-def _bytes(x: Tensor) -> int:
-    return (x.to_local() if isinstance(x, DTensor) else x).nbytes
-
-
 def _dtype_of(precision: str) -> torch.dtype | None:
-    """The dtype of parameters with a "true" precision other than the usual one."""
+    """Return the dtype of parameters in a "true" precision; None for float32, the usual one."""
     name, _, kind = precision.partition("-")
     return _DTYPES[name] if kind == "true" and name != "32" else None
 
 
 @contextmanager
 def _default_dtype(precision: str) -> Iterator[None]:
-    """Make tensors of the dtype of a "true" precision, as Lightning does."""
+    """Create tensors in the dtype of a "true" precision, as Lightning does."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(_dtype_of(precision) or before)
     try:
@@ -315,7 +311,7 @@ def _default_dtype(precision: str) -> Iterator[None]:
 
 
 def parameter_bytes(precision: str) -> int:
-    """Bytes of a number in parameters and gradients."""
+    """Return the bytes of one number in parameters and gradients."""
     return (_dtype_of(precision) or torch.float32).itemsize
 
 

@@ -1,4 +1,5 @@
-"""An estimate of the time of a training step, from operations, bytes and links: a roofline with collectives behind it."""
+"""Estimate the time of a training step from operations, bytes and links: a roofline, with collectives behind the
+work."""
 
 from __future__ import annotations
 
@@ -11,28 +12,25 @@ from lightning_lss.planner.step import Options, parameter_bytes
 from lightning_lss.planner.trace import PARAMETERS, Trace
 from lightning_lss.testing.collectives import received_of
 
-_TOUCHES = 3  # what a kernel writes is read about twice
+_TOUCHES = 3  # passes over memory for a byte that a kernel writes: it is read about twice
 _BUCKET = 25 * 2**20  # bytes, DistributedDataParallel's default
 
 
 @dataclass(frozen=True)
 class Grid:
-    """D x S ranks, and the traffic between them.
-
-    Args:
-        data_size: D.
-        size: S.
-        hardware: what they are.
-    """
+    """D = ``data_size`` times S = ``size`` ranks on ``hardware``."""
 
     data_size: int
     size: int
     hardware: Hardware
 
     def link(self, group: str, ranks: int) -> Link:
-        """The link that bounds a ring of ``ranks``. Neighbouring ranks form a sequence group, so a ring of many enters each node
-        once and has the node's link for itself, unless groups do not line up with nodes and two of them share it; a data
-        group has one rank in each sequence group, and so many rings pass through a node."""
+        """Return the slowest link of a ring of ``ranks`` in ``group``, ``"sequence"``, ``"data"`` or ``"world"``.
+
+        Neighbouring ranks form a sequence group. Its ring enters a node once and has the node's link for itself; where
+        groups do not line up with nodes, two share the link. A data group has one rank in each sequence group, so many
+        rings share a node's link.
+        """
         hardware, world = self.hardware, self.data_size * self.size
         node = hardware.devices_per_node
         if group == "data":
@@ -48,7 +46,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Transfer:
-    """Collectives of one kind: how often, the bytes of their payload, and the seconds of work that each can hide behind."""
+    """Collectives of one kind: calls, bytes of payload of all calls, and seconds of work that they can hide behind."""
 
     kind: str
     group: str
@@ -59,26 +57,28 @@ class Transfer:
 
     @property
     def received(self) -> float:
-        """Bytes that a rank receives."""
+        """Count the bytes that a rank receives."""
         return received_of(self.kind, self.payload, self.ranks)
 
     def seconds(self, grid: Grid) -> float:
-        """In a ring: rounds of latency, and the bytes over the slowest link."""
+        """Estimate the seconds in a ring: rounds of latency, and the bytes over the slowest link."""
         link = grid.link(self.group, self.ranks)
         rounds = {"all_reduce": 2 * (self.ranks - 1), "receive": 1, "broadcast": 1}.get(self.kind, self.ranks - 1)
         return self.calls * rounds * link.latency + self.received / link.bandwidth
 
     def exposed(self, grid: Grid) -> float:
-        """Seconds that no work hides."""
+        """Estimate the seconds that no work hides."""
         seconds = self.seconds(grid)
         return seconds - min(seconds * grid.hardware.overlap, self.work)
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Estimated seconds of a step: ``matmul``, ``attention``, ``memory`` (norms, activation functions, copies, the loss),
-    ``launch``, ``optimizer``, and of the collectives what is not hidden behind work; ``communication`` is all of theirs,
-    hidden or not. ``received`` are the bytes that the rank receives."""
+    """Estimated seconds of a step, by kind of work; ``received`` is in bytes.
+
+    ``memory`` is norms, activation functions, copies and the loss. ``communication`` is the time of all collectives,
+    and ``exposed`` the part that no work hides.
+    """
 
     matmul: float
     attention: float
@@ -91,19 +91,15 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """The step."""
+        """Seconds of the whole step."""
         return self.matmul + self.attention + self.memory + self.launch + self.optimizer + self.exposed
 
 
 def step_time(trace: Trace, options: Options, grid: Grid, shards: int = 1, shared: str = "world") -> StepTime:
-    """Estimate the seconds of a training step of the busiest rank.
+    """Estimate the seconds of a training step from the ``trace`` of the busiest rank.
 
-    Args:
-        trace: its step.
-        options: choices of the run.
-        grid: the ranks.
-        shards: see :func:`~lightning_lss.planner.memory.moments_of`.
-        shared: the group over which gradients of shared parameters are averaged, ``"world"`` or ``"data"``.
+    For ``shards`` see :func:`~lightning_lss.planner.memory.moments_of`. Gradients of shared parameters are averaged
+    over the group ``shared``, ``"world"`` or ``"data"``.
     """
     hardware, batches = grid.hardware, options.accumulate_grad_batches
     rates = _rates(hardware, options)
@@ -112,42 +108,32 @@ def step_time(trace: Trace, options: Options, grid: Grid, shards: int = 1, share
     optimizer = float(update[2] + update[3]) / shards
     transfers = _traced(trace, grid, rates, batches) + _of_parameters(trace, options, grid, shards, shared)
     transfers = [transfer for transfer in transfers if transfer.ranks > 1 and transfer.payload]
-    return StepTime(
-        matmul,
-        attention,
-        memory,
-        launch,
-        optimizer,
-        exposed=sum(transfer.exposed(grid) for transfer in transfers),
-        communication=sum(transfer.seconds(grid) for transfer in transfers),
-        received=sum(transfer.received for transfer in transfers),
-    )
+    exposed = sum(transfer.exposed(grid) for transfer in transfers)
+    communication = sum(transfer.seconds(grid) for transfer in transfers)
+    received = sum(transfer.received for transfer in transfers)
+    return StepTime(matmul, attention, memory, launch, optimizer, exposed, communication, received)
 
 
 def utilization(whole: Trace, options: Options, grid: Grid, batch: int, seconds: float) -> float:
-    """Model FLOP/s utilization: the operations that the model needs, three times those of its forward pass (PaLM, arXiv
-    2204.02311, appendix B), over those that the devices could do.
+    """Return the model FLOP/s utilization: the operations of the model over those that the devices could do.
 
-    Args:
-        whole: the step of one rank that holds whole sequences.
-        options: choices of the run.
-        grid: the ranks.
-        batch: how many such steps one step of the grid comes to.
-        seconds: of a step of the grid.
+    A model's operations count as three times those of its forward pass (PaLM, arXiv 2204.02311, appendix B). ``whole``
+    is the step of one rank with whole sequences; one step of the grid takes ``seconds`` and does the work of ``batch``
+    such steps.
     """
     flops = 3.0 * batch * whole.work[0, :2].sum()
     return flops / (seconds * grid.data_size * grid.size * grid.hardware.peak_of(options.precision))
 
 
 def _rates(hardware: Hardware, options: Options) -> np.ndarray:
-    """Of each kind of work, how much of it is done a second."""
+    """Return how much of each kind of work is done a second, [work]."""
     peak = hardware.peak_of(options.precision)
     launches = 1 / hardware.launch if hardware.launch else np.inf
     return np.array([peak * hardware.matmul, peak * hardware.attention, hardware.bandwidth / _TOUCHES, launches])
 
 
 def _traced(trace: Trace, grid: Grid, rates: np.ndarray, batches: int) -> list[Transfer]:
-    """What a sequence group sends; the update once a step, all else for each batch."""
+    """List what a sequence group sends: in the update once a step, else once a batch."""
     transfers = []
     for kind, (calls, payload, *work, stage) in zip(trace.kinds, trace.collectives):
         times = 1 if round(stage) == 2 else batches
@@ -157,8 +143,11 @@ def _traced(trace: Trace, grid: Grid, rates: np.ndarray, batches: int) -> list[T
 
 
 def _of_parameters(trace: Trace, options: Options, grid: Grid, shards: int, shared: str) -> list[Transfer]:
-    """Gradients of shared parameters are averaged over the world, those of a segment's own over the data group. With FSDP
-    parameters are gathered for the forward and again for the backward pass, and gradients scattered."""
+    """List the collectives of parameters and gradients.
+
+    Gradients of shared parameters are averaged over the world, those of segment-local parameters over the data group.
+    FSDP gathers parameters for the forward and again for the backward pass, and scatters gradients.
+    """
     sizes, world = dict(zip(PARAMETERS, trace.parameters.tolist())), grid.data_size * grid.size
     forward, backward = (float((stage / _rates(grid.hardware, options)).sum()) for stage in trace.work[:2])
     grads = sizes["shared"] * (2 / parameter_bytes(options.precision) if options.communication_dtype else 1.0)

@@ -1,4 +1,4 @@
-"""See one training step operator by operator: what it holds, what it computes, what it receives."""
+"""Follow one training step operator by operator: the memory it holds, its operations and its collectives."""
 
 from __future__ import annotations
 
@@ -26,37 +26,37 @@ _PART = {name: index for index, name in enumerate(PARTS)}
 _ACTIVATIONS = _PART["activations"]
 _MATMUL, _ATTENTION, _WRITTEN, _KERNELS = range(len(WORK))
 _OF_LOGITS = ("_log_softmax", "_log_softmax_backward_data", "nll_loss_forward", "nll_loss_backward")
-# There are no contents to copy or to wait for; torch's fake of the latter would be another tensor.
+# There are no contents to copy or to wait for. Torch's fake of a wait would return another tensor.
 _CHANGES_NOTHING = (torch.ops.aten.copy_.default, torch.ops._c10d_functional.wait_tensor.default)
 _UNKNOWN_TO_FAKES = (
     torch.ops.c10d.allgather_into_tensor_coalesced_.default,
     torch.ops.c10d.reduce_scatter_tensor_coalesced_.default,
 )
-_LEAST_PAYLOAD = 64  # bytes: less is a number of tokens or a metric
+_LEAST_PAYLOAD = 64  # bytes: smaller messages are token counts or metrics
 
 
 class Span(NamedTuple):
-    """A part of a step: the work in it [stages, work], and which collectives."""
+    """A part of a step: its work [stages, work], and the indices of its collectives."""
 
     work: np.ndarray
     collectives: range
 
 
 class Tracker(TorchDispatchMode):
-    """Follow every storage from its allocation to its end, and add up operations.
+    """Follow every storage until it is freed, and add up operations.
 
-    The step is cut into *stretches*: what one autograd function allocates, forward or backward, is one stretch, so that
-    loops inside of it (over tiles, rows of logits, ranks) count once and steps of different lengths have the same
-    stretches. Of each the highest moment is kept.
+    The step is cut into *stretches*: the allocations of one autograd function, forward or backward, are one stretch. So
+    a loop inside a function (over tiles, rows of logits, ranks) counts once, and steps of different lengths have the
+    same stretches. The tracker keeps the highest moment of each.
 
-    What a C++ operator allocates for itself and frees before it returns is not seen.
+    It does not see what a C++ operator allocates for itself and frees before it returns.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.stage = 0
         self.allocated = 0
-        """How many storages there have been so far."""
+        """Number of storages so far."""
         self._live: dict[int, tuple[int, int, Any, int]] = {}  # by storage: bytes, part, weak reference, number
         self._now = [0] * len(PARTS)
         self._highest: list[list[int]] = []  # of each stretch, by part
@@ -69,13 +69,13 @@ class Tracker(TorchDispatchMode):
         self._sent_at: np.ndarray | None = None  # work before the last collective
 
     def hold(self, tensors: Iterable[Tensor], part: str = "activations") -> None:
-        """Count tensors that were allocated before, or under another part."""
+        """Count tensors under ``part``, whether they are new or were counted as activations."""
         for tensor in tensors:
             self._hold(tensor, _PART[part])
             self.relabel(tensor, part)
 
     def relabel(self, tensor: Tensor, part: str) -> None:
-        """Count what was taken for an activation under ``part``."""
+        """Count a tensor under ``part`` if it was counted as an activation."""
         key = _storage(tensor)._cdata
         if key in self._live and self._live[key][1] == _ACTIVATIONS:
             size, _, *others = self._live[key]
@@ -85,7 +85,7 @@ class Tracker(TorchDispatchMode):
 
     def add_attention(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, backward: bool) -> None:
         """Count the operations of queries [B, H, m, D] over keys [B, G, n, D]: 4 for each visible pair and channel, 8
-        backward. A causal diagonal ends in the bottom right corner of a tile that is wider than it is high."""
+        backward. The diagonal of a causal tile ends in its bottom right corner; m <= n."""
         rows, keys = q.size(-2), k.size(-2)
         pairs = rows * keys - (rows * (rows - 1) // 2 if causal else 0)
         channels = q.size(0) * q.size(1) * (q.size(-1) + v.size(-1))
@@ -93,7 +93,7 @@ class Tracker(TorchDispatchMode):
         self._work[self.stage, _KERNELS] += 1
 
     def left_of(self, numbers: range, without: int) -> dict[str, int]:
-        """Bytes by part of the storages with these numbers, but one, that still exist."""
+        """Count the bytes by part of the live storages with these numbers, without one of them."""
         left = dict.fromkeys(PARTS, 0)
         for size, part, _, number in self._live.values():
             if number in numbers and number != without:
@@ -101,25 +101,25 @@ class Tracker(TorchDispatchMode):
         return left
 
     def number_of(self, tensor: Tensor) -> int:
-        """The number of a tensor's storage."""
+        """Return the number of a tensor's storage."""
         return self._live[_storage(tensor)._cdata][-1]
 
     def span(self, start: Span | None = None) -> Span:
-        """From the end of ``start`` to now."""
+        """Return the span from the end of ``start`` to now; an empty one, if there is no start."""
         done, before = self._work.copy(), len(self._kinds)
         if start is None:
             return Span(done, range(before, before))
         return Span(done - start.work, range(start.collectives.stop, before))
 
     def repeat(self, span: Span, times: int) -> None:
-        """Count what was done within ``span`` as often again."""
+        """Count the work of ``span`` another ``times`` times."""
         self._work += span.work * times
         for index in span.collectives:
             self._collectives[index][:-1] = [(1 + times) * x for x in self._collectives[index][:-1]]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within, storages are followed and work is not counted."""
+        """Follow storages, but count no work."""
         before = self._work.copy()
         try:
             yield
@@ -127,19 +127,17 @@ class Tracker(TorchDispatchMode):
             self._work = before
 
     def result(self, parameters: np.ndarray) -> Trace:
-        """What was seen."""
+        """Return the trace of the step; ``parameters`` is :attr:`Trace.parameters`."""
+        moments, stages = np.array(self._highest, dtype=float), np.array(self._stages)
         collectives = np.array(self._collectives, dtype=float).reshape(-1, len(COLLECTIVES))
-        moments = np.array(self._highest, dtype=float)
-        return Trace(
-            moments, np.array(self._stages), self._work, collectives, np.array(self._kinds, dtype=str), parameters
-        )
+        return Trace(moments, stages, self._work, collectives, np.array(self._kinds, dtype=str), parameters)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run and follow."""
+        """Run an operator, and count its memory, work and payload."""
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # asked for more often than anything is computed
+            return args[0].fake_device  # the most frequent call
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # DTensor comes back with its local tensors
+            return NotImplemented  # DTensor calls again with local tensors
         if is_own_operator(func):
             return run_inside(self, func, args, kwargs)
         if func in _CHANGES_NOTHING:
@@ -162,7 +160,7 @@ class Tracker(TorchDispatchMode):
     # -- memory --------------------------------------------------------------------------------------------------------
 
     def _hold(self, tensor: Tensor, part: int) -> bool:
-        """Whether the tensor's storage is new."""
+        """Count the tensor's storage under ``part``; return whether it is new."""
         storage = _storage(tensor)
         key, size = storage._cdata, storage.nbytes()
         if key in self._live:
@@ -189,7 +187,7 @@ class Tracker(TorchDispatchMode):
     # -- collectives ---------------------------------------------------------------------------------------------------
 
     def _send(self, kind: str, payload: int, args: Any, result: Any) -> None:
-        """Note a collective; messages in a row, with no work between them, are one."""
+        """Note a collective; consecutive messages without work between them are one."""
         if payload < _LEAST_PAYLOAD:
             return
         before = self._work.sum(0)
@@ -205,7 +203,7 @@ class Tracker(TorchDispatchMode):
             self._in_flight[_storage(tensor)._cdata] = (len(self._kinds) - 1, before)
 
     def _arrive(self, args: Any) -> None:
-        """The first operator that touches what a collective brings has waited for it: until then work could hide it."""
+        """Note the work that can hide each collective whose result is among ``args``: all work until this first use."""
         for tensor in _tensors(args):
             index, before = self._in_flight.pop(_storage(tensor)._cdata, (None, None))
             if index is not None:

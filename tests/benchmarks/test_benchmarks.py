@@ -132,7 +132,7 @@ def test_contestants_take_turns() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["step", "--ranks", "0"], "0 is no positive integer"),
+        (["step", "--ranks", "0"], "0 is not a positive integer"),
         (["step", "--length", "1001", "--ranks", "2"], "cannot be split over 2 ranks"),
         (["memory", "--set", "colour=red"], "does not take colour"),
         (["step", "--width", "30", "--heads", "4"], "width=30 must be a multiple of num_heads=4"),

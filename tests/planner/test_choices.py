@@ -153,7 +153,7 @@ def test_a_second_plan_takes_no_traces(monkeypatch, tmp_path) -> None:
         ({"hardware": "h100"}, "hardware='h100' is not a Hardware"),
         ({"batch": {"n": 3}}, "batch has no tensor"),
         ({"batch": {"a": torch.zeros(1, 4), "b": torch.zeros(1, 5)}}, r"lengths \[4, 5\].*sequence_dims"),
-        ({"seq_len": 1001, "global_batch": 3, "devices": 8}, "No way to share out 8 devices"),
+        ({"seq_len": 1001, "global_batch": 3, "devices": 8}, r"No \(D, S\) is possible for 8 devices"),
         ({"precision": "16-mixed"}, "device has no peak for float16"),
         ({"precision": "fp8"}, "precision='fp8' is unknown"),
         ({"checkpointed_modules": ["layers"]}, "no effect without activation_checkpointing"),
