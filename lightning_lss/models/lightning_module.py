@@ -84,7 +84,8 @@ class LSSTransformer(pl.LightningModule):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["config", "optimizer", "execution"])  # those of subclasses too
+        # what a subclass takes too; LightningCLI would have its own way to build the module from nested values
+        self.save_hyperparameters(ignore=["config", "optimizer", "execution", "_instantiator"])
         config = _with_options(config or TransformerConfig(), options)
         self.optimizer_config = _with_options(optimizer or OptimizerConfig(), options)
         self.execution = _with_options(execution or ExecutionConfig(), options)
