@@ -62,9 +62,8 @@ def parallelize(model: Transformer, mesh: DeviceMesh) -> None:
     for module in model.modules():
         if isinstance(module, SegmentDropout):  # the masks of the segments differ
             module.set_shard(SequenceShard(tensor.get_local_rank(), tensor.size(), "contiguous"))
-        elif isinstance(
-            module, LSSAttention
-        ):  # gathers nothing; the configured head chunks may not divide its own heads
+        elif isinstance(module, LSSAttention):
+            # gathers nothing; the configured head chunks may not divide its own heads
             module.head_chunks = "auto"
     parallelize_module(model, tensor, _outer_plan(model))
     if model.config.tie_embeddings:
