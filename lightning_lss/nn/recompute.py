@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from typing import Any, Literal, get_args
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, set_checkpoint_early_stop
 
 from lightning_lss.attention.module import LSSAttention
@@ -108,12 +108,14 @@ def apply_checkpointing(modules: Iterable[nn.Module], how: ActivationCheckpointi
     """
     check_checkpointing(how)
     for module in modules:
-        recomputed = _mix_in(module)
-        if how == "selective":  # a policy can only keep the result of an operator
-            for attention in module.modules():
-                if isinstance(attention, LSSAttention):
-                    attention.as_operator = True
-        recomputed.checkpointing = how
+        for attention in calls_of(module).operators:
+            attention.as_operator = False
+        # a policy can only keep the result of an operator
+        attentions = [x for x in module.modules() if isinstance(x, LSSAttention) and not x.as_operator]
+        operators = tuple(attentions) if how == "selective" else ()
+        for attention in operators:
+            attention.as_operator = True
+        _set_calls(module, checkpointing=how, operators=operators)
 
 
 def apply_tiles(modules: Iterable[nn.Module], tiles: int) -> None:
@@ -132,7 +134,7 @@ def apply_tiles(modules: Iterable[nn.Module], tiles: int) -> None:
                 f"{type(module).__name__} contains batch normalization, so computing it in mlp_tiles={tiles} parts would be"
                 " another training. Name other modules in tiled_modules, or use LayerNorm."
             )
-        _mix_in(module).tiles = tiles
+        _set_calls(module, tiles=tiles)
 
 
 def check_checkpointing(how: object) -> None:
@@ -142,61 +144,82 @@ def check_checkpointing(how: object) -> None:
         raise ValueError(f"activation_checkpointing={how!r} is unknown: choose {' or '.join(map(repr, known))}.")
 
 
+@dataclass(frozen=True)
+class Calls:
+    """How a module is called."""
+
+    checkpointing: ActivationCheckpointing = "none"
+    tiles: int = 1
+    operators: tuple[LSSAttention, ...] = ()
+    """Attention within the module that ``selective`` calls as an operator."""
+
+
+def calls_of(module: nn.Module) -> Calls:
+    """How ``module`` is called: as it is, unless it was changed here."""
+    return getattr(module, "_lss_calls", Calls())
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, without :class:`Recomputed` mixed in."""
+    return module._lss_class if isinstance(module, Recomputed) else type(module)
+
+
 class Recomputed(nn.Module):
     """Mixin that wraps a module's call, with all its hooks, those of FSDP and tensor parallelism included.
 
     It is mixed into the class of a module at run time, as torch's ``fully_shard`` does with its own, since Python looks
-    ``__call__`` up on the class.
+    ``__call__`` up on the class. The module's other names are its author's.
     """
 
-    checkpointing: ActivationCheckpointing = "none"
-    tiles: int = 1
-    own_class: type[nn.Module]
+    _lss_calls: Calls
+    _lss_class: type[nn.Module]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module, in tiles and under activation checkpointing where these are on."""
-        if self.checkpointing == "none" or not torch.is_grad_enabled():
-            return self._call_in_tiles(*args, **kwargs)
-        # Recomputation normally stops at the last tensor that backward needs. In a block of tiles that is within the
-        # last tile, before the results are joined. Under tensor parallelism each result comes from a collective, and
-        # torch keeps it forever if nothing waits for it. A single tile stops before its collective.
-        options: dict[str, Any] = {"context_fn": _keep_attention} if self.checkpointing == "selective" else {}
-        leaves, structure = tree_flatten((args, kwargs))  # torch offloads only tensors that are positional arguments
-
-        def call(*leaves: Any) -> Any:
-            args, kwargs = tree_unflatten(leaves, structure)
-            return self._call_in_tiles(*args, **kwargs)
-
-        with self._early_stop(), self._offload(leaves):
-            return checkpoint(call, *leaves, use_reentrant=False, **options)
-
-    def _early_stop(self) -> AbstractContextManager[Any]:
-        if torch.compiler.is_compiling():
-            return nullcontext()
-        return set_checkpoint_early_stop(not any(isinstance(x, Recomputed) and x.tiles > 1 for x in self.modules()))
-
-    def _offload(self, inputs: list[Any]) -> AbstractContextManager[Any]:
-        if self.checkpointing != "offload":
-            return nullcontext()
-        return save_on_cpu(pin_memory=any(isinstance(x, Tensor) and x.is_cuda for x in inputs))
-
-    def _call_in_tiles(self, *args: Any, **kwargs: Any) -> Any:
         call = super().__call__
-        if self.tiles == 1:
+        if self._lss_calls.tiles > 1:
+            call = partial(_call_in_tiles, self, call)
+        if self._lss_calls.checkpointing == "none" or not torch.is_grad_enabled():
             return call(*args, **kwargs)
-        if not args or not isinstance(args[0], Tensor) or args[0].dim() != 3:
-            raise ValueError(
-                f"{type(self).__name__} is computed in mlp_tiles={self.tiles} parts along the sequence, so its first argument must"
-                " be a tensor [B, l, E], given by position. Name other modules in tiled_modules."
-            )
-        x, *others = args
-        return run_in_tiles(lambda part: call(part, *others, **kwargs), x, self.tiles)
+        return _call_checkpointed(self, call, args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # pickle cannot find a class that was made at run time by its name
         reduced: Any = super().__reduce_ex__(protocol)
         constructor, (_, *arguments), *state = reduced
-        return (_rebuild, (constructor, own_class(self), *arguments), *state)
+        return (_rebuild, (constructor, self._lss_class, *arguments), *state)
+
+
+def _call_checkpointed(
+    module: Recomputed, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    how, number, names = module._lss_calls.checkpointing, len(args), list(kwargs)
+    inputs = (*args, *kwargs.values())
+
+    # Torch offloads only tensors that are given by position. The function must not hold the inputs itself: they are to be
+    # freed.
+    def call_by_position(*inputs: Any) -> Any:
+        return call(*inputs[:number], **dict(zip(names, inputs[number:])))
+
+    # Recomputation normally stops at the last tensor that backward needs. In a block of tiles that is within the last
+    # tile, before the results are joined. Under tensor parallelism each result comes from a collective, and torch keeps
+    # it forever if nothing waits for it. A single tile stops before its collective.
+    holds_tiles = not torch.compiler.is_compiling() and any(calls_of(x).tiles > 1 for x in module.modules())
+    on_cuda = any(isinstance(x, Tensor) and x.is_cuda for x in inputs)
+    options: dict[str, Any] = {"context_fn": _keep_attention} if how == "selective" else {}
+    with _early_stop(not holds_tiles), save_on_cpu(pin_memory=on_cuda) if how == "offload" else nullcontext():
+        return checkpoint(call_by_position, *inputs, use_reentrant=False, **options)
+
+
+def _call_in_tiles(module: Recomputed, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    tiles = module._lss_calls.tiles
+    if not args or not isinstance(args[0], Tensor) or args[0].dim() != 3:
+        raise ValueError(
+            f"{type(module).__name__} is computed in mlp_tiles={tiles} parts along the sequence, so its first argument must be a"
+            " tensor [B, l, E], given by position. Name other modules in tiled_modules."
+        )
+    x, *others = args
+    return run_in_tiles(lambda part: call(part, *others, **kwargs), x, tiles)
 
 
 def run_in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tiles: int) -> Tensor:
@@ -204,26 +227,25 @@ def run_in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tiles: int) ->
     parts = x.chunk(tiles, dim=1)
     if not torch.is_grad_enabled():
         return torch.cat([function(part) for part in parts], dim=1)
-    with nullcontext() if torch.compiler.is_compiling() else set_checkpoint_early_stop(True):
+    with _early_stop(True):
         return torch.cat([checkpoint(function, part, use_reentrant=False) for part in parts], dim=1)
 
 
-def _mix_in(module: nn.Module) -> Any:
+def _early_stop(wanted: bool) -> AbstractContextManager[Any]:
+    return nullcontext() if torch.compiler.is_compiling() else set_checkpoint_early_stop(wanted)
+
+
+def _set_calls(module: nn.Module, **changes: Any) -> None:
+    calls = replace(calls_of(module), **changes)
     if not isinstance(module, Recomputed):
-        cls: Any = type(module)
-        module.__class__ = _recomputed(cls)
-    return module
+        module.__class__ = _recomputed(type(module))  # type: ignore[arg-type]  # mypy: a class is hashable
+    module._lss_calls = calls  # type: ignore[assignment]
 
 
 @cache
 def _recomputed(cls: Any) -> type[nn.Module]:
-    names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "own_class": cls}
+    names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_lss_class": cls}
     return type(cls.__name__, (Recomputed, cls), names)
-
-
-def own_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, without :class:`Recomputed` mixed in."""
-    return module.own_class if isinstance(module, Recomputed) else type(module)
 
 
 def _rebuild(constructor: Callable[..., Any], cls: Any, *arguments: Any) -> Any:

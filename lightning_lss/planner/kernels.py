@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -44,7 +44,9 @@ def _stand_in(kernel: Kernel, length: int, tracker: Tracker) -> Kernel:
     def fewer(limit: int | None) -> int | None:
         return None if limit is None else max(limit, -(-length // 2))
 
-    forward_keys: Callable[[int], int | None] = lambda rows: fewer(kernel.forward_keys(rows))  # noqa: E731
+    def forward_keys(rows: int) -> int | None:
+        return fewer(kernel.forward_keys(rows))
+
     return kernel._replace(
         forward=forward, backward=backward, backward_keys=fewer(kernel.backward_keys), forward_keys=forward_keys
     )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_lss.nn.recompute import (
     ActivationCheckpointing,
+    Calls,
     apply_checkpointing,
     apply_tiles,
+    calls_of,
     check_checkpointing,
     named_blocks,
     repeated_blocks,
@@ -51,7 +52,7 @@ class MemoryOptions:
         self._checkpointed_modules = checkpointed_modules
         self._tiles = tiles
         self._tiled_modules = tiled_modules
-        self._before: list[tuple[nn.Module, Any, Any, dict[Any, Any]]] = []
+        self._before: list[tuple[nn.Module, Calls]] = []
 
     def apply(self, module: nn.Module) -> None:
         """Change how blocks of ``module`` are called.
@@ -61,7 +62,7 @@ class MemoryOptions:
         """
         if self._tiles > 1:  # first, since checkpointing recomputes a block that contains tiles differently
             blocks = self._find(module, self._tiled_modules, _mlps(module), "tiled_modules", "mlp_tiles=1")
-            self._remember(blocks)
+            self._before += [(block, calls_of(block)) for block in blocks]
             try:
                 apply_tiles(blocks, self._tiles)
             except ValueError as error:
@@ -70,23 +71,15 @@ class MemoryOptions:
             default = repeated_blocks(module)
             off = "activation_checkpointing=None"
             blocks = self._find(module, self._checkpointed_modules, default, "checkpointed_modules", off)
-            self._remember(blocks)
+            self._before += [(block, calls_of(block)) for block in blocks]
             apply_checkpointing(blocks, self._checkpointing)
 
     def reset(self) -> None:
         """Undo :meth:`apply`."""
-        for block, tiles, checkpointing, operators in reversed(self._before):
-            apply_tiles([block], tiles)
-            apply_checkpointing([block], checkpointing)
-            for attention, as_operator in operators.items():
-                attention.as_operator = as_operator
+        for block, calls in reversed(self._before):
+            apply_tiles([block], calls.tiles)
+            apply_checkpointing([block], calls.checkpointing)
         self._before = []
-
-    def _remember(self, blocks: list[nn.Module]) -> None:
-        for block in blocks:
-            tiles, checkpointing = getattr(block, "tiles", 1), getattr(block, "checkpointing", "none")
-            operators: dict[Any, Any] = {x: x.as_operator for x in block.modules() if hasattr(x, "as_operator")}
-            self._before.append((block, tiles, checkpointing, operators))
 
     def _find(
         self, module: nn.Module, names: Sequence[str] | None, default: list[nn.Module], option: str, off: str

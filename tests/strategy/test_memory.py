@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lightning_lss import LSSAttention, LSSStrategy, LSSTransformer, RotaryEmbedding, lss_attention, token_mean
 from lightning_lss.attention.kernels import KERNELS
 from lightning_lss.nn import recompute
-from lightning_lss.nn.recompute import Recomputed, apply_checkpointing, apply_tiles, named_blocks, repeated_blocks
+from lightning_lss.nn.recompute import Calls, apply_checkpointing, apply_tiles, calls_of, named_blocks, repeated_blocks
 from lightning_lss.parallel.fsdp import units_of
 from lightning_lss.strategy.memory import MemoryOptions
 from lightning_lss.testing.compare import assert_equal_on_ranks
@@ -109,7 +109,7 @@ def count_kernels(rank: int, run: Run) -> tuple[int, int]:
         trainer.fit(module, make_loader(trainer, make_samples(run.samples), run.global_batch))
     finally:
         KERNELS["cpu_flash"] = kernel
-    changed = [x for x in module.modules() if isinstance(x, Recomputed) and (x.checkpointing != "none" or x.tiles > 1)]
+    changed = [x for x in module.modules() if calls_of(x) != Calls()]
     return calls.count(run.steps - 1), len(changed) + sum(getattr(x, "as_operator", False) for x in module.modules())
 
 
@@ -159,8 +159,8 @@ def test_changed_modules_can_be_copied_and_pickled() -> None:
     tokens = torch.zeros(1, 8, dtype=torch.int64)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(other.blocks[0]) is type(model.blocks[0])
-        assert other.blocks[0].checkpointing == "full"
-        assert other.blocks[0].mlp.tiles == 2
+        assert calls_of(other.blocks[0]) == Calls("full")
+        assert calls_of(other.blocks[0].mlp) == Calls(tiles=2)
         with torch.no_grad():
             other.blocks[0].mlp.out.weight.zero_()
         assert torch.equal(model(tokens), model(tokens))
@@ -220,3 +220,34 @@ def test_offload_takes_inputs_that_are_given_by_name(monkeypatch) -> None:
     apply_checkpointing([block], "offload")
     block(x=torch.zeros(2, 3, 4, requires_grad=True), debug=True).sum().backward()
     assert torch.Size([2, 3, 4]) in packed
+
+
+class OwnNames(nn.Module):
+    """A block with attributes and methods that anyone could choose, which hands something on through a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.checkpointing, self.tiles, self.own_class = True, 7, "mine"
+
+    def _offload(self) -> float:
+        return 0.5
+
+    def forward(self, x: Tensor, losses: list[Tensor]) -> Tensor:
+        losses.append(x.square().mean())
+        return self.linear(x) * self.tiles * self._offload()
+
+
+@pytest.mark.parametrize("how", ["full", "selective", "offload"])
+def test_a_block_keeps_its_own_names_and_the_containers_it_is_given(how) -> None:
+    block, x = OwnNames(), torch.ones(2, 3, 4, requires_grad=True)
+    expected = block(x, [])
+    options = MemoryOptions(how, ["0"])
+    options.apply(nn.Sequential(block))
+    losses: list[Tensor] = []
+    out = block(x, losses)
+    assert torch.equal(out, expected)
+    assert len(losses) == 1  # autograd reaches the block's input through it
+    assert (block.checkpointing, block.tiles, block.own_class) == (True, 7, "mine")
+    options.reset()
+    assert (block.checkpointing, block.tiles, block.own_class) == (True, 7, "mine")
