@@ -3,8 +3,6 @@
 Tiles of the same rows are joined by their log-sum-exp within the rank. No partial attention is summed between ranks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby

@@ -4,8 +4,6 @@ In memory a head chunk of K and V is [L, 2, B, g, D]. Every run of positions is 
 can be received in its final position.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 import torch

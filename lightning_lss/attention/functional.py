@@ -4,8 +4,6 @@ Each rank computes the rows of its own queries against the keys and values of th
 2311.02382). No partial attention is summed between ranks. The algorithm is in :mod:`lightning_lss.attention.operator`.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -1,7 +1,5 @@
 """Attention along a split sequence as a module, ``LSSAttention``."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from lightning_lss.attention.functional import lss_attention

@@ -9,8 +9,6 @@ computes the same as one opaque node with a known shape: ``torch.compile(fullgra
 policy for selective activation checkpointing can name it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, NamedTuple

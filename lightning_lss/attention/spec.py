@@ -1,7 +1,5 @@
 """Everything about one call of attention that is not a tensor."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -40,7 +38,7 @@ class AttentionSpec:
     head_chunks: int | None = None
     keep_gathered: bool = False
 
-    def resolve(self, q: Tensor, k: Tensor) -> AttentionSpec:
+    def resolve(self, q: Tensor, k: Tensor) -> "AttentionSpec":
         """Choose the kernel and the number of head chunks for ``q`` [B, H, l, D] and ``k`` [B, G, l, D] where the spec
         leaves them open.
 

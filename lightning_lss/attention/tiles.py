@@ -1,7 +1,5 @@
 """The rectangles of the attention matrix that one rank computes under a layout: pure integer arithmetic."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -27,7 +25,7 @@ class Tile(NamedTuple):
         rows, keys = self.q_stop - self.q_start, self.k_stop - self.k_start
         return rows * keys - (rows * (rows - 1) // 2 if self.causal else 0)
 
-    def cut(self, keys: int | None) -> Iterator[Tile]:
+    def cut(self, keys: int | None) -> Iterator["Tile"]:
         """Cut the tile into parts of at most ``keys`` keys each, in order; with None or a diagonal it stays whole."""
         step = self.k_stop - self.k_start if keys is None or self.causal else keys
         for start in range(self.k_start, self.k_stop, step):

@@ -1,7 +1,5 @@
 """The norm of the whole model's gradients."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning.pytorch as pl

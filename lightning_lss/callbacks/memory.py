@@ -1,7 +1,5 @@
 """The peak memory of every rank."""
 
-from __future__ import annotations
-
 import resource
 import sys
 from typing import Any

@@ -1,7 +1,5 @@
 """Predictions on disk, once for each sequence group."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

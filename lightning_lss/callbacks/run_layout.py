@@ -1,7 +1,5 @@
 """How a run is laid out, in TensorBoard."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl

@@ -1,7 +1,5 @@
 """Tokens and operations per second of a run whose sequences are split over ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

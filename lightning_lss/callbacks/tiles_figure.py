@@ -1,7 +1,5 @@
 """Pictures of how a sequence is split."""
 
-from __future__ import annotations
-
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Polygon

@@ -1,7 +1,5 @@
 """Convert a checkpoint folder to one file."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Checkpoints in one standard Lightning file, written completely or not at all."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import uuid

@@ -5,8 +5,6 @@ name and by position in the whole tensor. ``meta.pt`` holds everything else, wit
 depends on the number of ranks that wrote it, their layout, or whether parameters were sharded.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import shutil

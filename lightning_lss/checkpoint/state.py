@@ -1,7 +1,5 @@
 """Gather the state of all ranks for a checkpoint, and cut a checkpoint's state to one rank's part."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Refuse configurations that cannot work, before a process, a folder of data or a model exists."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf

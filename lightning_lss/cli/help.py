@@ -1,7 +1,5 @@
 """Compose the text of ``--help`` from the YAML files of ``conf/`` and their comments."""
 
-from __future__ import annotations
-
 import sys
 import textwrap
 from collections.abc import Iterator

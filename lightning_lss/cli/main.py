@@ -1,7 +1,5 @@
 """Compose a configuration with Hydra, check it, and run its mode."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

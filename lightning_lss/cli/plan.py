@@ -1,7 +1,5 @@
 """`mode=plan`: predict the needs of a run instead of training."""
 
-from __future__ import annotations
-
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

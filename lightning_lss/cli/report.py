@@ -1,7 +1,5 @@
 """Report a run: a table on the screen, and `result.json`."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

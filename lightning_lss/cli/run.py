@@ -1,7 +1,5 @@
 """Run a configuration: instantiate what it names, and call the Trainer."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

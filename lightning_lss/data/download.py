@@ -1,7 +1,5 @@
 """A file from a zip archive on the web: downloaded once per machine, verified, and never visible half-written."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import zipfile

@@ -1,7 +1,5 @@
 """enwik8, the paper's data (arXiv 2311.02382): the first 100 MB of a dump of the English Wikipedia."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

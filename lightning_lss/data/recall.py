@@ -1,7 +1,5 @@
 """A synthetic task that cannot be learned without attention over half of the sequence."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The common part of the data modules: tokens on disk, samples cut from them, and the loaders."""
 
-from __future__ import annotations
-
 import bisect
 import itertools
 import math

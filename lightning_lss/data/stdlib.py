@@ -1,7 +1,5 @@
 """The default data: the source of Python's standard library. It needs no download."""
 
-from __future__ import annotations
-
 import os
 import sysconfig
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Any text or token file, or a folder of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``MegatronTransformer``: the LSS Transformer's model, split over a tensor-parallel group."""
 
-from __future__ import annotations
-
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.distributed.tensor import DTensor
 

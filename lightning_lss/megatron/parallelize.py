@@ -7,8 +7,6 @@ and MLP each gather the sequence, compute a part of the heads or of the hidden w
 four collectives a layer forward and four backward, each of [B, L, E].
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Plan Nvidia's sequence parallelism as a baseline."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import lightning.pytorch as pl

@@ -1,7 +1,5 @@
 """``MegatronStrategy``: Lightning's ``ModelParallelStrategy`` for modules written for LSS."""
 
-from __future__ import annotations
-
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, Literal

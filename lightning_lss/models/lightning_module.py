@@ -1,7 +1,5 @@
 """``LSSTransformer``: the LightningModule of the LSS Transformer, with its loss, metrics, optimizer and schedule."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace

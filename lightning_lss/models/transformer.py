@@ -5,8 +5,6 @@ It is a pre-norm transformer like GPT-2, with later options: rotary positions (a
 attention is :class:`~lightning_lss.LSSAttention`, and every other layer works token by token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args

@@ -1,7 +1,5 @@
 """Dropout whose masks differ from segment to segment."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

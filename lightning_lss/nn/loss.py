@@ -1,7 +1,5 @@
 """Cross entropy over long sequences, and the scale of a loss that ranks average."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Bits per byte."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Learned positions for a split sequence: each rank keeps its own rows of the table."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,7 +67,7 @@ class DeferredTable(nn.Parameter):
 
     def __new__(
         cls, spec: TableSpec, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> DeferredTable:
+    ) -> "DeferredTable":
         table = torch.Tensor._make_subclass(cls, torch.empty(0, device=device, dtype=dtype), True)
         table.spec = spec
         return table
@@ -89,7 +87,7 @@ class DeferredTable(nn.Parameter):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> DeferredTable:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DeferredTable":
         memo[id(self)] = copy = DeferredTable(self.spec, self.device, self.dtype)
         return copy
 

@@ -4,8 +4,6 @@ They change only how existing modules are called: names of parameters, hooks, an
 they are. (torchtitan also applies activation checkpointing to a finished model.)
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -1,7 +1,5 @@
 """Rotary position embedding for a split sequence."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

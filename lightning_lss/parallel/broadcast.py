@@ -1,7 +1,5 @@
 """Start a run from the values of the first rank, and assign segments to modules."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -5,8 +5,6 @@ outside of units (embeddings, a head, weights that several modules share) belong
 step. Sharded tensors are torch's DTensors. Segment-local parameters are not sharded: a rank has only its own already.
 """
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable

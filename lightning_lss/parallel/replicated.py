@@ -1,7 +1,5 @@
 """Whole parameters on every rank; DistributedDataParallel averages their gradients over the world."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

@@ -6,8 +6,6 @@ attention's gathers sums the contributions of the losses of all S ranks to such 
 their mean: it is divided by S and averaged over the data group.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -157,7 +155,7 @@ class SegmentGradScaler(torch.amp.GradScaler):
     _group: dist.ProcessGroup
 
     @classmethod
-    def like(cls, scaler: torch.amp.GradScaler, group: dist.ProcessGroup) -> SegmentGradScaler:
+    def like(cls, scaler: torch.amp.GradScaler, group: dist.ProcessGroup) -> "SegmentGradScaler":
         """Return a scaler with the options and state of ``scaler``."""
         new = cls(scaler._device, enabled=scaler.is_enabled())
         if scaler.is_enabled():

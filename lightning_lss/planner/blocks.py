@@ -1,7 +1,5 @@
 """Trace the first two and the last of many equal blocks, and infer the others from the second."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import groupby
 from typing import Any
@@ -13,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from lightning_lss.planner.tracker import Span, Tracker
 
 
-def skip_repeated(module: nn.Module, tracker: Tracker, structure: Callable[[nn.Module], Any]) -> list[Repeated]:
+def skip_repeated(module: nn.Module, tracker: Tracker, structure: Callable[[nn.Module], Any]) -> list["Repeated"]:
     """Skip the blocks between the second and the last of each run of equal ones.
 
     A skipped block occupies as much memory as the second one leaves occupied, and gives gradients to its parameters.

@@ -1,7 +1,5 @@
 """Compare every way to divide devices between data and sequence parallelism, and recommend one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

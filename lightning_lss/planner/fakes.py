@@ -1,7 +1,5 @@
 """Stand-ins without contents: for a module, a batch, a Trainer and host memory."""
 
-from __future__ import annotations
-
 import copy
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Hash modules and code, to tell whether two modules, or two versions of one, run the same step."""
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import sys

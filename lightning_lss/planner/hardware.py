@@ -1,7 +1,5 @@
 """Figures of devices and of the links between them; ``conf/hardware`` gives every figure with its source."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Stand-ins for attention kernels on tensors without contents: each allocates what the real one allocates."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch

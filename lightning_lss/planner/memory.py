@@ -1,7 +1,5 @@
 """Compute the memory of a rank from its trace: with whole parameters, or with parts of them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,21 +1,17 @@
 """Show a plan on the terminal, as CSV, and as a picture."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from lightning_lss.planner.choices import Choice, Impossible, Plan
 from lightning_lss.planner.trace import PARTS
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _NAMES = dict(zip(PARTS, ["params", "grads", "optim", "acts", "K/V", "logits"]))
 # Paul Tol's bright scheme
@@ -151,8 +147,6 @@ def _row(choice: Choice, plan: Plan) -> dict[str, Any]:
 
 def draw_plan(plan: Plan) -> Figure:
     """Draw memory by part, and tokens a second, of each choice."""
-    from matplotlib.figure import Figure
-
     choices, places = plan.choices, range(len(plan.choices))
     figure = Figure(figsize=(max(8.0, 1.5 + 0.75 * len(choices)), 7.0), layout="constrained")
     memory, speed = figure.subplots(2, 1, sharex=True)

@@ -1,7 +1,5 @@
 """Run one training step of a user's own LightningModule on tensors without contents, as one rank among stand-ins."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 """Estimate the time of a training step from operations, bytes and links: a roofline, with collectives behind the
 work."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

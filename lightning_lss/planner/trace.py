@@ -4,8 +4,6 @@ At a fixed number of ranks S everything that a step holds, sends and computes (b
 the local length l; at a fixed l it is affine in S. So two steps that run the same operators give all others.
 """
 
-from __future__ import annotations
-
 from dataclasses import astuple, dataclass, fields
 from itertools import product
 from pathlib import Path
@@ -49,21 +47,21 @@ class Trace:
     parameters: np.ndarray
     """[len(PARAMETERS)]."""
 
-    def toward(self, other: Trace, share: float) -> Trace:
+    def toward(self, other: "Trace", share: float) -> "Trace":
         """Return the trace at ``share`` of the way from this one to ``other``; a share above 1 extrapolates."""
         here, there = self.aligned(other)
         pairs = [(getattr(here, field.name), getattr(there, field.name)) for field in fields(Trace)]
         return Trace(*(a if a.dtype.kind == "U" else a + (b - a) * share for a, b in pairs))
 
-    def aligned(self, other: Trace) -> tuple[Trace, Trace]:
+    def aligned(self, other: "Trace") -> tuple["Trace", "Trace"]:
         """Return both with the same stretches and collectives in each row; condensed, where the steps do not match."""
         return (self, other) if self.matches(other) else (self.condensed(), other.condensed())
 
-    def matches(self, other: Trace) -> bool:
+    def matches(self, other: "Trace") -> bool:
         """Tell whether both steps have the same stretches and collectives."""
         return np.array_equal(self.stages, other.stages) and np.array_equal(self.kinds, other.kinds)
 
-    def condensed(self) -> Trace:
+    def condensed(self) -> "Trace":
         """Keep only the highest moment of each stage, and the sum of the collectives of each kind and stage."""
         stages = np.arange(len(STAGES))
         moments = np.stack([self._highest(stage) for stage in stages])
@@ -83,7 +81,7 @@ class Trace:
         np.savez_compressed(path, **dict(zip((field.name for field in fields(Trace)), astuple(self))))
 
     @classmethod
-    def load(cls, path: Path) -> Trace:
+    def load(cls, path: Path) -> "Trace":
         """Read a file that :meth:`save` wrote."""
         with np.load(path, allow_pickle=False) as file:
             return cls(**{field.name: file[field.name] for field in fields(cls)})

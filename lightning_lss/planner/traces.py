@@ -1,7 +1,5 @@
 """Derive the traces of all numbers of ranks and lengths from a few, and keep these on disk."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import warnings

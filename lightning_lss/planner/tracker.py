@@ -1,7 +1,5 @@
 """Follow one training step operator by operator: the memory it holds, its operations and its collectives."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

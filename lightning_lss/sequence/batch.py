@@ -1,7 +1,5 @@
 """Splitting a batch along the sequence, and checking that a sequence group works on one batch."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import hashlib

@@ -5,8 +5,6 @@ operators, since the plain ones copy rank by rank and take twice the time to gat
 :func:`exchange` and :func:`all_to_all_sum` do the same in operations that gloo does faster.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Autocast for functions outside torch's own lists, and the dtype in which tensors are sent."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

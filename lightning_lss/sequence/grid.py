@@ -4,8 +4,6 @@ Global rank ``g`` of a world ``W = D * S`` has data rank ``g // S`` and segment 
 sequence group, since they share the fastest links.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from datetime import timedelta
 

@@ -8,8 +8,6 @@ A sequence of ``length`` positions is cut into equal *chunks*. Each of ``size`` 
   context parallelism, arXiv 2407.21783, section 3.3.2). One rank holds the whole sequence in order.
 """
 
-from __future__ import annotations
-
 from numbers import Integral
 from typing import Any, Literal, get_args
 

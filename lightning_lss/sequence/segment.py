@@ -1,7 +1,5 @@
 """A rank's place in its sequence group, ``SequenceShard``, and the modules that depend on it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +116,7 @@ class SequenceShard:
         return self.group
 
     # A process group belongs to its process: copies of a model share it, and a pickled shard arrives without one.
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> SequenceShard:
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> "SequenceShard":
         return self
 
     __copy__ = __deepcopy__

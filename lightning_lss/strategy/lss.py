@@ -4,8 +4,6 @@ Two objects are chosen once: one distributes parameters over the ranks (:mod:`li
 checkpoints (:mod:`lightning_lss.checkpoint`). Hooks delegate to them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The strategy's memory options: activation checkpointing and MLP tiles for the blocks of any module."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException

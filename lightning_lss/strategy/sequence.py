@@ -1,7 +1,5 @@
 """Common to all Lightning strategies that split a sequence over several ranks: the grid of ranks, and batches."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """All checks that refuse a run, and warnings: each names the values and the remedy before any process communicates."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Count what a rank sends and receives: every collective that torch dispatches, by phase, operation, dtype and bytes."""
 
-from __future__ import annotations
-
 from collections import Counter
 from contextlib import suppress
 from typing import Any, NamedTuple

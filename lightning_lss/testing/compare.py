@@ -4,8 +4,6 @@ Every tensor counts: names must be the same on both sides, shapes equal, every v
 side must be zero on the other to the same tolerance. Nothing to compare is an error.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Mapping, Sequence

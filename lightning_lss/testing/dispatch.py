@@ -1,7 +1,5 @@
 """See every operator that torch runs, the inside of operators written in Python included."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Worlds of many ranks in one process: the other ranks do not exist."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -9,8 +9,6 @@ writes once). What real ones add is the time on the links, and waiting for the s
 Numbers that come out are those of S ranks that all hold the same segment. They are finite, and mean nothing else.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

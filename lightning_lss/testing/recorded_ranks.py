@@ -5,8 +5,6 @@ run the n-th collective gives every rank what all of them sent in the run before
 do not depend on what is received, so they are right from the second run on, their gradients from the third.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -40,7 +38,7 @@ class RecordedRanks(ExitStack):
         self._before: list[dict[int, Tensor]] = [{} for _ in range(size)]
         self._group: dist.ProcessGroup | None = None
 
-    def __enter__(self) -> RecordedRanks:
+    def __enter__(self) -> "RecordedRanks":
         self._group = self.enter_context(fake_world(0, self.size))
         self.enter_context(replaced_collectives(self._all_gather, self._reduce_scatter))
         return self

@@ -5,8 +5,6 @@ file, runs a module-level function ``fn(rank, *args)`` in each rank and returns 
 or outlasts its timeout replaces all workers, so that no half-finished collective reaches the next call.
 """
 
-from __future__ import annotations
-
 import atexit
 import gc
 import logging
@@ -56,7 +54,7 @@ class World:
         self._context.set_forkserver_preload(list(preload))
         self._workers: list[tuple[Any, Any]] = []  # process, connection
 
-    def __enter__(self) -> World:
+    def __enter__(self) -> "World":
         return self
 
     def __exit__(self, *error: object) -> None:

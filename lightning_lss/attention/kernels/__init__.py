@@ -13,8 +13,6 @@ Tiles with ``causal`` are square, unless the kernel has ``offset_diagonal``: it 
 diagonal ends in the bottom right corner.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

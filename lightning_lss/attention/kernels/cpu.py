@@ -1,8 +1,6 @@
 """Attention of one tile on CPUs by torch's flash kernel; for the signatures see
 :mod:`lightning_lss.attention.kernels`."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

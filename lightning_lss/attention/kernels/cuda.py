@@ -6,8 +6,6 @@ not an error. The expectations are therefore written down beside each kernel, fr
 (``aten/src/ATen/native/transformers/cuda/attention_backward.cu``, ``aten/src/ATen/native/cudnn/MHA.cpp``).
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import torch

@@ -1,8 +1,6 @@
 """Attention of one tile in plain torch, on any device and in float64; for the signatures see
 :mod:`lightning_lss.attention.kernels`."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
