@@ -1,32 +1,36 @@
-"""Stand-ins without contents: for a module, a batch, a Trainer and host memory."""
+"""Stand-ins without contents: for a module, a batch, a Trainer, and a device's kernels and host memory."""
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lightning_lss.attention.kernels import KERNELS, Kernel
 from lightning_lss.nn import recompute
 from lightning_lss.nn.positions import DeferredTable
+from lightning_lss.planner.tracker import Tracker
 from lightning_lss.sequence.batch import SequenceDims, map_tensors, sequence_dim, tensors_by_path
 from lightning_lss.sequence.segment import SequenceShard
 
+# -- a module and its batch --------------------------------------------------------------------------------------------
 
-def without_contents(module: pl.LightningModule, mode: FakeTensorMode, dtype: torch.dtype | None) -> pl.LightningModule:
-    """Copy the module, with parameters and buffers that have no contents; tied ones stay tied."""
-    fakes: dict[int, Any] = {}
+
+def without_contents(module: pl.LightningModule, mode: FakeTensorMode, precision: Precision) -> pl.LightningModule:
+    """Copy the module, with parameters and buffers of ``precision`` that have no contents; tied ones stay tied."""
+    fakes: dict[int, Any] = {id(module._trainer): None}
     with mode:
         for x in [*module.parameters(), *module.buffers()]:
-            deferred = isinstance(x, DeferredTable)  # asking for its shape would build the table
-            chosen = dtype if dtype is not None and x.dtype.is_floating_point else x.dtype
-            fake = torch.empty((0,) if deferred else x.shape, dtype=chosen)
+            shape = (0,) if isinstance(x, DeferredTable) else x.shape  # asking for its shape would build the table
+            fake = precision.convert_input(torch.empty(shape, dtype=x.dtype))
             fakes[id(x)] = nn.Parameter(fake, x.requires_grad) if isinstance(x, nn.Parameter) else fake
-    fakes[id(module._trainer)] = None
     try:
         return copy.deepcopy(module, fakes)
     except Exception as error:
@@ -71,6 +75,9 @@ def length_of(batch: Any, sequence_dims: SequenceDims | None) -> int:
     return lengths.pop()
 
 
+# -- the Trainer -------------------------------------------------------------------------------------------------------
+
+
 class MissingError(AttributeError):
     """Report that a module asked for an attribute that the stand-in for a Trainer lacks."""
 
@@ -98,13 +105,60 @@ class StandInTrainer:
         )
 
 
+# -- a device ----------------------------------------------------------------------------------------------------------
+
+_TRACED = "cpu_flash"  # steps are traced on CPU tensors, and attention chooses this kernel there
+
+
+@contextmanager
+def stand_in(name: str, length: int, tracker: Tracker) -> Iterator[None]:
+    """Let a step on CPU tensors allocate what it would allocate on the device of the attention kernel ``name``.
+
+    Attention allocates what that kernel would, and ``tracker`` counts its operations. A kernel that takes a few keys at
+    a time is called twice a tile instead, whatever the tile's length. More calls would not hold more: the result of one
+    call and the sum of the calls before. They would take thousands of operators. ``length`` is the global sequence
+    length L. Offloaded tensors are freed on a GPU; torch's offloading would keep CPU tensors.
+    """
+    kernel = _stand_in(KERNELS[name], length, tracker)
+    offloading = nullcontext() if name == _TRACED else patch.object(recompute, "save_on_cpu", _OnHost)
+    with patch.dict(KERNELS, {name: kernel, _TRACED: kernel}), offloading:
+        yield
+
+
+def _stand_in(kernel: Kernel, length: int, tracker: Tracker) -> Kernel:
+    def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        tracker.add_attention(q, k, v, causal, backward=False)
+        tracker.relabel(k, "kv_buffers")
+        lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        return q.new_empty(*q.shape[:3], v.size(-1)), lse
+
+    def backward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tracker.add_attention(q, k, v, causal, backward=True)
+        return q.new_empty(q.shape), _empty_keys(k, kernel.backward_keys), _empty_keys(v, kernel.backward_keys)
+
+    def fewer(limit: int | None) -> int | None:
+        return None if limit is None else max(limit, -(-length // 2))
+
+    def forward_keys(rows: int) -> int | None:
+        return fewer(kernel.forward_keys(rows))
+
+    return kernel._replace(
+        forward=forward, backward=backward, backward_keys=fewer(kernel.backward_keys), forward_keys=forward_keys
+    )
+
+
+def _empty_keys(k: Tensor, most: int | None) -> Tensor:
+    """Return a tensor like ``k`` [B, G, n, D] that occupies the memory of at most ``most`` keys."""
+    batch, heads, keys, width = k.shape
+    if most is None or keys <= most:
+        return k.new_empty(k.shape)
+    return k.new_empty(batch, heads, most, width).as_strided(k.shape, (heads * most * width, most * width, 0, 1))
+
+
 class _OnHost(torch.autograd.graph.saved_tensors_hooks):
     """Offload what autograd keeps: on the device it is freed."""
 
     def __init__(self, pin_memory: bool = False) -> None:
         super().__init__(lambda x: (x.shape, x.dtype), lambda like: torch.empty(like[0], dtype=like[1]))
-
-
-def host_memory(kernel: str) -> AbstractContextManager[Any]:
-    """Free offloaded tensors in a trace for a GPU; it runs on CPU tensors, and torch's offloading would keep those."""
-    return nullcontext() if kernel == "cpu_flash" else patch.object(recompute, "save_on_cpu", _OnHost)

@@ -1,18 +1,23 @@
 """Run one training step of a user's own LightningModule on tensors without contents, as one rank among stand-ins."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.core.optimizer import _configure_optimizers
+from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from lightning_lss.attention.module import LSSAttention
@@ -20,21 +25,25 @@ from lightning_lss.nn.dropout import SegmentDropout
 from lightning_lss.nn.positions import SegmentPositionalEmbedding
 from lightning_lss.nn.recompute import ActivationCheckpointing
 from lightning_lss.parallel.fsdp import units_of
-from lightning_lss.planner.blocks import skip_repeated
-from lightning_lss.planner.fakes import MissingError, StandInTrainer, host_memory, resized, without_contents
-from lightning_lss.planner.fingerprint import structure
-from lightning_lss.planner.kernels import stand_in
+from lightning_lss.planner.fakes import MissingError, StandInTrainer, resized, stand_in, without_contents
 from lightning_lss.planner.trace import Trace
 from lightning_lss.planner.tracker import Tracker
-from lightning_lss.sequence.batch import SequenceDims, map_tensors, split_batch, tensors_by_path
+from lightning_lss.sequence.batch import SequenceDims, split_batch, tensors_by_path
 from lightning_lss.sequence.dtypes import resolve_communication_dtype
 from lightning_lss.sequence.layout import LAYOUTS, check_positive
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard, segment_local_names, segment_modules
 from lightning_lss.strategy.memory import MemoryOptions
 from lightning_lss.testing.fake_world import fake_world
 
-_DTYPES = {"64": torch.float64, "32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
-PRECISIONS = ("64-true", "32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
+PRECISIONS: dict[str, Callable[[], Precision]] = {
+    "64-true": DoublePrecision,
+    "32-true": Precision,
+    "bf16-true": partial(HalfPrecision, "bf16-true"),
+    "16-true": partial(HalfPrecision, "16-true"),
+    "bf16-mixed": partial(MixedPrecision, "bf16-mixed", "cpu"),
+    "16-mixed": partial(MixedPrecision, "16-mixed", "cpu"),
+}
+"""Lightning's plugins by their names; steps are traced on CPU tensors."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class Options:
     """Options of a run, beside the module's own, that change a rank's step.
 
     Args:
-        precision: one of :data:`PRECISIONS`, Lightning's names.
+        precision: a name in :data:`PRECISIONS`.
         layout: how a sequence is split, ``"zigzag"`` or ``"contiguous"``.
         sequence_dims: see :func:`lightning_lss.sequence.batch.split_batch`.
         communication_dtype: ``"bfloat16"`` or ``"float16"`` to send keys, values and gradients in; None: their own.
@@ -106,7 +115,7 @@ class Scheme(Protocol):
 class Rank:
     """The busiest of ``size`` ranks that share ``batch_size`` sequences of ``length`` under ``scheme`` (None is LSS).
 
-    ``kernel`` names the attention kernel. ``skips_blocks``: see :func:`~lightning_lss.planner.blocks.skip_repeated`.
+    ``kernel`` names the attention kernel.
     """
 
     size: int
@@ -115,7 +124,6 @@ class Rank:
     options: Options
     kernel: str
     scheme: Scheme | None = None
-    skips_blocks: bool = True
 
     @property
     def index(self) -> int:
@@ -124,10 +132,9 @@ class Rank:
 
     def shard(self, group: dist.ProcessGroup | None) -> SequenceShard:
         """Return the rank's place in ``group``."""
-        if self.scheme:
-            return SequenceShard(self.index, self.size, "contiguous", group)
-        dtype = resolve_communication_dtype(self.options.communication_dtype)
-        return SequenceShard(self.index, self.size, self.options.layout, group, dtype)
+        layout = "contiguous" if self.scheme else self.options.layout
+        dtype = None if self.scheme else resolve_communication_dtype(self.options.communication_dtype)
+        return SequenceShard(self.index, self.size, layout, group, dtype)
 
 
 def trace_step(module: pl.LightningModule, batch: Any, rank: Rank) -> Trace:
@@ -143,12 +150,9 @@ def trace_step(module: pl.LightningModule, batch: Any, rank: Rank) -> Trace:
     """
     if not module.automatic_optimization:
         raise ValueError("A module with automatic_optimization=False cannot be planned: its steps are unknown.")
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with _group_of(rank) as group, _default_dtype(rank.options.precision):
+    with _group_of(rank) as group, patch.object(ShardingPropagator, _DERIVE_SHAPES, _derive_shapes):
         try:
-            if rank.scheme is not None:  # the first time DTensor derives shapes by operators that no rank runs
-                _Step(module, batch, rank, mode, group).run()
-            return _Step(module, batch, rank, mode, group).run()
+            return _Step(module, batch, rank, group).run()
         except MissingError as error:
             raise ValueError(str(error)) from error
         except (DynamicOutputShapeException, DataDependentOutputException) as error:
@@ -161,26 +165,27 @@ def trace_step(module: pl.LightningModule, batch: Any, rank: Rank) -> Trace:
 class _Step:
     """One traced step."""
 
-    def __init__(
-        self, module: pl.LightningModule, batch: Any, rank: Rank, mode: FakeTensorMode, group: dist.ProcessGroup | None
-    ) -> None:
-        self.rank, self.mode, self.group = rank, mode, group
-        self.shard = rank.shard(group)
+    def __init__(self, module: pl.LightningModule, batch: Any, rank: Rank, group: dist.ProcessGroup | None) -> None:
+        self.rank, self.group, self.shard = rank, group, rank.shard(group)
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.tracker = Tracker()
-        self.module = without_contents(module, mode, _dtype_of(rank.options.precision))
-        self._prepare()
-        with mode:
-            self.batch = self._own_batch(batch)
-            self.optimizers = _optimizers(self.module.configure_optimizers())
+        self.precision = PRECISIONS[rank.options.precision]()
+        self.module = without_contents(module, self.mode, self.precision)
+        with self.precision.tensor_init_context():
+            self._prepare()
+            with self.mode:
+                self.batch = self._own_batch(batch)
+                configured: Any = self.module.configure_optimizers()
+        self.optimizers = _configure_optimizers(configured)[0] if configured is not None else []
 
     def _prepare(self) -> None:
         module = self.module
         module.trainer = StandInTrainer(self.shard)  # type: ignore[assignment]
         module.log = module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign,assignment]
         module.train()
-        for table in [x for x in module.modules() if isinstance(x, SegmentPositionalEmbedding)]:
-            table.num_positions = self.rank.length
-            with self.mode:
+        with self.mode:
+            for table in [x for x in module.modules() if isinstance(x, SegmentPositionalEmbedding)]:
+                table.num_positions = self.rank.length
                 table.weight = nn.Parameter(torch.empty(self.rank.length, table.dim))
         if self.rank.scheme is not None:
             assert self.group is not None
@@ -199,14 +204,11 @@ class _Step:
                 part.kernel = "auto"
 
     def _own_batch(self, batch: Any) -> Any:
-        whole = resized(batch, self.rank.length, self.rank.batch_size, self.rank.options.sequence_dims)
-        split_by_module = getattr(self.module, "shard_batch", None)
-        if split_by_module is not None and self.shard.size > 1:
-            part = split_by_module(whole, self.shard)
-        else:
-            part = split_batch(whole, self.shard, self.rank.options.sequence_dims)
-        dtype = _dtype_of(self.rank.options.precision)
-        return map_tensors(part, lambda _, x: x.to(dtype) if dtype and x.is_floating_point() else x)
+        dims = self.rank.options.sequence_dims
+        whole = resized(batch, self.rank.length, self.rank.batch_size, dims)
+        split_by_module = getattr(self.module, "shard_batch", None) if self.shard.size > 1 else None
+        part = split_by_module(whole, self.shard) if split_by_module else split_batch(whole, self.shard, dims)
+        return self.precision.convert_input(part)
 
     def run(self) -> Trace:
         """Run forward, backward and the optimizer's step; as in Lightning, old gradients are freed after forward."""
@@ -222,23 +224,18 @@ class _Step:
             tracker.hold(x for _, x in tensors_by_path(self.batch))
             for x in trained:
                 x.register_post_accumulate_grad_hook(lambda x: tracker.hold(_local([x.grad]), "gradients"))
-            runs = skip_repeated(module, tracker, structure) if self.rank.skips_blocks else []
-            with tracker, host_memory(self.rank.kernel), stand_in(self.rank.kernel, self.rank.length, tracker):
-                with _autocast(self.rank.options.precision):
+            with tracker, stand_in(self.rank.kernel, self.rank.length, tracker):
+                with self.precision.forward_context():
                     loss = _loss_of(module.training_step(self.batch, 0))
                 if self.rank.options.accumulate_grad_batches == 1:
                     module.zero_grad()
                 tracker.stage = 1
-                for run in runs:
-                    run.begin_backward()
                 loss.backward()
                 del loss
                 tracker.stage = 2
                 if self.rank.scheme is not None:
                     self.rank.scheme.after_backward(module)
                 self._update()
-        for run in runs:
-            run.add_work()
         return tracker.result(self._parameters())
 
     def _update(self) -> None:
@@ -275,44 +272,16 @@ def _loss_of(output: Any) -> Tensor:
     return loss
 
 
-def _optimizers(configured: Any) -> list[Optimizer]:
-    """Find the optimizers in whatever ``configure_optimizers`` returned."""
-    if isinstance(configured, Optimizer):
-        return [configured]
-    if isinstance(configured, Mapping):
-        return [configured["optimizer"]]
-    if isinstance(configured, (list, tuple)):
-        return [x for entry in configured for x in _optimizers(entry)]
-    return []
-
-
 def _local(tensors: Any) -> list[Tensor]:
     """Return the tensors in this rank's own memory."""
     return [x.to_local() if isinstance(x, DTensor) else x for x in tensors if isinstance(x, Tensor)]
 
 
-def _dtype_of(precision: str) -> torch.dtype | None:
-    """Return the dtype of parameters in a "true" precision; None for float32, the usual one."""
-    name, _, kind = precision.partition("-")
-    return _DTYPES[name] if kind == "true" and name != "32" else None
+_DERIVE_SHAPES = "_propagate_tensor_meta_non_cached"
+_original = getattr(ShardingPropagator, _DERIVE_SHAPES)
 
 
-@contextmanager
-def _default_dtype(precision: str) -> Iterator[None]:
-    """Create tensors in the dtype of a "true" precision, as Lightning does."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(_dtype_of(precision) or before)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def parameter_bytes(precision: str) -> int:
-    """Return the bytes of one number in parameters and gradients."""
-    return (_dtype_of(precision) or torch.float32).itemsize
-
-
-def _autocast(precision: str) -> Any:
-    name, _, kind = precision.partition("-")
-    return torch.autocast("cpu", _DTYPES[name]) if kind == "mixed" else nullcontext()
+def _derive_shapes(propagator: ShardingPropagator, schema: Any) -> Any:
+    """Derive the shapes of a DTensor outside of all modes: DTensor runs operators for it that no rank runs."""
+    with _disable_current_modes():
+        return _original(propagator, schema)

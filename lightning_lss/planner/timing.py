@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_lss.planner.hardware import Hardware, Link
-from lightning_lss.planner.step import Options, parameter_bytes
+from lightning_lss.planner.step import Options
 from lightning_lss.planner.trace import PARAMETERS, Trace
 from lightning_lss.testing.collectives import received_of
 
 _TOUCHES = 3  # passes over memory for a byte that a kernel writes: it is read about twice
+_PARAMETER_BYTES = {"64-true": 8, "bf16-true": 2, "16-true": 2}  # of one number; else 4
 _BUCKET = 25 * 2**20  # bytes, DistributedDataParallel's default
 
 
@@ -148,7 +149,7 @@ def _of_parameters(trace: Trace, options: Options, grid: Grid, shards: int, shar
     """
     sizes, world = dict(zip(PARAMETERS, trace.parameters.tolist())), grid.data_size * grid.size
     forward, backward = (float((stage / _rates(grid.hardware, options)).sum()) for stage in trace.work[:2])
-    grads = sizes["shared"] * (2 / parameter_bytes(options.precision) if options.communication_dtype else 1.0)
+    grads = sizes["shared"] * (2 / _PARAMETER_BYTES.get(options.precision, 4) if options.communication_dtype else 1.0)
     own = Transfer("all_reduce", "data", grid.data_size, 1, sizes["own"], backward)
     if shards == 1:
         ranks = grid.data_size if shared == "data" else world

@@ -1,10 +1,9 @@
 """Follow one training step operator by operator: the memory it holds, its operations and its collectives."""
 
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,13 +32,6 @@ _UNKNOWN_TO_FAKES = (
 _LEAST_PAYLOAD = 64  # bytes: smaller messages are token counts or metrics
 
 
-class Span(NamedTuple):
-    """A part of a step: its work [stages, work], and the indices of its collectives."""
-
-    work: np.ndarray
-    collectives: range
-
-
 class Tracker(TorchDispatchMode):
     """Follow every storage until it is freed, and add up operations.
 
@@ -53,9 +45,7 @@ class Tracker(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.stage = 0
-        self.allocated = 0
-        """Number of storages so far."""
-        self._live: dict[int, tuple[int, int, Any, int]] = {}  # by storage: bytes, part, weak reference, number
+        self._live: dict[int, tuple[int, int, Any]] = {}  # by storage: bytes, part, weak reference
         self._now = [0] * len(PARTS)
         self._highest: list[list[int]] = []  # of each stretch, by part
         self._stages: list[int] = []
@@ -74,10 +64,10 @@ class Tracker(TorchDispatchMode):
 
     def relabel(self, tensor: Tensor, part: str) -> None:
         """Count a tensor under ``part`` if it was counted as an activation."""
-        key = _storage(tensor)._cdata
+        key = tensor.untyped_storage()._cdata
         if key in self._live and self._live[key][1] == _ACTIVATIONS:
-            size, _, *others = self._live[key]
-            self._live[key] = (size, _PART[part], *others)
+            size, _, reference = self._live[key]
+            self._live[key] = (size, _PART[part], reference)
             self._now[_ACTIVATIONS] -= size
             self._now[_PART[part]] += size
 
@@ -89,40 +79,6 @@ class Tracker(TorchDispatchMode):
         channels = q.size(0) * q.size(1) * (q.size(-1) + v.size(-1))
         self._work[self.stage, _ATTENTION] += 2.0 * channels * pairs * (2 if backward else 1)
         self._work[self.stage, _KERNELS] += 1
-
-    def left_of(self, numbers: range, without: int) -> dict[str, int]:
-        """Count the bytes by part of the live storages with these numbers, without one of them."""
-        left = dict.fromkeys(PARTS, 0)
-        for size, part, _, number in self._live.values():
-            if number in numbers and number != without:
-                left[PARTS[part]] += size
-        return left
-
-    def number_of(self, tensor: Tensor) -> int:
-        """Return the number of a tensor's storage."""
-        return self._live[_storage(tensor)._cdata][-1]
-
-    def span(self, start: Span | None = None) -> Span:
-        """Return the span from the end of ``start`` to now; an empty one, if there is no start."""
-        done, before = self._work.copy(), len(self._kinds)
-        if start is None:
-            return Span(done, range(before, before))
-        return Span(done - start.work, range(start.collectives.stop, before))
-
-    def repeat(self, span: Span, times: int) -> None:
-        """Count the work of ``span`` another ``times`` times."""
-        self._work += span.work * times
-        for index in span.collectives:
-            self._collectives[index][:-1] = [(1 + times) * x for x in self._collectives[index][:-1]]
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Follow storages, but count no work."""
-        before = self._work.copy()
-        try:
-            yield
-        finally:
-            self._work = before
 
     def result(self, parameters: np.ndarray) -> Trace:
         """Return the trace of the step; ``parameters`` is :attr:`Trace.parameters`."""
@@ -159,12 +115,11 @@ class Tracker(TorchDispatchMode):
 
     def _hold(self, tensor: Tensor, part: int) -> bool:
         """Count the tensor's storage under ``part``; return whether it is new."""
-        storage = _storage(tensor)
+        storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._live:
             return False
-        self._live[key] = (size, part, weakref.ref(storage, partial(self._free, key)), self.allocated)
-        self.allocated += 1
+        self._live[key] = (size, part, weakref.ref(storage, partial(self._free, key)))
         self._now[part] += size
         node = torch._C._current_autograd_node()
         place = (node.name(), node._sequence_nr()) if node is not None else None
@@ -178,7 +133,7 @@ class Tracker(TorchDispatchMode):
         return True
 
     def _free(self, key: int, _: Any) -> None:
-        size, part, *_ = self._live.pop(key)
+        size, part, _ = self._live.pop(key)
         self._now[part] -= size
         self._in_flight.pop(key, None)
 
@@ -198,12 +153,12 @@ class Tracker(TorchDispatchMode):
         self._sent_at = before
         for tensor in _tensors((args, result)):
             self.relabel(tensor, "kv_buffers")
-            self._in_flight[_storage(tensor)._cdata] = (len(self._kinds) - 1, before)
+            self._in_flight[tensor.untyped_storage()._cdata] = (len(self._kinds) - 1, before)
 
     def _arrive(self, args: Any) -> None:
         """Note the work that can hide each collective whose result is among ``args``: all work until this first use."""
         for tensor in _tensors(args):
-            index, before = self._in_flight.pop(_storage(tensor)._cdata, (None, None))
+            index, before = self._in_flight.pop(tensor.untyped_storage()._cdata, (None, None))
             if index is not None:
                 done = self._work.sum(0) - before
                 self._collectives[index][2:5] = done[:3]
@@ -228,10 +183,6 @@ class Tracker(TorchDispatchMode):
         elif name in _OF_LOGITS:
             for x in (args[0], *_tensors(result)):
                 self.relabel(x, "logits")
-
-
-def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    return tensor.untyped_storage()
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -115,30 +114,6 @@ def test_gathers_that_work_can_hide() -> None:
     assert len(gathers) == 4
     assert behind[0] == 0  # nothing comes before the first
     assert (behind[1:] == trace.work[0, 1] / 4).all()  # a chunk's attention while the next arrives
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"activation_checkpointing": "full"},
-        {"activation_checkpointing": "selective", "mlp_tiles": 4},
-        {"precision": "bf16-mixed", "activation_checkpointing": "full"},
-        {"accumulate_grad_batches": 2},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("size", [1, 2])
-def test_blocks_that_are_skipped_change_nothing(size, options) -> None:
-    module = transformer(width=128, num_layers=7, dropout=0.1)
-    skipped, every = (
-        trace_step(module, batch_of(), replace(rank_of(size, 1024, **options), skips_blocks=skips))
-        for skips in (True, False)
-    )
-    assert total(skipped) == pytest.approx(total(every), rel=1e-3)
-    assert skipped.work[:, :2].tolist() == every.work[:, :2].tolist()
-    assert skipped.work[:, 2] == pytest.approx(every.work[:, 2], rel=0.06)
-    assert received(skipped, size) == received(every, size)
 
 
 def test_precision() -> None:

@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lss.planner.fingerprint import fingerprint
 from lightning_lss.planner.step import Options, Rank, trace_step
 from lightning_lss.planner.trace import KINDS, STAGES, Trace
-from lightning_lss.planner.traces import Traces, cache_folder
+from lightning_lss.planner.traces import Traces, cache_folder, fingerprint
 from tests.planner.modules import OwnModule, batch_of, pair_of, transformer
 
 
