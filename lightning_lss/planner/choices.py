@@ -183,7 +183,7 @@ class _Planner:
         speed = steps * batch_size * self.length / time.total
         used = utilization(whole.taken(1, self.length, batch_size), self.options, grid, steps, time.total)
         fits = memory.total <= self.hardware.usable_memory
-        longest = self._longest(traces, size, batch_size, shards)
+        longest = self._longest(traces, size, batch_size, shards, memory)
         return Choice(scheme, data_size, size, batch_size, memory, time, speed, used, fits, longest)
 
     def _batch_size(self, data_size: int) -> int:
@@ -209,15 +209,17 @@ class _Planner:
     def _moments(self, trace: Trace, traces: Traces, shards: int) -> Any:
         return moments_of(trace, shards, ddp=traces.scheme is None and self.devices > 1)
 
-    def _longest(self, traces: Traces, size: int, batch_size: int, shards: int) -> int:
+    def _longest(self, traces: Traces, size: int, batch_size: int, shards: int, memory: Memory) -> int:
         """Return the length of the longest sequence that fits, a multiple of the number of chunks; 0 if none fits.
 
         Memory is affine in the local length as long as attention gathers the same number of head chunks. Two lengths
-        near the answer therefore give it. They are powers of two, so that other S share their traces.
+        near the answer therefore give it; a first guess is that all but the state is proportional to the length. They
+        are powers of two, so that other S share their traces.
         """
         step = chunks_per_rank(size, "contiguous" if traces.scheme else self.options.layout)
         usable = self.hardware.usable_memory
-        power, seen = _power_below(self.length // size // step), set()
+        share = max(0.0, usable - memory.total + memory.beside_state) / memory.beside_state
+        power, seen = _power_below(int(self.length * share) // size // step), set()
         while True:
             seen.add(power)
             lengths = (power * step, 2 * power * step)

@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -30,32 +31,24 @@ def _memory_table(plan: Plan) -> Table:
     unit, size = ("MiB", 2**20) if small else ("GiB", 2**30)
     cap = f"{plan.hardware.usable_memory / size:,.1f} {unit} usable"
     title = f"{plan.devices} x {plan.hardware.name}, L = {plan.seq_len:,}: {unit} of a rank at its peak ({cap})"
-    table = _table(title, *_NAMES.values(), "total", "longest L")
+    table = _table(title, "B", *_NAMES.values(), "total", "fits")
     for choice in plan.choices:
         sizes = [value / size for value in (*(choice.memory.most[part] for part in PARTS), choice.memory.total)]
         cells = (f"{value:.3g}" if value < 100 else f"{value:,.0f}" for value in sizes)
-        _add(table, plan, choice, *cells, f"{choice.longest:,}")
+        _add(table, plan, choice, str(choice.batch_size), *cells, "yes" if choice.fits else "no")
     return table
 
 
 def _speed_table(plan: Plan) -> Table:
-    table = _table("a step, estimated", "B", "GiB received", "seconds", "not hidden", "tokens/s", "MFU", "fits")
+    short = EngFormatter(places=1, sep="")  # 85.5k
+    title = "a step, estimated: GiB that a rank receives, seconds"
+    table = _table(title, "received", "time", "not hidden", "tokens/s", "MFU", "longest L")
     for choice in plan.choices:
         time = choice.time
-        sizes = (str(choice.batch_size), f"{time.received / 2**30:.3g}")
-        seconds = (f"{time.total:.3g}", f"{100 * time.exposed / time.total:.0f} %")
-        speed = (_short(choice.tokens_per_second), f"{100 * choice.utilization:.0f} %")
-        _add(table, plan, choice, *sizes, *seconds, *speed, "yes" if choice.fits else "no")
+        cells = (f"{time.received / 2**30:.3g}", f"{time.total:.3g}", f"{100 * time.exposed / time.total:.0f} %")
+        speed = (short(choice.tokens_per_second), f"{100 * choice.utilization:.0f} %")
+        _add(table, plan, choice, *cells, *speed, f"{choice.longest:,}")
     return table
-
-
-def _short(number: float) -> str:
-    """Write a number with three digits and k, M or G for thousands."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            digits = number / size
-            return f"{digits:.0f}{unit}" if digits >= 100 else f"{digits:.3g}{unit}"
-    return f"{number:.0f}"
 
 
 def _table(title: str, *names: str) -> Table:
