@@ -29,7 +29,7 @@ def test_what_is_not_finite_is_never_equal(name, value, side) -> None:
     for own, whose in ((actual, "actual"), (expected, "expected")):
         if side in (whose, "both"):
             own[name].view(-1)[-1] = value
-    assert worst_difference(actual, expected) == (math.inf, name)
+    assert worst_difference(actual, expected)[:2] == (math.inf, name)
     assert worst_difference(list(actual.values()), list(expected.values()))[0] == math.inf
     with pytest.raises(AssertionError, match=f"{name}: 1 of .* values are not finite"):
         assert_equal(actual, expected, 1e30)
@@ -61,19 +61,19 @@ def test_what_is_zero_in_the_reference_must_be_zero() -> None:
 def test_errors_are_relative_to_the_tensor_and_not_to_the_largest() -> None:
     expected = {"large": torch.full((9,), 1e6), "small": torch.full((9,), 1e-4)}
     actual = {"large": expected["large"].clone(), "small": 2 * expected["small"]}
-    error, name = worst_difference(actual, expected)
+    error, name, _ = worst_difference(actual, expected)
     assert (error, name) == (pytest.approx(1), "small")
 
 
 def test_names_must_be_the_same_on_both_sides() -> None:
     more = {**tensors(), "another": torch.zeros(1)}
-    assert worst_difference(more, tensors()) == (math.inf, "another")
-    assert worst_difference(tensors(), more) == (math.inf, "another")
+    assert worst_difference(more, tensors()) == (math.inf, "another", "not in the reference")
+    assert worst_difference(tensors(), more) == (math.inf, "another", "missing")
     with pytest.raises(AssertionError, match="another: not in the reference"):
         assert_equal(more, tensors(), 1)
     with pytest.raises(AssertionError, match="another: missing"):
         assert_equal(tensors(), more, 1)
-    assert worst_difference([torch.ones(2)], [torch.ones(2)] * 2) == (math.inf, "1")
+    assert worst_difference([torch.ones(2)], [torch.ones(2)] * 2)[:2] == (math.inf, "1")
 
 
 def test_shapes_dtypes_and_integers() -> None:
