@@ -33,7 +33,7 @@ from lightning_lss import LSSTransformer, SequenceShard
 from lightning_lss.megatron.parallelize import DATA, TENSOR, parallelize
 from lightning_lss.nn.dropout import SegmentDropout
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, segment_local_names, segment_modules
-from lightning_lss.testing.dispatch import is_own_operator, run_inside
+from lightning_lss.testing.collectives import is_own_operator, run_inside
 from lightning_lss.testing.fake_world import fake_world
 from lightning_lss.testing.world import World
 

@@ -16,8 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lightning_lss.planner.trace import COLLECTIVES, PARTS, STAGES, WORK, Trace
-from lightning_lss.testing.collectives import payload_of
-from lightning_lss.testing.dispatch import is_own_operator, run_inside
+from lightning_lss.testing.collectives import is_own_operator, payload_of, run_inside
 
 _PART = {name: index for index, name in enumerate(PARTS)}
 _ACTIVATIONS = _PART["activations"]

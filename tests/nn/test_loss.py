@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from lightning_lss.nn.loss import IGNORED, linear_cross_entropy, token_mean
+from lightning_lss.testing.collectives import Watch
 from lightning_lss.testing.compare import assert_equal
-from lightning_lss.testing.dispatch import Watch
 
 
 def mean_on_rank(rank: int, sums: list[float], counts: list[int], dtype: torch.dtype, as_tensor: bool) -> Tensor:
