@@ -5,7 +5,7 @@
     python -m benchmarks gpu --device cpu --quick # smoke test: the same code, tiny, nothing written
 
 Rank 0 of S runs by itself with its real kernels, sizes and memory; collectives are copies of the same size, see
-:mod:`benchmarks.one_rank`.
+:func:`lightning_lss.testing.fake_world.one_rank_of`.
 
 - ``attention``: forward and backward of one rank's attention, against plain attention on a shorter sequence of as many
   query-key pairs, in turn; ``fraction_of_plain`` is the ratio of their speeds by pair. The same for torch's own
@@ -39,7 +39,7 @@ from benchmarks.gpu_attention import BACKENDS, CONTEXT_PARALLEL, Call, compare
 from benchmarks.gpu_step import time_steps
 from benchmarks.training import model_options
 from lightning_lss.attention.kernels import select_kernel
-from lightning_lss.testing.one_rank import one_rank_of
+from lightning_lss.testing.fake_world import one_rank_of
 
 _COLUMNS = [
     *(

@@ -20,7 +20,7 @@ from benchmarks.one_rank import Timed, time_call
 from benchmarks.turns import in_turn
 from lightning_lss import lss_attention
 from lightning_lss.attention.tiles import pairs_of_rank
-from lightning_lss.testing.one_rank import shard_of
+from lightning_lss.testing.fake_world import shard_of
 
 BACKENDS = {
     "cuda_flash": SDPBackend.FLASH_ATTENTION,
@@ -95,7 +95,7 @@ def compare(
 
     Args:
         call: sizes.
-        size: S; the caller is within :func:`benchmarks.one_rank.one_rank_of`.
+        size: S; the caller is within :func:`lightning_lss.testing.fake_world.one_rank_of`.
         kernel: kernel of all contestants.
         contestants: by name, their ``layout`` and, if they are LSS, ``head_chunks``.
         rounds: turns of every contestant after a warm-up.

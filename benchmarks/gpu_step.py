@@ -59,7 +59,7 @@ def time_steps(
     """Measure one row: ``steps`` training steps on one sequence of ``length``, after two that are not counted.
 
     Args:
-        size: S; the caller is within :func:`benchmarks.one_rank.one_rank_of`.
+        size: S; the caller is within :func:`lightning_lss.testing.fake_world.one_rank_of`.
         length: L.
         checkpointing: mode of activation checkpointing.
         model: further arguments of :class:`~lightning_lss.LSSTransformer`.

@@ -1,4 +1,4 @@
-"""Run and time one rank of S on one device under the Trainer; see :mod:`lightning_lss.testing.one_rank`."""
+"""Run and time one rank of S on one device under the Trainer; see :func:`lightning_lss.testing.fake_world.one_rank_of`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import NamedTuple
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from torch import Tensor
-
-from lightning_lss.testing.one_rank import synchronize
 
 
 class OneOfMany(LightningEnvironment):
@@ -61,19 +59,19 @@ class Timed(NamedTuple):
 
 def time_call(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Timed:
     """Time ``attend(q, k, v)`` and its backward pass with the gradient ``grad`` of the output."""
-    device = q.device
+    device, synchronize = q.device, torch.get_device_module(q.device).synchronize
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     before = 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-    synchronize(device)
+    synchronize()
     start = time.perf_counter()
     out = attend(*leaves)
-    synchronize(device)
+    synchronize()
     middle = time.perf_counter()
     out.backward(grad)
-    synchronize(device)
+    synchronize()
     end = time.perf_counter()
     peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else 0
     return Timed(middle - start, end - middle, peak)

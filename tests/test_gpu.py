@@ -25,7 +25,7 @@ from lightning_lss.nn.loss import linear_cross_entropy
 from lightning_lss.sequence import collectives
 from lightning_lss.sequence.segment import segment_modules
 from lightning_lss.testing.compare import assert_equal
-from lightning_lss.testing.one_rank import GATHER, SCATTER, one_rank_of, shard_of, synchronize
+from lightning_lss.testing.fake_world import GATHER, SCATTER, one_rank_of, shard_of
 from tests.kernel_checks import make_inputs
 from tests.traces import read_trace, streams, windows
 
@@ -69,7 +69,7 @@ def test_the_next_chunk_travels_while_tiles_are_computed(monkeypatch, tmp_path, 
         def step() -> None:
             leaves = [x.detach().requires_grad_() for x in (q, k, v)]
             lss_attention(*leaves, shard_of(4, layout), kernel=kernel.name, head_chunks=chunks).backward(grad)
-            synchronize(torch.device(device))
+            torch.get_device_module(device).synchronize()
 
         step()
         with profile(activities=activities) as profiler:

@@ -20,9 +20,8 @@ from lightning_lss.attention.spec import AttentionSpec
 from lightning_lss.sequence import collectives
 from lightning_lss.sequence.layout import LAYOUTS
 from lightning_lss.sequence.segment import SequenceShard
-from lightning_lss.testing.collectives import Collective, CollectiveCounter, Tally, kinds
+from lightning_lss.testing.collectives import Collective, CollectiveCounter, Tally, Watch, kinds
 from lightning_lss.testing.compare import assert_equal, assert_equal_on_ranks
-from lightning_lss.testing.dispatch import Watch
 from lightning_lss.testing.fake_world import fake_world
 from lightning_lss.testing.world import World
 

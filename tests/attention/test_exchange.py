@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_lss import LSSAttention, SequenceShard, lss_attention
 from lightning_lss.attention.kernels import KERNELS
 from lightning_lss.testing.compare import assert_equal
-from lightning_lss.testing.recorded_ranks import RecordedRanks
+from lightning_lss.testing.fake_world import recorded_ranks
 from tests.kernel_checks import ROUNDING, SCALE, Inputs, make_inputs, textbook
 
 NAMES = ("out", "dq", "dk", "dv")
@@ -50,8 +50,7 @@ def test_no_buffer_is_used_before_its_collective_is_over(as_operator, layout, op
     def work(shard: SequenceShard) -> dict[str, Tensor]:
         return attend(shard, inputs, lss_attention, shard=shard, scale=SCALE, as_operator=as_operator, **options)
 
-    with RecordedRanks(4, layout, late=True) as ranks:
-        found = whole(ranks.run(work), layout)
+    found = whole(recorded_ranks(work, 4, layout, late=True), layout)
     assert_equal(found, expected(inputs), 100 * ROUNDING[torch.float64])
 
 
@@ -75,8 +74,7 @@ def test_many_tiles_in_bfloat16_are_joined_and_summed_in_float32(monkeypatch, la
     def work(shard: SequenceShard) -> dict[str, Tensor]:
         return attend(shard, inputs, lss_attention, shard=shard, scale=SCALE, causal=causal, kernel="cpu_flash")
 
-    with RecordedRanks(2, layout) as ranks:
-        found = whole(ranks.run(work), layout)
+    found = whole(recorded_ranks(work, 2, layout), layout)
     reference = expected(inputs, causal)
     for name, bound in (("out", 4e-3), ("dq", 5e-3)):
         assert_equal({name: found[name]}, {name: reference[name]}, bound)
@@ -93,9 +91,5 @@ def test_the_module_hands_on_its_scale(size, options) -> None:
         module.set_shard(shard)
         return attend(shard, inputs, module)
 
-    if size == 1:
-        found = work(SequenceShard())
-    else:
-        with RecordedRanks(size, "zigzag") as ranks:
-            found = whole(ranks.run(work), "zigzag")
+    found = work(SequenceShard()) if size == 1 else whole(recorded_ranks(work, size, "zigzag"), "zigzag")
     assert_equal(found, expected(inputs), 50 * ROUNDING[torch.float64])

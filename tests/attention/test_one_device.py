@@ -15,8 +15,7 @@ from lightning_lss import SequenceShard, lss_attention
 from lightning_lss.attention.kernels import KERNELS
 from lightning_lss.attention.tiles import pairs_of_rank
 from lightning_lss.sequence import collectives
-from lightning_lss.testing.one_rank import one_rank_of, shard_of
-from lightning_lss.testing.recorded_ranks import RecordedRanks
+from lightning_lss.testing.fake_world import one_rank_of, recorded_ranks, shard_of
 from tests.kernel_checks import ROUNDING, Inputs, check, make_inputs
 
 LENGTH = 256
@@ -85,8 +84,7 @@ def check_all_ranks(
         out = lss_attention(*leaves, shard, causal, **options)
         return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
-    with RecordedRanks(size, layout, late) as ranks:
-        by_rank = ranks.run(work)
+    by_rank = recorded_ranks(work, size, layout, late)
     order = torch.cat([SequenceShard(r, size, layout).positions(LENGTH // size) for r in range(size)]).argsort()
     whole = [torch.cat(parts, 2)[:, :, order.to(inputs[0].device)] for parts in zip(*by_rank)]
     check(whole, plain(inputs, causal), bound, names=("out", "dq", "dk", "dv"))

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from benchmarks import gpu, gpu_attention
 from lightning_lss.attention.kernels import KERNELS, select_kernel
-from lightning_lss.testing.one_rank import one_rank_of
+from lightning_lss.testing.fake_world import one_rank_of
 
 GPU = [
     pytest.mark.gpu,

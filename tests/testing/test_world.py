@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from typing import Any
@@ -14,8 +15,7 @@ from torch import Tensor
 
 from lightning_lss.sequence.collectives import all_gather, reduce_scatter
 from lightning_lss.testing.collectives import CollectiveCounter, Tally, describe, kinds, total_bytes
-from lightning_lss.testing.fake_world import fake_world
-from lightning_lss.testing.recorded_ranks import RecordedRanks
+from lightning_lss.testing.fake_world import fake_world, recorded_ranks
 from lightning_lss.testing.world import WorkerError, World
 
 
@@ -58,6 +58,55 @@ def test_failures_name_their_ranks_and_the_next_call_finds_new_workers() -> None
                 own.run(2, fail, how, group=False, timeout=seconds)
             after = own.run(2, describe_rank, 0)
             assert {x[0] for x in before}.isdisjoint(x[0] for x in after)
+
+
+class UnknownThere:
+    def __reduce__(self) -> Any:
+        return fail, (1, "unpickled here")
+
+
+class UnknownHereError(Exception):
+    def __init__(self, one: int, other: int) -> None:
+        super().__init__(threading.Lock())
+
+
+def leave(rank: int, what: str) -> Any:
+    if what == "raise":
+        raise UnknownHereError(1, 2)
+    if what == "exit":
+        sys.exit("at once")
+    return threading.Lock()
+
+
+def test_what_cannot_be_pickled_is_an_error() -> None:
+    with World(1) as own:
+        with pytest.raises(Exception, match="pickle"):
+            own.run(1, lambda rank: rank)
+        with pytest.raises(WorkerError, match=r"rank 0:\n(?s:.*)ZeroDivisionError: of rank 1"):
+            own.run(1, describe_rank, UnknownThere())
+        for what, words in (
+            ("return", "cannot pickle"),
+            ("raise", "UnknownHereError"),
+            ("exit", "SystemExit: at once"),
+        ):
+            with pytest.raises(WorkerError, match=rf"rank 0:\n(?s:.*){words}"):
+                own.run(1, leave, what)
+
+
+def wait_for_the_other(rank: int) -> None:
+    if rank == 0:
+        dist.all_reduce(torch.ones(1))
+    time.sleep(60)
+
+
+def test_ranks_within_a_collective_are_ended_too() -> None:
+    with World(2) as own:
+        first = own.run(2, describe_rank, 0)
+        with pytest.raises(WorkerError, match="rank 0:\nIt did not answer in time"):
+            own.run(2, wait_for_the_other, timeout=2)
+        for pid, *_ in first:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
 
 
 def die_after_the_call(rank: int) -> None:
@@ -110,9 +159,7 @@ def test_recorded_ranks_have_what_the_others_sent(late) -> None:
         gathered = all_gather(own, shard.group).wait()
         return gathered, reduce_scatter(gathered * own[0], shard.group).wait()
 
-    with RecordedRanks(3, "contiguous", late) as ranks:
-        found = ranks.run(work)
-    for rank, (gathered, scattered) in enumerate(found):
+    for rank, (gathered, scattered) in enumerate(recorded_ranks(work, 3, "contiguous", late)):
         assert gathered[:, 0].tolist() == [1, 2, 3]
         assert scattered.tolist() == [6.0 * (rank + 1)] * 2
 
@@ -131,6 +178,6 @@ def test_late_collectives_show_a_buffer_that_is_used_too_early() -> None:
         return early
 
     for late, right in ((False, True), (True, False)):
-        with RecordedRanks(2, "contiguous", late) as ranks:
-            assert (ranks.run(overwritten)[0].tolist() == [[1, 1], [2, 2]]) == right
-            assert ranks.run(read)[0].isfinite().all().item() == right
+        first = recorded_ranks(overwritten, 2, "contiguous", late)[0]
+        assert (first.tolist() == [[1, 1], [2, 2]]) == right
+        assert recorded_ranks(read, 2, "contiguous", late)[0].isfinite().all().item() == right
