@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -59,7 +60,8 @@ class Timed(NamedTuple):
 
 def time_call(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Timed:
     """Time ``attend(q, k, v)`` and its backward pass with the gradient ``grad`` of the output."""
-    device, synchronize = q.device, torch.get_device_module(q.device).synchronize
+    device = q.device
+    synchronize = partial(torch.get_device_module(device).synchronize, device)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     before = 0
     if device.type == "cuda":
