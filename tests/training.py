@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_lss import LSSStrategy, LSSTransformer
-from lightning_lss.checkpoint.state import gather_state, tables_by_name
+from lightning_lss.checkpoint.file import FileCheckpoints
+from lightning_lss.checkpoint.state import Owners
 from lightning_lss.megatron import MegatronStrategy, MegatronTransformer
 from lightning_lss.nn.loss import IGNORED
 
@@ -141,7 +142,7 @@ def fit(rank: int, run: Run) -> dict[str, Tensor]:
 
 def whole_state(module: pl.LightningModule) -> dict[str, Tensor]:
     """The weights as a checkpoint would hold them, from what every rank has: copies that differ are not hidden."""
-    state = gather_state(module.state_dict(), tables_by_name(module), lambda tensor: tensor)
+    state = FileCheckpoints(lambda tensor: tensor).collect(module.state_dict(), Owners(module))
     return {name: value.detach().clone() for name, value in state.items()}
 
 

@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from lightning_lss.checkpoint.folder import PATHS, load_folder, load_meta
+from lightning_lss.checkpoint.folder import load_folder, load_meta
 
 
 def consolidate(folder: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
@@ -26,7 +26,9 @@ def consolidate(folder: str | os.PathLike[str], file: str | os.PathLike[str]) ->
     """
     folder = Path(folder)
     rest = load_meta(folder, weights_only=False)
-    torch.save(load_folder(folder, weights_only=False) if PATHS in rest else _load_lightnings(folder, rest), file)
+    torch.save(
+        load_folder(folder, weights_only=False) if "state_dict" in rest else _load_lightnings(folder, rest), file
+    )
 
 
 def _load_lightnings(folder: Path, rest: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,11 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, get_filesystem
 from lightning.fabric.utilities.types import _PATH
-from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_lss.checkpoint.folder import is_folder
-from lightning_lss.checkpoint.state import (
-    Destination,
-    gather_optimizer_state,
-    gather_state,
-    tables_by_name,
-    tables_by_weight,
-)
+from lightning_lss.checkpoint.state import KeyPath, Owners, gather, map_tensors
 
 
 class FileCheckpoints:
@@ -36,36 +28,38 @@ class FileCheckpoints:
         keep: applied to each gathered tensor; its result goes into the checkpoint.
     """
 
-    def __init__(self, keep: Destination) -> None:
+    def __init__(self, keep: Callable[[Tensor], Any]) -> None:
         self._keep = keep
 
-    def collect_model(self, module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-        """Return the model's ``state`` for a checkpoint; every rank must call it."""
-        gathered: dict[str, Any] = gather_state(state, tables_by_name(module), self._keep)
-        return gathered
+    def collect(self, state: Any, owners: Owners, path: KeyPath = ()) -> Any:
+        """Gather the tensors of a state, which lies at ``path`` in the checkpoint, one after another.
 
-    def collect_optimizer(self, module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        """Return an optimizer's ``state`` for a checkpoint; every rank must call it."""
-        return gather_optimizer_state(state, optimizer, tables_by_weight(module), self._keep)
+        Every rank must call it, with the same structure.
+        """
 
-    def needs_all_ranks(self, module: nn.Module) -> bool:
-        """Whether a checkpoint of ``module`` takes more than rank 0."""
-        return bool(tables_by_name(module)) or any(isinstance(x, DTensor) for x in module.parameters())
+        def gather_and_keep(path: KeyPath, tensor: Tensor) -> Any:
+            gathered = gather(tensor, owners(path))
+            return tensor if gathered is tensor else self._keep(gathered)
+
+        return map_tensors(state, gather_and_keep, path)
+
+    def needs_all_ranks(self, owners: Owners) -> bool:
+        """Whether a checkpoint takes more than rank 0."""
+        return owners.are_spread
 
     def write(
         self,
         checkpoint: dict[str, Any],
         path: _PATH,
         storage_options: Any | None,
-        module: nn.Module,
-        optimizers: Iterable[Optimizer],
+        owners: Owners,
         write_file: Callable[[dict[str, Any], _PATH, Any | None], None],
     ) -> None:
         """Write the checkpoint that Lightning has collected; every rank must call it.
 
         Copies of the model's state that callbacks have added (weight averaging) are gathered here.
         """
-        write_file(gather_state(checkpoint, tables_by_name(module), self._keep), path, storage_options)
+        write_file(self.collect(checkpoint, owners), path, storage_options)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -1,121 +1,98 @@
-"""Gather the state of all ranks for a checkpoint, and cut a checkpoint's state to one rank's part."""
+"""Whose the tensors of a checkpoint are, and how they are gathered from all ranks or cut to one rank's part."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from lightning_lss.nn.positions import SegmentPositionalEmbedding
-from lightning_lss.parallel.fsdp import own_part
+
+KeyPath = tuple[Any, ...]
+"""Keys and indices that lead through a nested checkpoint to a tensor."""
+
+Owner = SegmentPositionalEmbedding | Tensor | None
+"""What decides how a tensor is spread over ranks: the positional table or the parameter that it belongs to, or nothing."""
 
 
-def tables_by_name(root: nn.Module) -> dict[str, SegmentPositionalEmbedding]:
-    """The positional tables below ``root`` that are spread over ranks, by the name of their weight."""
-    return {
-        f"{prefix}.weight" if prefix else "weight": module
-        for prefix, module in root.named_modules()
-        if isinstance(module, SegmentPositionalEmbedding) and module.shard.size > 1
-    }
+class Owners:
+    """The owners of a checkpoint's tensors, by their paths.
 
-
-Destination = Callable[[Tensor], Any]
-"""Applied to a gathered tensor, such as :meth:`lightning_lss.parallel.replicated.Replicated.keep_for_checkpoint`."""
-
-
-def gather_state(state: Any, tables: Mapping[str, SegmentPositionalEmbedding], keep: Destination) -> Any:
-    """Copy a (nested) state and gather the tensors that are spread over ranks, one after another.
-
-    These are the rows of positional tables, in position order, and sharded parameters (DTensors). Tables are found by
-    the name of their weight at any depth, so copies of the model that callbacks store beside it (weight averaging) are
-    gathered too. Every rank must call it, with the same structure.
+    Tensors of the model are found by the parameter's name at any depth, so copies of the model that callbacks store
+    beside it (weight averaging) have owners too. An optimizer's state is found by the parameter's index.
 
     Args:
-        state: the state.
-        tables: the tables that are spread over ranks, by the name of their weight.
-        keep: applied to each gathered tensor; its result goes into the copy.
+        module: the model that saves or loads the checkpoint.
+        optimizers: the optimizers of ``checkpoint["optimizer_states"]``.
     """
-    if isinstance(state, DTensor):
-        return keep(state.full_tensor().detach())
+
+    def __init__(self, module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> None:
+        tables = [x for x in module.modules() if isinstance(x, SegmentPositionalEmbedding) and x.shard.size > 1]
+        self.tables = {table.weight: table for table in tables}
+        """The positional tables that are spread over ranks, by their weights."""
+        named = module.named_parameters(remove_duplicate=False)
+        self._by_name: dict[Any, Owner] = {name: self.tables.get(x, x) for name, x in named}
+        self._by_index: dict[KeyPath, Owner] = {}
+        for number, optimizer in enumerate(optimizers):
+            parameters = [x for group in optimizer.param_groups for x in group["params"]]
+            self._by_index |= {(number, "state", index): self.tables.get(x, x) for index, x in enumerate(parameters)}
+
+    def __call__(self, path: KeyPath) -> Owner:
+        """Return the owner of the tensor at ``path``."""
+        return self._by_index.get(path[1:4]) if path[0] == "optimizer_states" else self._by_name.get(path[-1])
+
+    @property
+    def are_spread(self) -> bool:
+        """Whether a rank holds only parts of some tensors."""
+        return bool(self.tables) or any(isinstance(owner, DTensor) for owner in self._by_name.values())
+
+
+def map_tensors(state: Any, convert: Callable[[KeyPath, Tensor], Any], path: KeyPath = ()) -> Any:
+    """Copy a nested state with ``convert(path, tensor)`` in place of each tensor; containers keep their types.
+
+    The order depends on the keys alone, so ``convert`` may communicate. ``path`` is that of ``state`` in the checkpoint.
+    """
+    if isinstance(state, Tensor):
+        return convert(path, state)
     if type(state) is list:
-        return [gather_state(value, tables, keep) for value in state]
+        return [map_tensors(value, convert, (*path, index)) for index, value in enumerate(state)]
     if not isinstance(state, dict):
         return state
-    gathered = copy.copy(state)
-    for key, value in state.items():
-        table = tables.get(key)
-        if table is not None and isinstance(value, Tensor) and value.size(0) != table.num_positions:
-            rows = value.detach().to(table.weight.device)  # weight averaging may keep its copy elsewhere
-            gathered[key] = keep(table.shard.gather(rows, dim=0).to(value.device))
-        else:
-            gathered[key] = gather_state(value, tables, keep)
-    return gathered
+    mapped = copy.copy(state)  # a Counter stays one, and a module's state keeps its versions
+    for key in sorted(state, key=str):
+        mapped[key] = map_tensors(state[key], convert, (*path, key))
+    return mapped
 
 
-def gather_optimizer_state(
-    state: dict[str, Any],
-    optimizer: Optimizer,
-    tables: Mapping[nn.Parameter, SegmentPositionalEmbedding],
-    keep: Destination,
-) -> dict[str, Any]:
-    """Copy an optimizer's state dict and gather the moments of positional tables and of sharded parameters.
+def holds_rows(tensor: Tensor, owner: Owner) -> bool:
+    """Whether ``tensor`` consists of this rank's rows of a positional table, or of one of its moments."""
+    return isinstance(owner, SegmentPositionalEmbedding) and tensor.shape[:1] == owner.weight.shape[:1]
 
-    Every rank must call it. For the arguments see :func:`gather_state`; here ``tables`` are found by their weight.
+
+def gather(tensor: Tensor, owner: Owner) -> Tensor:
+    """Gather a tensor that is spread over ranks, rows in position order; return any other as it is.
+
+    Every rank must call it.
     """
-
-    def gather(parameter: Tensor, moment: Tensor) -> Any:
-        table = tables.get(parameter)  # type: ignore[call-overload]
-        if table is not None and moment.size(0) == table.weight.size(0):
-            return keep(table.shard.gather(moment, dim=0))
-        return keep(moment.full_tensor()) if isinstance(moment, DTensor) else moment
-
-    return _map_moments(state, optimizer, gather)
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor().detach()
+    if isinstance(owner, SegmentPositionalEmbedding) and holds_rows(tensor, owner):
+        rows = tensor.detach().to(owner.weight.device)  # weight averaging may keep its copy elsewhere
+        return owner.shard.gather(rows, dim=0).to(tensor.device)
+    return tensor
 
 
-def own_optimizer_state(
-    state: dict[str, Any], optimizer: Optimizer, tables: Mapping[nn.Parameter, SegmentPositionalEmbedding]
-) -> dict[str, Any]:
-    """Invert :func:`gather_optimizer_state`: cut whole moments to this rank's rows or part, without communication."""
-
-    def cut(parameter: Tensor, moment: Tensor) -> Any:
-        table = tables.get(parameter)  # type: ignore[call-overload]
-        if table is not None and moment.size(0) == table.num_positions:
-            return table.own_rows(moment)
-        return own_part(moment, parameter)
-
-    return _map_moments(state, optimizer, cut)
+def own_part(tensor: Tensor, owner: Owner) -> Tensor:
+    """Invert :func:`gather` without communication: cut a whole tensor to this rank's part."""
+    if isinstance(owner, SegmentPositionalEmbedding) and tensor.shape[:1] == (owner.num_positions,):
+        return owner.own_rows(tensor)
+    if isinstance(owner, DTensor) and tensor.shape == owner.shape:
+        return distribute_tensor(tensor.detach(), owner.device_mesh, owner.placements, src_data_rank=None)
+    return tensor
 
 
-def tables_by_weight(root: nn.Module) -> dict[nn.Parameter, SegmentPositionalEmbedding]:
-    """The tables of :func:`tables_by_name` by their weight."""
-    return {table.weight: table for table in tables_by_name(root).values()}
-
-
-def parameters_by_index(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[Any, nn.Parameter]:
-    """An optimizer's parameters by their indices in its state dict ``state``."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return dict(zip([index for group in state["param_groups"] for index in group["params"]], parameters))
-
-
-def _map_moments(
-    state: dict[str, Any], optimizer: Optimizer, convert: Callable[[Tensor, Tensor], Any]
-) -> dict[str, Any]:
-    """Copy ``state`` with ``convert(parameter, tensor)`` applied to the tensors that have an entry for each element of
-    a parameter."""
-    if not state:  # ZeroRedundancyOptimizer has one on rank 0 only
-        return state
-    parameters = parameters_by_index(optimizer, state)
-    converted = dict(state["state"])
-    for index in sorted(converted, key=str):  # all ranks gather in the same order
-        if index not in parameters:
-            continue
-        parameter = parameters[index]
-        converted[index] = {
-            key: convert(parameter, value)
-            if isinstance(value, Tensor) and value.dim() == parameter.dim() > 0
-            else value
-            for key, value in converted[index].items()
-        }
-    return {**state, "state": converted}
+def own_parts(state: Any, owners: Owners, path: KeyPath = ()) -> Any:
+    """Cut the tensors of a state, which lies at ``path`` in a checkpoint, to this rank's parts."""
+    return map_tensors(state, lambda path, tensor: own_part(tensor, owners(path)), path)

@@ -5,7 +5,6 @@ outside of units (embeddings, a head, weights that several modules share) belong
 step. Sharded tensors are torch's DTensors. Segment-local parameters are not sharded: a rank has only its own already.
 """
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,7 +19,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lss.nn.recompute import outermost, repeated_blocks
@@ -321,25 +320,3 @@ def sharded_root(module: nn.Module) -> ShardedRoot | None:
     """Return the root that ``module`` was sharded under, or None."""
     root = vars(module).get("_sharded_root")
     return root if isinstance(root, ShardedRoot) else None
-
-
-# -- tensors of a state ------------------------------------------------------------------------------------------------
-
-
-def own_part(whole: Any, like: Tensor) -> Any:
-    """Cut a whole tensor to this rank's part, sharded like ``like``, without communication; return anything else
-    unchanged."""
-    fits = isinstance(whole, Tensor) and isinstance(like, DTensor) and not isinstance(whole, DTensor)
-    if not fits or whole.shape != like.shape:
-        return whole
-    assert isinstance(like, DTensor)
-    whole = whole.detach().to(like.device)
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def own_model_state(state: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-    """Cut the whole tensors of a model's state dict to the parts that this rank's ``module`` holds."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    own = copy.copy(state)  # with its metadata, the versions of modules
-    own.update({key: own_part(x, parameters[key]) for key, x in state.items() if key in parameters})
-    return own

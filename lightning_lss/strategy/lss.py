@@ -27,11 +27,12 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_lss.checkpoint.file import AtomicCheckpointIO, FileCheckpoints
-from lightning_lss.checkpoint.folder import FOLDER_KEY, FolderCheckpoints, is_folder, load_folder, load_optimizer_state
-from lightning_lss.checkpoint.state import own_optimizer_state, tables_by_name, tables_by_weight
+from lightning_lss.checkpoint.folder import FOLDER_KEY, FolderCheckpoints, is_folder, load_folder, read_parts
+from lightning_lss.checkpoint.state import Owners, own_parts
+from lightning_lss.nn.positions import SegmentPositionalEmbedding
 from lightning_lss.nn.recompute import ActivationCheckpointing
 from lightning_lss.parallel.broadcast import assign_segments, reset_segments, share_random_state
-from lightning_lss.parallel.fsdp import FullyShard, Sharding, own_model_state
+from lightning_lss.parallel.fsdp import FullyShard, Sharding
 from lightning_lss.parallel.replicated import Replicated, compress_hook
 from lightning_lss.parallel.segment_local import SegmentLocal, restore_precision_plugin
 from lightning_lss.sequence.batch import SequenceDims
@@ -219,7 +220,11 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         local.start_equally()
         if self._shard.size > 1:
             validation.warn_of_batch_norm(self._module)
-            validation.warn_of_unsaved_state(set(local.names) - tables_by_name(self._module).keys())
+            owners = Owners(self._module)
+            tables = [
+                name for name in local.names if isinstance(owners(("state_dict", name)), SegmentPositionalEmbedding)
+            ]
+            validation.warn_of_unsaved_state(set(local.names) - set(tables))
         if trainer.state.fn != TrainerFn.FITTING:
             return
         averages_models = self._model_averaging_period is not None
@@ -258,7 +263,7 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         # failure there is no barrier: the other ranks may hang in a collective of the step and never arrive.
         if not self._failed:
             if self._start_method != "popen" and self.lightning_module is not None:
-                for table in tables_by_name(self._module).values():  # to be taken over by the parent process
+                for table in Owners(self._module).tables.values():  # to be taken over by the parent process
                     table.become_whole()
                 self._parameters.hand_over(self._module)
             self.barrier("LSSStrategy.teardown")
@@ -342,44 +347,48 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         state = super().lightning_module_state_dict()
-        return state if self._interrupted else self._checkpoints.collect_model(self._module, state)
+        return state if self._interrupted else self._checkpoints.collect(state, Owners(self._module))
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         state = super().optimizer_state(optimizer)
-        return state if self._interrupted else self._checkpoints.collect_optimizer(self._module, optimizer, state)
+        if self._interrupted:
+            return state
+        return self._checkpoints.collect(state, Owners(self._module, [optimizer]), ("optimizer_states", 0))
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        if self._interrupted and self._checkpoints.needs_all_ranks(self._module):
+        owners = Owners(self._module, self.optimizers)
+        if self._interrupted and self._checkpoints.needs_all_ranks(owners):
             rank_zero_warn(
                 f"The checkpoint {filepath} was not written: after an exception on one rank, the other ranks' rows of positional"
                 " tables and parts of sharded parameters cannot be collected."
             )
             return
-        write = super().save_checkpoint
-        self._checkpoints.write(checkpoint, filepath, storage_options, self._module, self.optimizers, write)
+        self._checkpoints.write(checkpoint, filepath, storage_options, owners, super().save_checkpoint)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         if not is_folder(checkpoint_path):
             return super().load_checkpoint(checkpoint_path, weights_only)
         torch.cuda.empty_cache()
-        return load_folder(Path(checkpoint_path), self._module.state_dict(), tables_by_name(self._module), weights_only)
+        return load_folder(Path(checkpoint_path), Owners(self._module), weights_only)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        own = own_model_state(checkpoint["state_dict"], self._module)
+        own = own_parts(checkpoint["state_dict"], Owners(self._module), ("state_dict",))
         super().load_model_state_dict({**checkpoint, "state_dict": own}, strict)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        folder, tables, own = checkpoint.get(FOLDER_KEY), tables_by_weight(self._module), []
-        for number, (optimizer, state) in enumerate(zip(self.optimizers, checkpoint["optimizer_states"])):
-            if folder is not None:
-                state = load_optimizer_state(folder, number, state, optimizer, tables)
-            own.append(own_optimizer_state(state, optimizer, tables))
-        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": own})
+        states, path, owners = (
+            checkpoint["optimizer_states"],
+            ("optimizer_states",),
+            Owners(self._module, self.optimizers),
+        )
+        if FOLDER_KEY in checkpoint:
+            states = read_parts(checkpoint[FOLDER_KEY], states, owners, path)
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": own_parts(states, owners, path)})
 
     # -- names ---------------------------------------------------------------------------------------------------------
 

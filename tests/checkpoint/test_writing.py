@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_lss.checkpoint.file import AtomicCheckpointIO, FileCheckpoints
 from lightning_lss.checkpoint.folder import is_folder, load_folder, save_folder
+from lightning_lss.checkpoint.state import Owners
 from lightning_lss.testing.compare import assert_equal, assert_equal_on_ranks
 from tests.training import Run, SGDTransformer, epochs, fit, make_loader, make_module, make_samples, make_trainer
 
@@ -104,7 +105,7 @@ def test_the_moments_of_every_optimizer_are_resumed(world, tmp_path, sharding, d
 
 def save_and_load(rank: int, folder: Path) -> Any:
     checkpoint = {"state_dict": {"x": torch.ones(2)}, "callbacks": {"mine": {"seen": Counter(a=2)}}}
-    save_folder(checkpoint, folder, {}, [])
+    save_folder(checkpoint, folder, Owners(nn.Linear(1, 1)))
     dist.barrier()  # rank 0 renames the folder last
     return load_folder(folder, weights_only=False)["callbacks"]["mine"]["seen"]
 
@@ -117,5 +118,5 @@ def test_containers_of_a_folder_keep_their_types(world, tmp_path) -> None:
 def test_an_optimizer_may_have_its_state_on_rank_zero_only() -> None:
     # as ZeroRedundancyOptimizer has
     module = nn.Linear(2, 2)
-    files = FileCheckpoints(lambda tensor: tensor)
-    assert files.collect_optimizer(module, torch.optim.SGD(module.parameters()), {}) == {}
+    owners = Owners(module, [torch.optim.SGD(module.parameters())])
+    assert FileCheckpoints(lambda tensor: tensor).collect({}, owners, ("optimizer_states", 0)) == {}

@@ -16,7 +16,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
 from lightning_lss import LSSStrategy, LSSTransformer
-from lightning_lss.parallel.fsdp import own_model_state, units_of
+from lightning_lss.checkpoint.state import Owners, own_parts
+from lightning_lss.parallel.fsdp import units_of
 from lightning_lss.parallel.segment_local import SegmentGradScaler
 from lightning_lss.testing.compare import assert_equal, assert_equal_on_ranks
 from lightning_lss.testing.world import WorkerError, World
@@ -366,4 +367,4 @@ def test_units_are_found_within_blocks_that_share_a_weight() -> None:
 
 def test_a_state_keeps_the_versions_of_modules() -> None:
     module = nn.BatchNorm1d(2)
-    assert own_model_state(module.state_dict(), module)._metadata[""]["version"] == module._version
+    assert own_parts(module.state_dict(), Owners(module), ("state_dict",))._metadata[""]["version"] == module._version
