@@ -7,19 +7,22 @@ step. Sharded tensors are torch's DTensors. Segment-local parameters are not sha
 
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import LayerSync
-from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lss.nn.recompute import outermost, repeated_blocks
@@ -83,6 +86,8 @@ class FullyShard:
         reduce_dtype: the dtype in which gradients are sent and summed; None for their own.
     """
 
+    stay_on_device = True  # after a run, so that their process groups can gather them for a checkpoint
+
     def __init__(
         self,
         sharding: Sharding,
@@ -93,23 +98,62 @@ class FullyShard:
         self._sharding = sharding
         self._unit_types = unit_types
         self._broadcast_buffers = broadcast_buffers
-        self._reduce_dtype = reduce_dtype
+        self._policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
         self._root: ShardedRoot | None = None
-        self._manual_root: ShardedRoot | None = None  # the root with manual optimization, else None
 
-    def init_device(self, device: torch.device) -> torch.device:
-        """The device on which modules are built: the CPU, since the rank's device never holds a whole module."""
-        return torch.device("cpu")
+    def check(self, module: pl.LightningModule, size: int, world_size: int) -> None:
+        """Refuse a run whose parameters cannot be sharded over ``world_size`` ranks in sequence groups of ``size``.
 
-    def prepare_run(self, trainer: pl.Trainer) -> None:
-        """Evaluate without inference mode.
-
-        FSDP allocates the memory of whole parameters once and cannot train with tensors that were made in inference
-        mode. (Lightning uses ``torch.no_grad`` with its own FSDP strategy too.)
+        Raises:
+            MisconfigurationException: if an earlier run has sharded them in another way, a callback averages weights,
+                ``"hybrid"`` has only one rank to shard over, or parameters have no values.
         """
-        loops = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
-        for loop in loops:
-            loop.inference_mode = False
+        copies = self._sharding == "hybrid" and size < world_size  # sharded over one dimension, copied along another
+        check_sharding(module, (world_size, 1 + copies))
+        callbacks: list[pl.Callback] = module.trainer.callbacks  # type: ignore[attr-defined]
+        averaging = [x for x in callbacks if isinstance(x, (WeightAveraging, StochasticWeightAveraging))]
+        if averaging:
+            raise MisconfigurationException(
+                f"{type(averaging[0]).__name__} keeps a copy of the whole model, but sharded parameters cannot be copied"
+                f" (sharding={self._sharding!r}). Leave the callback out, or use sharding=None."
+            )
+        if self._sharding == "hybrid" and size == 1 < world_size:
+            raise MisconfigurationException(
+                "sharding='hybrid' shards over the sequence group, but that has one rank (sequence_parallel_size=1). Use"
+                " sharding='fsdp', which shards over all ranks."
+            )
+        without_values = [name for name, x in module.named_parameters() if x.is_meta]
+        if without_values:
+            raise MisconfigurationException(
+                f"Parameters on the meta device have no values to start from: {', '.join(without_values[:5])}. Build them in"
+                " configure_model without `torch.device('meta')`; they stay on the CPU until they are sharded."
+            )
+
+    def check_optimizers(self, optimizers: Iterable[Optimizer]) -> None:
+        """Refuse optimizers that do not work with sharded parameters.
+
+        Raises:
+            MisconfigurationException: for ``ZeroRedundancyOptimizer``, and ``foreach`` or ``fused`` with sharded and other
+                parameters in one group.
+        """
+        for optimizer in optimizers:
+            if isinstance(optimizer, ZeroRedundancyOptimizer):
+                raise MisconfigurationException(
+                    "ZeroRedundancyOptimizer shards the state of an optimizer, but it is sharded with its parameters already."
+                    " Use the optimizer that it wraps."
+                )
+            for group in optimizer.param_groups:
+                kinds = {isinstance(parameter, DTensor) for parameter in group["params"]}
+                if len(kinds) > 1 and (group.get("foreach") or group.get("fused")):
+                    raise MisconfigurationException(
+                        f"{type(optimizer).__name__}(foreach=True) and fused=True do not take sharded parameters and others"
+                        " (positional tables, scalars) in one group. Leave these options out, or give the others a group of"
+                        " their own."
+                    )
+
+    def init_context(self) -> AbstractContextManager[Any]:
+        """Return the context in which modules are built: on the CPU, since the rank's device never holds a whole one."""
+        return torch.device("cpu")
 
     def layer_sync(self, module: nn.Module, layer_sync: LayerSync | None) -> LayerSync | None:
         """Drop ``layer_sync`` for a module that is sharded already: its layers were replaced before, and FSDP does not
@@ -118,26 +162,35 @@ class FullyShard:
 
     def place(self, module: pl.LightningModule, local: SegmentLocal, device: torch.device) -> nn.Module:
         """Shard ``module``, unless an earlier run has, and return the root that runs its steps."""
+        trainer = module.trainer
+        for loop in (
+            trainer.fit_loop.epoch_loop.val_loop,
+            trainer.validate_loop,
+            trainer.test_loop,
+            trainer.predict_loop,
+        ):
+            # FSDP allocates the memory of whole parameters once and cannot train with tensors that were made in inference
+            # mode. (Lightning uses ``torch.no_grad`` with its own FSDP strategy too.)
+            loop.inference_mode = False
         root = sharded_root(module)
         if root is None:
             mesh, units = sharding_mesh(local.grid, self._sharding, device.type), units_of(module, self._unit_types)
-            policy = MixedPrecisionPolicy(reduce_dtype=self._reduce_dtype, cast_forward_inputs=False)
-            root = ShardedRoot(module, units, mesh, device, local, policy, self._broadcast_buffers)
+            root = ShardedRoot(module, units, mesh, device, local, self._policy, self._broadcast_buffers)
         # Outside of fitting, Lightning broadcasts all parameters and buffers that are not ignored. None needs it: shared
         # ones are equal already, and the others must differ.
         root._ddp_params_and_buffers_to_ignore = [*dict(root.named_parameters()), *dict(root.named_buffers())]  # type: ignore[assignment]
         self._root = root
-        self._manual_root = None if module.automatic_optimization else root
         return root
 
-    def wrap(self, wrap_in_ddp: Callable[[], None]) -> None:
-        """Do nothing: FSDP averages gradients already."""
-
-    def average_others(self, should_sync: Callable[[], bool]) -> list[RemovableHandle]:
-        """Average the gradients of scalars over the world, since FSDP does not take scalars."""
+    def register_hooks(
+        self, optimizers: Iterable[Optimizer], should_sync: Callable[[], bool]
+    ) -> Iterable[RemovableHandle]:
+        """Average the gradients of scalars over the world, since FSDP does not take scalars, and keep the root whole
+        between the optimizer steps of manual optimization; return the hooks' handles."""
         assert self._root is not None
         assert dist.group.WORLD is not None
-        return [average_over(scalar, dist.group.WORLD, should_sync) for scalar in self._root.scalars]
+        scalars = [average_over(scalar, dist.group.WORLD, should_sync) for scalar in self._root.scalars]
+        return scalars + self._root.follow_manual_steps(optimizers)
 
     def clipping_group(self, local: SegmentLocal) -> dist.ProcessGroup | None:
         """All ranks, since each holds different parts."""
@@ -148,36 +201,16 @@ class FullyShard:
         assert self._root is not None
         return self._root.own_parameters
 
-    def accumulate(self, model: nn.Module | None) -> AbstractContextManager[Any]:
-        """Return a context in which gradients accumulate; see :meth:`ShardedRoot.accumulate`."""
-        return model.accumulate() if isinstance(model, ShardedRoot) else nullcontext()
-
-    # With manual optimization a step may contain several passes. Each backward reshards the root's parameters, and only
-    # the next step's forward would unshard them.
-
     def before_backward(self, loss: Tensor) -> None:
-        """Have the root's gradients reduced at the end of a manual backward from ``loss``."""
-        if self._manual_root is not None:
-            self._manual_root.before_manual_backward(loss)
-
-    def after_backward(self) -> None:
-        """Unshard the root for the rest of a manual step."""
-        if self._manual_root is not None:
-            _as_fsdp(self._manual_root).unshard()
-
-    def before_step(self) -> None:
-        """Reshard the root before a manual optimizer step, since whole parameters would be out of date after it."""
-        if self._manual_root is not None:
-            _as_fsdp(self._manual_root).reshard()
-
-    def after_step(self) -> None:
-        """Unshard the root again for the rest of a manual step."""
-        self.after_backward()
+        """Have the root's gradients reduced at the end of a manual backward from ``loss``, which its forward did not
+        return."""
+        if self._root is not None and self._root.is_manual:
+            fully_shard.state(self._root)._register_pre_backward_hook(loss)  # type: ignore[attr-defined]
 
     def reshard(self) -> None:
         """Reshard the root, whose parameters stay whole after a forward without backward."""
         if self._root is not None:
-            _as_fsdp(self._root).reshard()
+            self._root.reshard_own()
 
     def keep_for_checkpoint(self, tensor: Tensor) -> Any:
         """Return a tensor that was gathered for a checkpoint on the CPU of global rank 0, and None on other ranks:
@@ -189,15 +222,10 @@ class FullyShard:
         that."""
         module.register_state_dict_post_hook(_make_whole)
 
-    def tear_down(self, strategy: ParallelStrategy, tear_down: Callable[[], None]) -> None:
-        """End a run as every strategy does, but move nothing to the CPU: sharded tensors stay on the device, where
-        their process groups can gather them for a checkpoint after the run."""
+    def release(self) -> None:
+        """Forget the module at the end of a run."""
         self.reshard()
-        self._root = self._manual_root = None
-        strategy.model = strategy.lightning_module
-        parts: tuple[Any, ...] = (strategy.cluster_environment, strategy.precision_plugin, strategy.accelerator)
-        for part in (*parts, strategy.checkpoint_io):
-            part.teardown()
+        self._root = None
 
 
 def _make_whole(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
@@ -263,10 +291,15 @@ class ShardedRoot(nn.Module):
             for name, parameter in owner.named_parameters(recurse=False)
             if owner not in in_units
         ]
-        if not module.automatic_optimization:
+        if self.is_manual:
             for method in ("toggle_optimizer", "untoggle_optimizer"):
                 setattr(module, method, self._followed_by_whole_parameters(getattr(module, method)))
         vars(module)["_sharded_root"] = self  # bypasses nn.Module, which would make it a submodule
+
+    @property
+    def is_manual(self) -> bool:
+        """Whether the LightningModule calls backward and optimizers itself."""
+        return not self.module.automatic_optimization
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the LightningModule, or the step that Lightning runs in place of its forward."""
@@ -275,8 +308,8 @@ class ShardedRoot(nn.Module):
         return self.module(*args, **kwargs)
 
     @contextmanager
-    def accumulate(self) -> Generator[None, None, None]:
-        """Accumulate gradients without summing them over the copies of ``"hybrid"``.
+    def no_sync(self) -> Generator[None, None, None]:
+        """Accumulate gradients without summing them over the copies of ``"hybrid"``; Lightning calls it as with DDP.
 
         They are still reduced to each rank's part in every backward. (FSDP could keep them whole instead: less traffic,
         but the memory that sharding saves.)
@@ -291,11 +324,26 @@ class ShardedRoot(nn.Module):
         self.require_backward_grad_sync = last
         _as_fsdp(self).set_requires_all_reduce(last)
 
-    def before_manual_backward(self, loss: Tensor) -> None:
-        """Have the root's gradients reduced at the end of the backward from ``loss``."""
+    def follow_manual_steps(self, optimizers: Iterable[Optimizer]) -> list[RemovableHandle]:
+        """Keep parameters whole for all passes of a manual step, since only the next step's forward would unshard them,
+        but not during an optimizer step, which changes each rank's parts."""
+        _as_fsdp(self).set_reshard_after_backward(not self.is_manual, recurse=False)
+        if not self.is_manual:
+            return []
+        handles = []
+        for optimizer in optimizers:
+            handles.append(optimizer.register_step_pre_hook(self.reshard_own))
+            handles.append(optimizer.register_step_post_hook(self._unshard_own))
+        return handles
+
+    def _unshard_own(self, *_: Any) -> None:
+        _as_fsdp(self).unshard()
+
+    def reshard_own(self, *_: Any) -> None:
+        """Reshard the parameters that belong to no unit."""
         for owner, name, parameter in self._held_by_root:
             parameter.requires_grad_(getattr(owner, name).requires_grad)  # users freeze those that modules hold
-        fully_shard.state(self)._register_pre_backward_hook(loss)  # type: ignore[attr-defined]
+        _as_fsdp(self).reshard()
 
     def _followed_by_whole_parameters(self, toggle: Callable[..., None]) -> Callable[..., None]:
         """Make ``toggle`` also freeze or unfreeze the whole parameters that modules hold; Lightning's acts on those of
@@ -320,3 +368,14 @@ def sharded_root(module: nn.Module) -> ShardedRoot | None:
     """Return the root that ``module`` was sharded under, or None."""
     root = vars(module).get("_sharded_root")
     return root if isinstance(root, ShardedRoot) else None
+
+
+def check_sharding(module: nn.Module, wanted: tuple[int, int] | None) -> None:
+    """Refuse parameters that an earlier run has sharded over another mesh than one of the ``wanted`` size and number of
+    dimensions, if any; raise ``MisconfigurationException``."""
+    root = sharded_root(module)
+    by_others = root is None and any(isinstance(x, DTensor) for x in module.parameters())
+    if by_others or (root is not None and (root.mesh.size(), root.mesh.ndim) != wanted):
+        raise MisconfigurationException(
+            "The parameters of this module are sharded in another way already. Make a new module, and load a checkpoint."
+        )

@@ -8,12 +8,12 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins import LayerSync
-from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
-from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_lss.parallel.fsdp import check_sharding
 from lightning_lss.parallel.segment_local import SegmentLocal
 
 
@@ -23,30 +23,34 @@ class Replicated:
     :class:`~lightning_lss.parallel.fsdp.FullyShard` has the same methods; the strategy chooses between the two once.
     """
 
+    stay_on_device = False  # after a run
+
     def _do_nothing(self, *args: Any) -> None:
         """Whole parameters need nothing at these moments."""
 
-    prepare_run = before_backward = after_backward = before_step = after_step = reshard = hand_over = _do_nothing
+    check_optimizers = before_backward = reshard = hand_over = release = _do_nothing
 
-    def init_device(self, device: torch.device) -> torch.device:
-        """The device on which modules are built: the rank's."""
-        return device
+    def check(self, module: nn.Module, size: int, world_size: int) -> None:
+        """Raise ``MisconfigurationException`` if an earlier run has sharded the parameters."""
+        check_sharding(module, None)
+
+    def init_context(self) -> AbstractContextManager[Any]:
+        """Return the context in which modules are built: the strategy's own, on the rank's device."""
+        return nullcontext()
 
     def layer_sync(self, module: nn.Module, layer_sync: LayerSync | None) -> LayerSync | None:
         """The Trainer's replacement of layers (``sync_batchnorm``) to apply to ``module``: all of it."""
         return layer_sync
 
     def place(self, module: pl.LightningModule, local: SegmentLocal, device: torch.device) -> nn.Module:
-        """Return the module that runs the steps of ``module``, before :meth:`wrap`: itself."""
+        """Return the module that runs the steps of ``module``: itself, which DistributedDataParallel wraps."""
         ignore_in_ddp(module, local.names)
         return module
 
-    def wrap(self, wrap_in_ddp: Callable[[], None]) -> None:
-        """Wrap the module so that its gradients are averaged."""
-        wrap_in_ddp()
-
-    def average_others(self, should_sync: Callable[[], bool]) -> list[RemovableHandle]:
-        """Average the shared gradients that :meth:`wrap` leaves out: none."""
+    def register_hooks(
+        self, optimizers: Iterable[Optimizer], should_sync: Callable[[], bool]
+    ) -> Iterable[RemovableHandle]:
+        """Register the hooks that the training needs beside DistributedDataParallel: none."""
         return []
 
     def clipping_group(self, local: SegmentLocal) -> dist.ProcessGroup | None:
@@ -57,17 +61,9 @@ class Replicated:
         """The parameters as optimizers hold them."""
         return module.parameters()
 
-    def accumulate(self, model: nn.Module | None) -> AbstractContextManager[Any]:
-        """Return a context in which gradients accumulate and are not averaged."""
-        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
-
     def keep_for_checkpoint(self, tensor: Tensor) -> Any:
         """Return a tensor that was gathered for a checkpoint, on every rank."""
         return tensor
-
-    def tear_down(self, strategy: ParallelStrategy, tear_down: Callable[[], None]) -> None:
-        """End a run with ``tear_down``, the strategy's own method."""
-        tear_down()
 
 
 def ignore_in_ddp(module: nn.Module, names: Iterable[str]) -> None:

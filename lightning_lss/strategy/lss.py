@@ -4,7 +4,7 @@ Two objects are chosen once: one distributes parameters over the ranks (:mod:`li
 checkpoints (:mod:`lightning_lss.checkpoint`). Hooks delegate to them.
 """
 
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.strategies.registry import _StrategyRegistry
-from lightning.fabric.utilities.init import _EmptyInit
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_lss.checkpoint.file import AtomicCheckpointIO, FileCheckpoints
@@ -118,7 +116,6 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         self._layout = "zigzag" if layout == "auto" else layout
         self._communication_dtype = resolve_communication_dtype(communication_dtype)
         self._memory = MemoryOptions(activation_checkpointing, checkpointed_modules, mlp_tiles, tiled_modules)
-        self._sharding = sharding
         self._parameters: Replicated | FullyShard = Replicated()
         if sharding is not None:
             broadcast_buffers = bool(ddp_kwargs.get("broadcast_buffers", True))
@@ -129,7 +126,6 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         self._grid: SequenceGrid | None = None
         self._shard = WHOLE_SEQUENCE
         self._segment_local: SegmentLocal | None = None
-        self._handles: list[RemovableHandle] = []
         self._running = self._failed = False
 
     def __repr__(self) -> str:  # shown by pytorch_lightning.Trainer when it refuses the object
@@ -178,8 +174,7 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         if self.lightning_module is not None:
             validation.check_module(self._module, self.sequence_parallel_size, self._layout)
             validation.check_communication_dtype(self._communication_dtype, self.precision_plugin)
-            self._check_parameters()
-            self._parameters.prepare_run(self._module.trainer)
+            self._parameters.check(self._module, self.sequence_parallel_size, self.num_ranks)
         super().setup_environment()
         size, grid = self.sequence_parallel_size, self._grid
         if grid is None:
@@ -195,8 +190,7 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
     @contextmanager
     @override
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        device = self._parameters.init_device(self.root_device)
-        with _EmptyInit(enabled=bool(empty_init)), device, self.precision_plugin.tensor_init_context():
+        with super().tensor_init_context(empty_init), self._parameters.init_context():
             yield
 
     @contextmanager
@@ -210,7 +204,8 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         assert self._grid is not None
         self._assign_segments()  # to modules made in LightningModule.setup
-        self._check_parameters()  # once more, with what configure_model has made
+        self._parameters.check(self._module, self._shard.size, self.num_ranks)  # with what configure_model has made
+        self._at_teardown.callback(self._memory.reset)
         self._memory.apply(self._module)
         self._segment_local = local = SegmentLocal(self._module, self._grid)
         chosen = self._layer_sync
@@ -221,18 +216,18 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         if self._shard.size > 1:
             validation.warn_of_batch_norm(self._module)
             owners = Owners(self._module)
-            tables = [
-                name for name in local.names if isinstance(owners(("state_dict", name)), SegmentPositionalEmbedding)
-            ]
-            validation.warn_of_unsaved_state(set(local.names) - set(tables))
+            unsaved = [x for x in local.names if not isinstance(owners(("state_dict", x)), SegmentPositionalEmbedding)]
+            validation.warn_of_unsaved_state(unsaved)
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        averages_models = self._model_averaging_period is not None
-        validation.check_optimizers(self.optimizers, self._sharding, averages_models, len(local.parameters))
-        self._handles = local.average_gradients(self._is_last_backward)
-        self._handles += self._parameters.average_others(self._is_last_backward)
+        self._parameters.check_optimizers(self.optimizers)
+        validation.check_optimizers(self.optimizers, self._model_averaging_period is not None, len(local.parameters))
+        handles = local.average_gradients(self._is_last_backward)
+        for handle in (*handles, *self._parameters.register_hooks(self.optimizers, self._is_last_backward)):
+            self._at_teardown.callback(handle.remove)
         group = self._parameters.clipping_group(local)
         if group is not None:
+            self._at_teardown.callback(restore_precision_plugin, self.precision_plugin)
             local.patch_precision_plugin(self.precision_plugin, group)
 
     @override
@@ -244,7 +239,8 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        self._parameters.wrap(super().configure_ddp)
+        if self.model is self._module:
+            super().configure_ddp()
 
     @override
     def _register_ddp_hooks(self) -> None:
@@ -255,10 +251,6 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
 
     @override
     def teardown(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        restore_precision_plugin(self.precision_plugin)
         # The first rank to leave closes its connections, so all wait here until none still waits for data. After a
         # failure there is no barrier: the other ranks may hang in a collective of the step and never arrive.
         if not self._failed:
@@ -267,12 +259,18 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
                     table.become_whole()
                 self._parameters.hand_over(self._module)
             self.barrier("LSSStrategy.teardown")
-        self._parameters.tear_down(self, super().teardown)
+        self._parameters.release()
+        module, optimizers = self._lightning_module, self.optimizers
+        if self._parameters.stay_on_device:
+            self._lightning_module, self.optimizers = None, []  # else Lightning would move them to the CPU
+        try:
+            super().teardown()
+        finally:
+            self._lightning_module = self.model = module
+            self.optimizers = optimizers
         self._running, self._segment_local = False, None
-        if self.lightning_module is not None:
-            self.restore_example_input()
-            self._memory.reset()
-            reset_segments(self._module)
+        if module is not None:
+            reset_segments(module)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -287,16 +285,7 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
     def _assign_segments(self) -> None:
         assign_segments(self._module, self._shard, self.root_device)
 
-    def _check_parameters(self) -> None:
-        validation.check_parameters(self._module, self._sharding, self.sequence_parallel_size, self.num_ranks)
-
     # -- steps ---------------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    @override
-    def block_backward_sync(self) -> Generator[None, None, None]:
-        with self._parameters.accumulate(self.model):
-            yield
 
     def _is_last_backward(self) -> bool:
         return bool(getattr(self.model, "require_backward_grad_sync", True))
@@ -305,18 +294,6 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
     def pre_backward(self, closure_loss: Tensor) -> None:
         super().pre_backward(closure_loss)
         self._parameters.before_backward(closure_loss)
-
-    @override
-    def post_backward(self, closure_loss: Tensor) -> None:
-        super().post_backward(closure_loss)
-        self._parameters.after_backward()
-
-    @override
-    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-        self._parameters.before_step()
-        output = super().optimizer_step(optimizer, closure, *args, **kwargs)
-        self._parameters.after_step()
-        return output
 
     @override
     def on_validation_end(self) -> None:

@@ -1,6 +1,7 @@
 """Common to all Lightning strategies that split a sequence over several ranks: the grid of ranks, and batches."""
 
 from collections import Counter
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -43,7 +44,7 @@ class SequenceParallel(ParallelStrategy):
         self._sequence_dims = sequence_dims
         self._batches_to_check = check_batches
         self._batches_checked: Counter[tuple[Any, int]] = Counter()
-        self._example_input: Any = None
+        self._at_teardown = ExitStack()
 
     @override
     def _configure_launcher(self) -> None:
@@ -58,28 +59,19 @@ class SequenceParallel(ParallelStrategy):
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         super().setup(trainer)
-        if self.shard_of_run.size > 1:
-            self._hide_example_input()
-
-    @override
-    def teardown(self) -> None:
-        super().teardown()
-        self.restore_example_input()
-
-    def _hide_example_input(self) -> None:
-        """Hide the module's example input during a run. Lightning would run it unsplit for the model summary, and on rank 0
-        alone for a graph."""
         module = self.lightning_module
-        if module is not None and module.example_input_array is not None:
+        if self.shard_of_run.size > 1 and module is not None and module.example_input_array is not None:
+            # Lightning would run it unsplit for the model summary, and on rank 0 alone for a graph
             rank_zero_warn(
                 f"`example_input_array` is ignored under {type(self).__name__}: a forward pass takes all ranks."
             )
-            self._example_input, module.example_input_array = module.example_input_array, None
+            self._at_teardown.callback(setattr, module, "example_input_array", module.example_input_array)
+            module.example_input_array = None
 
-    def restore_example_input(self) -> None:
-        """Undo what :meth:`setup` did to the module's example input."""
-        if self.lightning_module is not None and self._example_input is not None:
-            self.lightning_module.example_input_array, self._example_input = self._example_input, None
+    @override
+    def teardown(self) -> None:
+        with self._at_teardown:
+            super().teardown()
 
     # -- who this process is -------------------------------------------------------------------------------------------
 

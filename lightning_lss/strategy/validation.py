@@ -7,19 +7,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lightning_lss.nn.positions import SegmentPositionalEmbedding
-from lightning_lss.parallel.fsdp import sharded_root
 from lightning_lss.sequence.layout import chunks_per_rank
 
 _OTHER_LIGHTNING = (
@@ -88,48 +85,6 @@ def check_arguments(
         )
 
 
-def check_parameters(module: pl.LightningModule, sharding: str | None, size: int, world_size: int) -> None:
-    """Refuse a run whose parameters cannot be distributed as ``sharding`` requires.
-
-    Raises:
-        MisconfigurationException: if an earlier run has sharded the parameters in another way, a callback averages
-            sharded weights, ``"hybrid"`` has only one rank to shard over, or parameters have no values.
-    """
-    if not _is_compatible(module, sharding, size, world_size):
-        raise MisconfigurationException(
-            "The parameters of this module are sharded in another way already. Make a new module, and load a checkpoint."
-        )
-    if sharding is None:
-        return
-    callbacks: list[pl.Callback] = module.trainer.callbacks  # type: ignore[attr-defined]
-    averaging = [x for x in callbacks if isinstance(x, (WeightAveraging, StochasticWeightAveraging))]
-    if averaging:
-        raise MisconfigurationException(
-            f"{type(averaging[0]).__name__} keeps a copy of the whole model, but sharded parameters cannot be copied"
-            f" (sharding={sharding!r}). Leave the callback out, or use sharding=None."
-        )
-    if sharding == "hybrid" and size == 1 < world_size:
-        raise MisconfigurationException(
-            "sharding='hybrid' shards over the sequence group, but that has one rank (sequence_parallel_size=1). Use"
-            " sharding='fsdp', which shards over all ranks."
-        )
-    without_values = [name for name, x in module.named_parameters() if x.is_meta]
-    if without_values:
-        raise MisconfigurationException(
-            f"Parameters on the meta device have no values to start from: {', '.join(without_values[:5])}. Build them in"
-            " configure_model without `torch.device('meta')`; they stay on the CPU until they are sharded."
-        )
-
-
-def _is_compatible(module: nn.Module, sharding: str | None, size: int, world_size: int) -> bool:
-    """Whether an earlier run has left the parameters unsharded, or sharded in the way that this run requires."""
-    root = sharded_root(module)
-    if root is None:
-        return sharding is None or not any(isinstance(x, DTensor) for x in module.parameters())
-    copies = sharding == "hybrid" and size < world_size  # sharded over one dimension, copied along another
-    return sharding is not None and root.mesh.size() == world_size and root.mesh.ndim == 1 + copies
-
-
 def check_communication_dtype(dtype: torch.dtype | None, precision_plugin: Precision) -> None:
     """Refuse to send unscaled gradients in float16: those of a mean over many tokens would become 0.
 
@@ -144,17 +99,12 @@ def check_communication_dtype(dtype: torch.dtype | None, precision_plugin: Preci
         )
 
 
-def check_optimizers(optimizers: Iterable[Optimizer], sharding: str | None, averages_models: bool, count: int) -> None:
-    """Refuse optimizers that do not work with the run's parameters; ``count`` of them are segment-local.
+def check_optimizers(optimizers: Iterable[Optimizer], averages_models: bool, count: int) -> None:
+    """Refuse optimizers that copy parameters between ranks if ``count`` of them, more than 0, are segment-local.
 
     Raises:
-        MisconfigurationException: for ``ZeroRedundancyOptimizer`` or post-local SGD with segment-local parameters,
-            ``ZeroRedundancyOptimizer`` with sharding, and ``foreach`` or ``fused`` with sharded and other parameters in
-            one group.
+        MisconfigurationException: for ``ZeroRedundancyOptimizer`` and post-local SGD.
     """
-    optimizers = list(optimizers)
-    if sharding is not None:
-        _check_sharded_optimizers(optimizers)
     zero = any(isinstance(optimizer, ZeroRedundancyOptimizer) for optimizer in optimizers)
     if count and (zero or averages_models):
         what = "ZeroRedundancyOptimizer" if zero else "post-local SGD (model_averaging_period)"
@@ -162,23 +112,6 @@ def check_optimizers(optimizers: Iterable[Optimizer], sharding: str | None, aver
             f"{what} copies parameters between ranks, but {count} parameters of this model stand for one segment each"
             " (SegmentPositionalEmbedding). Use an ordinary optimizer, or RotaryEmbedding."
         )
-
-
-def _check_sharded_optimizers(optimizers: Iterable[Optimizer]) -> None:
-    for optimizer in optimizers:
-        if isinstance(optimizer, ZeroRedundancyOptimizer):
-            raise MisconfigurationException(
-                "ZeroRedundancyOptimizer shards the state of an optimizer, but it is sharded with its parameters already."
-                " Use the optimizer that it wraps."
-            )
-        for group in optimizer.param_groups:
-            kinds = {isinstance(parameter, DTensor) for parameter in group["params"]}
-            if len(kinds) > 1 and (group.get("foreach") or group.get("fused")):
-                raise MisconfigurationException(
-                    f"{type(optimizer).__name__}(foreach=True) and fused=True do not take sharded parameters and others"
-                    " (positional tables, scalars) in one group. Leave these options out, or give the others a group of"
-                    " their own."
-                )
 
 
 def warn_of_batch_norm(module: nn.Module) -> None:

@@ -275,7 +275,7 @@ def test_an_overflow_in_one_part_skips_the_step_everywhere(world: World) -> None
 def test_the_name_is_registered() -> None:
     strategy = StrategyRegistry.get("lss_fsdp")
     assert isinstance(strategy, LSSStrategy)
-    assert strategy._sharding == "fsdp"
+    assert strategy._parameters._sharding == "fsdp"
 
 
 @pytest.mark.parametrize(
