@@ -22,10 +22,7 @@ class FileCheckpoints:
     """How :class:`~lightning_lss.LSSStrategy` writes checkpoints in one file: whole tensors, gathered from all ranks.
 
     :class:`~lightning_lss.checkpoint.folder.FolderCheckpoints` has the same methods; the strategy chooses between the
-    two once.
-
-    Args:
-        keep: applied to each gathered tensor; its result goes into the checkpoint.
+    two once. What ``keep`` returns for a gathered tensor goes into the checkpoint.
     """
 
     def __init__(self, keep: Callable[[Tensor], Any]) -> None:

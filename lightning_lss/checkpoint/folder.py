@@ -104,17 +104,11 @@ def save_folder(checkpoint: dict[str, Any], folder: Path, owners: Owners) -> Non
 
 
 def load_folder(folder: Path, owners: Owners | None = None, weights_only: bool | None = None) -> dict[str, Any]:
-    """Load the checkpoint in a folder, on the CPU.
+    """Load the checkpoint in a folder; raise ``ValueError`` if it is not a distributed checkpoint of LSSStrategy.
 
-    Args:
-        folder: the folder.
-        owners: those of the model that will load the checkpoint. Only this rank's parts of its tensors are read, and
-            none of optimizers; :func:`read_parts` reads these from ``checkpoint[FOLDER_KEY]``. None reads all tensors
-            whole, in a single process.
-        weights_only: as for ``torch.load``.
-
-    Raises:
-        ValueError: if ``folder`` is not a distributed checkpoint of LSSStrategy.
+    With the owners of a model only this rank's parts of the model's tensors are read, and none of optimizers, which
+    :func:`read_parts` reads from the folder ``checkpoint[FOLDER_KEY]``. Without them a single process reads all tensors
+    whole.
     """
     checkpoint = load_meta(folder, weights_only)
     if "state_dict" not in checkpoint:

@@ -21,11 +21,8 @@ class Owners:
     """The owners of a checkpoint's tensors, by their paths.
 
     Tensors of the model are found by the parameter's name at any depth, so copies of the model that callbacks store
-    beside it (weight averaging) have owners too. An optimizer's state is found by the parameter's index.
-
-    Args:
-        module: the model that saves or loads the checkpoint.
-        optimizers: the optimizers of ``checkpoint["optimizer_states"]``.
+    beside it (weight averaging) have owners too. An optimizer's state is found by the parameter's index; ``optimizers``
+    are those of ``checkpoint["optimizer_states"]``.
     """
 
     def __init__(self, module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> None:

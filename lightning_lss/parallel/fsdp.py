@@ -44,15 +44,11 @@ def sharding_mesh(grid: SequenceGrid, sharding: Sharding, device_type: str) -> D
 
 
 def units_of(module: nn.Module, types: Collection[type[nn.Module]] | None = None) -> list[nn.Module]:
-    """Find the units: modules whose parameters are gathered together.
+    """Find the units, in the order of the model: modules of ``types``, or the repeated blocks, whose parameters are gathered
+    together.
 
-    Args:
-        module: the whole model.
-        types: classes of units; None takes :func:`~lightning_lss.nn.recompute.repeated_blocks`.
-
-    Returns:
-        units in the order of the model. A module that shares a parameter with one outside of it (tied weights) is not a
-        unit; its parameters belong to the root.
+    A module that shares a parameter with one outside of it (tied weights) is not a unit; its parameters belong to the
+    root.
     """
     holders = _holders(module)
     if types is None:
@@ -77,13 +73,8 @@ def _is_closed(unit: nn.Module, holders: Counter[int]) -> bool:
 class FullyShard:
     """How :class:`~lightning_lss.LSSStrategy` treats parameters that are sharded over the ranks.
 
-    :class:`~lightning_lss.parallel.replicated.Replicated` has the same methods.
-
-    Args:
-        sharding: ``"fsdp"`` or ``"hybrid"``, see :func:`sharding_mesh`.
-        unit_types: see :func:`units_of`.
-        broadcast_buffers: whether to copy rank 0's buffers to all ranks before each training step, as DDP does.
-        reduce_dtype: the dtype in which gradients are sent and summed; None for their own.
+    :class:`~lightning_lss.parallel.replicated.Replicated` has the same methods. Gradients are sent and summed in
+    ``reduce_dtype``, None for their own.
     """
 
     stay_on_device = True  # after a run, so that their process groups can gather them for a checkpoint
@@ -163,12 +154,8 @@ class FullyShard:
     def place(self, module: pl.LightningModule, local: SegmentLocal, device: torch.device) -> nn.Module:
         """Shard ``module``, unless an earlier run has, and return the root that runs its steps."""
         trainer = module.trainer
-        for loop in (
-            trainer.fit_loop.epoch_loop.val_loop,
-            trainer.validate_loop,
-            trainer.test_loop,
-            trainer.predict_loop,
-        ):
+        evaluation = (trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
+        for loop in (trainer.fit_loop.epoch_loop.val_loop, *evaluation):
             # FSDP allocates the memory of whole parameters once and cannot train with tensors that were made in inference
             # mode. (Lightning uses ``torch.no_grad`` with its own FSDP strategy too.)
             loop.inference_mode = False
@@ -238,21 +225,14 @@ def _as_fsdp(root: nn.Module) -> FSDPModule:
 
 
 class ShardedRoot(nn.Module):
-    """Wrap a sharded LightningModule and run its steps, as DistributedDataParallel does without sharding.
+    """Shard a LightningModule in place for good, wrap it and run its steps, as DistributedDataParallel does without
+    sharding.
 
     Its forward unshards the parameters that belong to no unit. Calls of the LightningModule from within a step are
     ordinary calls. (With ``fully_shard`` on the LightningModule itself they would start the step again.) All ranks
-    start from the values of rank 0. While it shards, a device holds at most its parts and one whole unit, or the whole
-    root.
-
-    Args:
-        module: the LightningModule, sharded in place for good.
-        units: see :func:`units_of`.
-        mesh: the ranks to shard over, see :func:`sharding_mesh`.
-        device: the device of this rank's parts.
-        local: the segment-local parameters and buffers. They are neither sharded nor broadcast.
-        policy: the dtype in which gradients are sent and summed.
-        broadcast_buffers: whether to copy rank 0's buffers to all ranks before each training step, as DDP does.
+    start from the values of rank 0, but for segment-local ones, and with ``broadcast_buffers`` they copy rank 0's
+    buffers before each training step, as with DDP. While it shards, a device holds at most its parts and one whole unit,
+    or the whole root.
     """
 
     def __init__(

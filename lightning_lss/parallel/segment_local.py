@@ -24,12 +24,7 @@ from lightning_lss.sequence.segment import segment_local_names
 
 
 class SegmentLocal:
-    """The segment-local parameters and buffers of a module on one rank of a grid; with S = 1 there are none.
-
-    Args:
-        module: the whole model, with its segments assigned.
-        grid: the grid of ranks.
-    """
+    """The segment-local parameters and buffers of a module whose segments are assigned; with S = 1 there are none."""
 
     def __init__(self, module: nn.Module, grid: SequenceGrid) -> None:
         self.names = segment_local_names(module) if grid.size > 1 else []
@@ -51,16 +46,10 @@ class SegmentLocal:
             broadcast_from_first([*self.parameters, *self.buffers], self.grid.data_group)
 
     def average_gradients(self, should_sync: Callable[[], bool]) -> list[RemovableHandle]:
-        """Scale the gradients in every backward pass from now on, and average them over the data group.
+        """Scale the gradients of every backward pass, and average the accumulated ones over the data group after the last
+        pass, of which ``should_sync`` is true; return the hooks' handles.
 
-        The scaling acts on the gradient of one backward pass, the averaging on the accumulated gradient. Both are
-        correct for any number of passes before a step, as with DDP.
-
-        Args:
-            should_sync: tells whether the current backward pass is the last one of an accumulation.
-
-        Returns:
-            handles whose ``remove`` undoes it.
+        Both are correct for any number of passes before a step, as with DDP.
         """
         handles = []
         for parameter in self.parameters:
@@ -70,15 +59,10 @@ class SegmentLocal:
         return handles
 
     def total_norm(self, parameters: Iterable[Tensor]) -> Tensor:
-        """2-norm of the gradients of the whole model: total^2 = |shared|^2 + sum over ranks of |segment-local|^2.
+        """Return the 2-norm of the gradients of the whole model, in float32 or wider: total^2 = |shared|^2 + sum over
+        ranks of |segment-local|^2.
 
-        Every rank of the sequence group must call it; with sharded parameters, every rank of the world.
-
-        Args:
-            parameters: all parameters of this rank; those without a gradient do not count.
-
-        Returns:
-            a scalar on the device of the parameters, in float32 or wider.
+        Every rank of the sequence group must call it with all its parameters; with sharded ones, every rank of the world.
         """
         parameters, own = list(parameters), set(self.parameters)
         grads = [(x.grad, x in own) for x in parameters if x.grad is not None]
@@ -98,13 +82,10 @@ class SegmentLocal:
         return norm
 
     def patch_precision_plugin(self, plugin: Precision, scaler_group: dist.ProcessGroup) -> None:
-        """Make gradient clipping and the gradient scaler take the gradients of all ranks into account.
+        """Make gradient clipping and the gradient scaler take the gradients of all ranks into account; the ranks of
+        ``scaler_group`` skip steps together.
 
         Lightning clips in the precision plugin. There are many kinds, so the methods are replaced on the object.
-
-        Args:
-            plugin: the plugin, changed in place; :func:`restore_precision_plugin` restores its clipping.
-            scaler_group: the ranks with different gradients; they skip a step together.
         """
 
         def clip_grad_by_norm(optimizer: Optimizer, clip_val: int | float) -> None:
@@ -116,7 +97,7 @@ class SegmentLocal:
         plugin.clip_grad_by_norm = clip_grad_by_norm  # type: ignore[method-assign]
         plugin.clip_grad_by_value = clip_grad_by_value  # type: ignore[method-assign]
         if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
-            plugin.scaler = SegmentGradScaler.like(plugin.scaler, scaler_group)
+            plugin.scaler = SegmentGradScaler(plugin.scaler, scaler_group)
 
 
 def restore_precision_plugin(plugin: Precision) -> None:
@@ -149,20 +130,15 @@ class SegmentGradScaler(torch.amp.GradScaler):
 
     Shared gradients are equal on all ranks, but one rank's segment-local gradient, or its part of a sharded one, may
     overflow alone. The other ranks would then step, and the weights would diverge. (torch's ``ShardedGradScaler`` does
-    the same for FSDP1.)
+    the same for FSDP1, but does not take fused optimizers, or DTensors beside other tensors.)
+
+    It has the options and state of ``scaler``.
     """
 
-    _group: dist.ProcessGroup
-
-    @classmethod
-    def like(cls, scaler: torch.amp.GradScaler, group: dist.ProcessGroup) -> "SegmentGradScaler":
-        """Return a scaler with the options and state of ``scaler``."""
-        new = cls(scaler._device, enabled=scaler.is_enabled())
-        if scaler.is_enabled():
-            new._init_scale = scaler.get_scale()
-            new.load_state_dict(scaler.state_dict())
-        new._group = group
-        return new
+    def __init__(self, scaler: torch.amp.GradScaler, group: dist.ProcessGroup) -> None:
+        super().__init__(scaler._device, enabled=scaler.is_enabled())
+        self.load_state_dict(scaler.state_dict())
+        self._group = group
 
     def unscale_(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the scale, and record on all ranks whether any rank has an inf or NaN."""
@@ -186,7 +162,7 @@ class SegmentGradScaler(torch.amp.GradScaler):
 
 
 def count_parameters(module: nn.Module, size: int = 1) -> int:
-    """Number of parameters of the whole model, with segment-local ones in equal parts on ``size`` ranks."""
+    """Count the parameters of the whole model, with segment-local ones in equal parts on ``size`` ranks."""
     local = set(segment_local_names(module))
     whole = {name: x for name, x in module.named_parameters() if name not in local or isinstance(x, DTensor)}
     parts = [x for name, x in module.named_parameters() if name not in whole]
@@ -194,11 +170,8 @@ def count_parameters(module: nn.Module, size: int = 1) -> int:
 
 
 def local_views(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """View parameters and gradients as plain tensors in this rank's memory.
-
-    Some of torch's multi-tensor functions refuse DTensors beside other tensors, and segment-local parameters are not
-    DTensors.
-    """
+    """View parameters and gradients as plain tensors in this rank's memory: some of torch's multi-tensor functions refuse
+    DTensors beside other tensors, such as segment-local ones."""
     views = []
     for parameter in parameters:
         if isinstance(parameter, DTensor):

@@ -1,13 +1,14 @@
 """The strategy's memory options: activation checkpointing and MLP tiles for the blocks of any module."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_lss.nn.recompute import (
     ActivationCheckpointing,
-    Calls,
     apply_checkpointing,
     apply_tiles,
     calls_of,
@@ -18,6 +19,7 @@ from lightning_lss.nn.recompute import (
 from lightning_lss.sequence.layout import check_positive
 
 
+@dataclass(eq=False)
 class MemoryOptions:
     """Memory options that a strategy applies to a module during a run; for the arguments see
     :class:`~lightning_lss.LSSStrategy`.
@@ -27,30 +29,25 @@ class MemoryOptions:
             an option that is off.
     """
 
-    def __init__(
-        self,
-        checkpointing: ActivationCheckpointing | None = None,
-        checkpointed_modules: Sequence[str] | None = None,
-        tiles: int = 1,
-        tiled_modules: Sequence[str] | None = None,
-    ) -> None:
-        check_positive(mlp_tiles=tiles)
-        if checkpointing is not None:
-            check_checkpointing(checkpointing)
-        elif checkpointed_modules is not None:
+    checkpointing: ActivationCheckpointing | None = None
+    checkpointed_modules: Sequence[str] | None = None
+    tiles: int = 1
+    tiled_modules: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_positive(mlp_tiles=self.tiles)
+        if self.checkpointing is not None:
+            check_checkpointing(self.checkpointing)
+        elif self.checkpointed_modules is not None:
             raise ValueError(
-                f"checkpointed_modules={checkpointed_modules!r} has no effect without activation_checkpointing: add"
+                f"checkpointed_modules={self.checkpointed_modules!r} has no effect without activation_checkpointing: add"
                 " activation_checkpointing='full', 'selective' or 'offload'."
             )
-        if tiles == 1 and tiled_modules is not None:
+        if self.tiles == 1 and self.tiled_modules is not None:
             raise ValueError(
-                f"tiled_modules={tiled_modules!r} has no effect with mlp_tiles=1: add mlp_tiles=4, for example."
+                f"tiled_modules={self.tiled_modules!r} has no effect with mlp_tiles=1: add mlp_tiles=4, for example."
             )
-        self._checkpointing = checkpointing
-        self._checkpointed_modules = checkpointed_modules
-        self._tiles = tiles
-        self._tiled_modules = tiled_modules
-        self._before: list[tuple[nn.Module, Calls]] = []
+        self._undo = ExitStack()
 
     def apply(self, module: nn.Module) -> None:
         """Change how blocks of ``module`` are called.
@@ -58,40 +55,38 @@ class MemoryOptions:
         Raises:
             MisconfigurationException: if a name matches no block, or there are no blocks to take by default.
         """
-        if self._tiles > 1:  # first, since checkpointing recomputes a block that contains tiles differently
-            blocks = self._find(module, self._tiled_modules, _mlps(module), "tiled_modules", "mlp_tiles=1")
-            self._before += [(block, calls_of(block)) for block in blocks]
+        if self.tiles > 1:  # first, since checkpointing recomputes a block that contains tiles differently
+            mlps = [x for name, x in module.named_modules() if name.rpartition(".")[2] == "mlp"]
+            blocks = self._find(module, self.tiled_modules, mlps, "tiled_modules", "mlp_tiles=1")
             try:
-                apply_tiles(blocks, self._tiles)
+                apply_tiles(blocks, self.tiles)
             except ValueError as error:
                 raise MisconfigurationException(str(error)) from None
-        if self._checkpointing is not None:
-            default = repeated_blocks(module)
+        if self.checkpointing is not None:
             off = "activation_checkpointing=None"
-            blocks = self._find(module, self._checkpointed_modules, default, "checkpointed_modules", off)
-            self._before += [(block, calls_of(block)) for block in blocks]
-            apply_checkpointing(blocks, self._checkpointing)
+            default = repeated_blocks(module)
+            blocks = self._find(module, self.checkpointed_modules, default, "checkpointed_modules", off)
+            apply_checkpointing(blocks, self.checkpointing)
 
     def reset(self) -> None:
         """Undo :meth:`apply`."""
-        for block, calls in reversed(self._before):
-            apply_tiles([block], calls.tiles)
-            apply_checkpointing([block], calls.checkpointing)
-        self._before = []
+        self._undo.close()
 
     def _find(
         self, module: nn.Module, names: Sequence[str] | None, default: list[nn.Module], option: str, off: str
     ) -> list[nn.Module]:
+        """Find the blocks that an option is for, and remember how they are called."""
         if names is None and not default:
             raise MisconfigurationException(
                 f"{type(module).__name__} has no blocks that {option}=None would find. Name them, as in named_modules():"
                 f" {option}=['layers'], or leave them unchanged with {off}."
             )
         try:
-            return default if names is None else named_blocks(module, names)
+            blocks = default if names is None else named_blocks(module, names)
         except ValueError as error:
             raise MisconfigurationException(f"{option}: {error}") from None
-
-
-def _mlps(root: nn.Module) -> list[nn.Module]:
-    return [module for name, module in root.named_modules() if name.rpartition(".")[2] == "mlp"]
+        for block in blocks:
+            calls = calls_of(block)
+            self._undo.callback(apply_tiles, [block], calls.tiles)
+            self._undo.callback(apply_checkpointing, [block], calls.checkpointing)
+        return blocks

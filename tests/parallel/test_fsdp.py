@@ -251,7 +251,7 @@ def step_with_overflow(rank: int, overflowing: int) -> bool:
     linear = fully_shard(nn.Linear(4, 4), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     other = nn.Parameter(torch.zeros(3))  # segment-local
     optimizer = torch.optim.SGD([*linear.parameters(), other], lr=1.0)
-    scaler = SegmentGradScaler.like(torch.amp.GradScaler("cpu", init_scale=4.0), dist.group.WORLD)
+    scaler = SegmentGradScaler(torch.amp.GradScaler("cpu", init_scale=4.0), dist.group.WORLD)
     scaler.scale(linear(torch.ones(2, 4)).sum() + other.sum()).backward()
     if rank == overflowing:
         linear.weight.grad.to_local().fill_(torch.inf)
