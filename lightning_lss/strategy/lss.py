@@ -239,7 +239,7 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        if self.model is self._module:
+        if self.model is self._module:  # else the root that it was sharded under averages its gradients
             super().configure_ddp()
 
     @override
