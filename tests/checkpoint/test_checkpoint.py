@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor
 
 from lightning_lss import LSSTransformer
+from lightning_lss.checkpoint import consolidate
 from lightning_lss.checkpoint.file import AtomicCheckpointIO
 from lightning_lss.testing.compare import assert_equal, assert_equal_on_ranks
 from lightning_lss.testing.world import World
@@ -74,14 +75,19 @@ def fit_with_ema(rank: int, run: Run, folder: str) -> dict[str, Tensor]:
     return trainer.strategy.lightning_module_state_dict()
 
 
-def test_averaged_weights_are_saved_whole_and_resumed_elsewhere(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("distributed", [False, True])
+def test_averaged_weights_are_saved_whole_and_resumed_elsewhere(world: World, tmp_path: Path, distributed) -> None:
     unbroken = world.run(1, fit_with_ema, epochs(2), str(tmp_path / "unbroken"))[0]
-    world.run(2, fit_with_ema, epochs(1, size=2), str(tmp_path / "half"))
-    saved = str(tmp_path / "half/epoch=0.ckpt")
-    file = torch.load(saved, weights_only=False)
+    half = epochs(1, size=2, strategy={"save_distributed_checkpoint": distributed})
+    world.run(4, fit_with_ema, half, str(tmp_path / "half"))
+    saved = whole = str(tmp_path / "half/epoch=0.ckpt")
+    if distributed:
+        whole = str(tmp_path / "whole.ckpt")
+        consolidate(saved, whole)
+    file = torch.load(whole, weights_only=False)
     assert file["state_dict"][TABLE].shape == file["current_model_state"][TABLE].shape == (LENGTH, 16)
     for size in (1, 4):
-        run = epochs(2, size=size, resume=saved)
+        run = epochs(2, size=size, resume=saved, strategy={"sharding": None})
         assert_equal_on_ranks(world.run(size, fit_with_ema, run, str(tmp_path / str(size))), unbroken, 1e-5)
 
 
