@@ -55,7 +55,7 @@ def no_autocast(device: str) -> AbstractContextManager[Any]:
 
 def compute_tiles(rows: ForwardRows, keys_values: Tensor, tiles: Sequence[Tile], spec: AttentionSpec) -> None:
     """Fill in the output and log-sum-exp of ``rows`` over the tiles of K and V [2, B, g, L, D]."""
-    kernel = KERNELS[spec.kernel]
+    kernel = KERNELS[spec.kernel_name]
     for span, row_tiles in _by_rows(tiles):
         q, out, lse = cut_rows(rows, span=span)
         joint: tuple[Tensor, Tensor] | None = None
@@ -73,7 +73,7 @@ def compute_tiles_backward(
     rows: BackwardRows, keys_values: Tensor, by_rank: Tensor, tiles: Sequence[Tile], spec: AttentionSpec
 ) -> None:
     """Fill in the gradient of the queries in ``rows``, and those of K and V in ``by_rank`` [S, l, 2, B, g, D]."""
-    kernel = KERNELS[spec.kernel]
+    kernel = KERNELS[spec.kernel_name]
     chunks = [heads_first(chunk) for chunk in spec.shard.chunks_in_order(by_rank, 0)]
     sums = list(zip(*chunks))  # of K, of V: the chunks of the sequence in position order
     filled = 0  # positions that have a gradient so far; the last rows come first, since they see the most keys

@@ -4,12 +4,11 @@ Each rank computes the rows of its own queries against the keys and values of th
 2311.02382). No partial attention is summed between ranks. The algorithm is in :mod:`lightning_lss.attention.operator`.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_lss.attention.kernels import select_kernel
-from lightning_lss.attention.operator import SplitAttention, attention_operator
+from lightning_lss.attention.operator import attend, spec_fields
 from lightning_lss.attention.spec import AttentionSpec, HeadChunks
 from lightning_lss.sequence.dtypes import in_autocast_dtype
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
@@ -26,7 +25,6 @@ def lss_attention(
     kernel: str = "auto",
     head_chunks: HeadChunks = "auto",
     keep_gathered: bool = False,
-    as_operator: bool = False,
 ) -> Tensor:
     """Compute softmax attention of this rank's queries over the keys and values of the whole sequence.
 
@@ -45,9 +43,6 @@ def lss_attention(
         keep_gathered: keep the gathered keys and values for the backward pass instead of gathering them again. A layer
             then has two collectives, one all-gather and one reduce-scatter, as in the paper. The price is K and V of
             the whole sequence in memory between forward and backward.
-        as_operator: call the registered operator ``torch.ops.lightning_lss.attention``, so that a policy for selective
-            activation checkpointing can keep its result; compiled code always does. Otherwise profilers and dispatch
-            modes see its collectives and kernels one by one.
 
     Returns:
         [B, H, l, D] in the dtype of ``q`` (under autocast: in autocast's dtype).
@@ -63,9 +58,7 @@ def lss_attention(
         q = q.contiguous()
     scale = q.size(-1) ** -0.5 if scale is None else scale
     spec = AttentionSpec(shard, causal, scale, kernel, None if head_chunks == "auto" else head_chunks, keep_gathered)
-    if as_operator or torch.compiler.is_compiling():
-        return attention_operator(q, k, v, spec)
-    return SplitAttention.apply(q, k, v, spec)
+    return attend(q, k, v, **spec_fields(spec))[0]
 
 
 def _is_linear_in_torch(q: Tensor, k: Tensor) -> bool:

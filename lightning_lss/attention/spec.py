@@ -26,7 +26,8 @@ class AttentionSpec:
         shard: the rank's place in its sequence group.
         causal: whether a query sees only keys at or before its own position.
         scale: factor on the scores.
-        kernel: name of a kernel in :data:`lightning_lss.attention.kernels.KERNELS`, or ``"auto"``.
+        kernel_name: one of :data:`lightning_lss.attention.kernels.KERNELS`, or ``"auto"``. (Inductor calls a parameter of
+            its own ``kernel``.)
         head_chunks: number of parts in which the key/value heads are gathered; None: see :func:`choose_head_chunks`.
         keep_gathered: whether gathered keys and values are kept for the backward pass, those of all heads at once.
     """
@@ -34,7 +35,7 @@ class AttentionSpec:
     shard: SequenceShard
     causal: bool
     scale: float
-    kernel: str = "auto"
+    kernel_name: str = "auto"
     head_chunks: int | None = None
     keep_gathered: bool = False
 
@@ -49,12 +50,12 @@ class AttentionSpec:
         if head_chunks is None:
             head_chunks = choose_head_chunks(k.size(1), 2 * k.nbytes, self.keep_gathered)
         check_head_chunks(head_chunks, k.size(1), self.keep_gathered)
-        return replace(self, kernel=select_kernel(q, self.kernel).name, head_chunks=head_chunks)
+        return replace(self, kernel_name=select_kernel(q, self.kernel_name).name, head_chunks=head_chunks)
 
     def tiles(self, local_length: int) -> tuple[Tile, ...]:
         """Tiles that this rank computes; the spec must be resolved."""
         rank, size, layout = self.shard.rank, self.shard.size, self.shard.layout
-        offset_diagonal = KERNELS[self.kernel].offset_diagonal
+        offset_diagonal = KERNELS[self.kernel_name].offset_diagonal
         return attention_tiles(local_length * size, rank, size, layout, self.causal, offset_diagonal)
 
     def split_heads(self, heads: int) -> list[slice]:

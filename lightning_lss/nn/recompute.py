@@ -18,7 +18,6 @@ from torch.autograd.graph import save_on_cpu
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, set_checkpoint_early_stop
 
-from lightning_lss.attention.module import LSSAttention
 from lightning_lss.attention.operator import ATTENTION
 
 ActivationCheckpointing = Literal["none", "full", "selective", "offload"]
@@ -106,14 +105,7 @@ def apply_checkpointing(modules: Iterable[nn.Module], how: ActivationCheckpointi
     """
     check_checkpointing(how)
     for module in modules:
-        for attention in calls_of(module).operators:
-            attention.as_operator = False
-        # a policy can only keep the result of an operator
-        attentions = [x for x in module.modules() if isinstance(x, LSSAttention) and not x.as_operator]
-        operators = tuple(attentions) if how == "selective" else ()
-        for attention in operators:
-            attention.as_operator = True
-        _set_calls(module, checkpointing=how, operators=operators)
+        _set_calls(module, checkpointing=how)
 
 
 def apply_tiles(modules: Iterable[nn.Module], tiles: int) -> None:
@@ -148,8 +140,6 @@ class Calls:
 
     checkpointing: ActivationCheckpointing = "none"
     tiles: int = 1
-    operators: tuple[LSSAttention, ...] = ()
-    """Attention within the module that ``selective`` calls as an operator."""
 
 
 def calls_of(module: nn.Module) -> Calls:
