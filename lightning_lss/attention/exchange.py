@@ -38,16 +38,9 @@ def gathered_head_chunks(k: Tensor, v: Tensor, spec: AttentionSpec) -> Iterator[
         in flight        A    B    A    B    .
     """
     own_chunks = [(k[:, heads], v[:, heads]) for heads in spec.split_heads(k.size(1))]
-    like, shard = own_chunks[0][0], spec.shard
-    if shard.size == 1:
-        for own in own_chunks:
-            whole = empty_head_chunk(like, 1)
-            _write([whole], *own)
-            yield heads_first(whole)
-        return
-    in_place = _received_in_place(k, spec)
-    sent_dtype = shard.communication_dtype
-    buffers = cycle(empty_head_chunk(like, shard.size, sent_dtype) for _ in range(2 if in_place else 1))
+    like, shard, in_place = own_chunks[0][0], spec.shard, _received_in_place(k, spec)
+    dtype = k.dtype if in_place else shard.communication_dtype
+    buffers = cycle(empty_head_chunk(like, shard.size, dtype) for _ in range(2 if in_place else 1))
     ordered = None if in_place else empty_head_chunk(like, shard.size)
 
     def arrived(pending: Pending) -> Tensor:
@@ -86,20 +79,24 @@ def _sends_messages(x: Tensor, spec: AttentionSpec) -> bool:
 def _received_in_place(k: Tensor, spec: AttentionSpec) -> bool:
     """Whether K and V are received in position order and in their own dtype. A collective leaves the early and the late
     chunk of a zigzag segment side by side."""
+    if spec.shard.size == 1:
+        return True
     own_dtype = spec.shard.communication_dtype in (None, k.dtype)
     return own_dtype and (_sends_messages(k, spec) or chunks_per_rank(spec.shard.size, spec.shard.layout) == 1)
 
 
 def _gather(k: Tensor, v: Tensor, buffer: Tensor, spec: AttentionSpec) -> Pending:
     """Start to gather a head chunk of K and V, [B, g, l, D] each, into ``buffer`` [L, 2, B, g, D]."""
-    shard, group = spec.shard, spec.shard.require_group()
+    shard = spec.shard
     segments = buffer.unflatten(0, (shard.size, -1))
     in_place = _received_in_place(k, spec)
     destinations = shard.chunks_by_rank(buffer, 0) if in_place else [[segment] for segment in segments]
     _write(destinations[shard.rank], k, v)
+    if shard.size == 1:
+        return Pending(buffer)
     if _sends_messages(k, spec):
-        return Pending(buffer, exchange(destinations, group))
-    return Pending(buffer, all_gather(segments[shard.rank], group, segments).works)
+        return Pending(buffer, exchange(destinations, shard.require_group()))
+    return Pending(buffer, all_gather(segments[shard.rank], shard.require_group(), segments).works)
 
 
 def _write(destinations: Sequence[Tensor], k: Tensor, v: Tensor) -> None:

@@ -62,13 +62,8 @@ def _empty_results(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     schema=f"(Tensor q, Tensor k, Tensor v, *, {_SPEC}) -> (Tensor, Tensor, Tensor)",
 )
 def attend(q: Tensor, k: Tensor, v: Tensor, **fields: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the rows of this rank's queries; every rank of the sequence group must call it.
-
-    Args:
-        q: [B, H, l, D].
-        k: [B, G, l, D], this rank's segment of the keys.
-        v: [B, G, l, D], this rank's segment of the values.
-        fields: see :func:`spec_fields`.
+    """Compute the rows of ``q`` [B, H, l, D] over the whole sequence's keys and values; ``k`` and ``v`` [B, G, l, D]
+    are this rank's segment of them. Every rank of the sequence group must call it.
 
     Returns:
         the output [B, H, l, D], in memory [B, l, H, D], so that heads can be concatenated without a copy; the log of

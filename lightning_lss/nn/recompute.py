@@ -200,6 +200,7 @@ def _call_checkpointed(
 
 
 def _call_in_tiles(module: Recomputed, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call the module for parts of the first argument along the sequence; autograd keeps only the arguments."""
     tiles = module._lss_calls.tiles
     if not args or not isinstance(args[0], Tensor) or args[0].dim() != 3:
         raise ValueError(
@@ -207,16 +208,13 @@ def _call_in_tiles(module: Recomputed, call: Callable[..., Any], *args: Any, **k
             " tensor [B, l, E], given by position. Name other modules in tiled_modules."
         )
     x, *others = args
-    return run_in_tiles(lambda part: call(part, *others, **kwargs), x, tiles)
 
+    def compute(part: Tensor) -> Tensor:
+        return call(part, *others, **kwargs)
 
-def run_in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tiles: int) -> Tensor:
-    """Compute ``function(x)`` for ``x`` [B, l, E] in ``tiles`` parts along the sequence; autograd keeps only ``x``."""
-    parts = x.chunk(tiles, dim=1)
-    if not torch.is_grad_enabled():
-        return torch.cat([function(part) for part in parts], dim=1)
+    run = partial(checkpoint, compute, use_reentrant=False) if torch.is_grad_enabled() else compute
     with _early_stop(True):
-        return torch.cat([checkpoint(function, part, use_reentrant=False) for part in parts], dim=1)
+        return torch.cat([run(part) for part in x.chunk(tiles, dim=1)], dim=1)
 
 
 def _early_stop(wanted: bool) -> AbstractContextManager[Any]:
