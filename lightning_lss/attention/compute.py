@@ -70,7 +70,7 @@ def compute_tiles_backward(
             filled = max(filled, tile.k_stop)
         assert sum_q is not None
         grad_q.copy_(sum_q)
-    for unseen in (chunk for of_one in sums for chunk in of_one[filled // of_one[0].size(-2) :]):
+    for unseen in chunks[filled // chunks[0].size(-2) :]:
         unseen.zero_()
 
 

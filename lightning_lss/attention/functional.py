@@ -1,15 +1,11 @@
-"""Attention along a split sequence as a function, ``lss_attention``.
-
-Each rank computes the rows of its own queries against the keys and values of the whole sequence (LSS Transformer, arXiv
-2311.02382). No partial attention is summed between ranks. The algorithm is in :mod:`lightning_lss.attention.operator`.
-"""
+"""Attention along a split sequence as a function; the algorithm is in :mod:`lightning_lss.attention.operator`."""
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_lss.attention.kernels import select_kernel
 from lightning_lss.attention.operator import attend, spec_fields
-from lightning_lss.attention.spec import AttentionSpec, HeadChunks
+from lightning_lss.attention.spec import AttentionSpec, HeadChunks, check_head_chunks
 from lightning_lss.sequence.dtypes import in_autocast_dtype
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
 
@@ -26,7 +22,8 @@ def lss_attention(
     head_chunks: HeadChunks = "auto",
     keep_gathered: bool = False,
 ) -> Tensor:
-    """Compute softmax attention of this rank's queries over the keys and values of the whole sequence.
+    """Compute softmax attention of this rank's queries over the keys and values of the whole sequence (LSS Transformer,
+    arXiv 2311.02382).
 
     Every rank of the sequence group must call it. Gradients are exact; second derivatives are not supported.
 
@@ -52,18 +49,16 @@ def lss_attention(
     """
     q, k, v = in_autocast_dtype(q, k, v)
     _check_inputs(q, k, v)
-    if shard.size == 1 and kernel == "auto" and _is_linear_in_torch(q, k):
+    # with grouped-query heads torch's attention stores all scores, except in its flash kernels
+    plain = shard.size == 1 and kernel == "auto"
+    if plain and (q.size(1) == k.size(1) or select_kernel(q).name.endswith("flash")):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.size(1) != k.size(1))
     if q.stride(-1) != 1:  # the kernels read heads as contiguous rows, and do not check
         q = q.contiguous()
+    check_head_chunks(head_chunks, k.size(1), keep_gathered)
     scale = q.size(-1) ** -0.5 if scale is None else scale
     spec = AttentionSpec(shard, causal, scale, kernel, None if head_chunks == "auto" else head_chunks, keep_gathered)
     return attend(q, k, v, **spec_fields(spec))[0]
-
-
-def _is_linear_in_torch(q: Tensor, k: Tensor) -> bool:
-    """Whether torch's attention never stores all scores: with grouped-query heads, only its flash kernels do not."""
-    return q.size(1) == k.size(1) or select_kernel(q).name.endswith("flash")
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:

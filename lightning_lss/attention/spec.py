@@ -32,12 +32,11 @@ class AttentionSpec:
 
     def resolve(self, q: Tensor, k: Tensor) -> "AttentionSpec":
         """Choose the kernel and the number of head chunks for ``q`` [B, H, l, D] and ``k`` [B, G, l, D] where the spec
-        leaves them open; raise ``ValueError`` if it names some that do not fit."""
+        leaves them open; raise ``ValueError`` if it names a kernel that cannot take them."""
         heads, head_chunks = k.size(1), self.head_chunks
         if head_chunks is None:
             most = 1 if self.keep_gathered else min(_MOST_HEAD_CHUNKS, max(1, 2 * k.nbytes // _LEAST_BYTES))
             head_chunks = max(n for n in range(1, most + 1) if heads % n == 0)
-        check_head_chunks(head_chunks, heads, self.keep_gathered)
         return replace(self, kernel_name=select_kernel(q, self.kernel_name).name, head_chunks=head_chunks)
 
     def tiles(self, local_length: int) -> tuple[Tile, ...]:
@@ -54,7 +53,9 @@ class AttentionSpec:
 
 
 def check_head_chunks(head_chunks: object, heads: int, keep_gathered: bool) -> None:
-    """Raise ``ValueError`` unless ``heads`` key/value heads can be gathered in ``head_chunks`` parts."""
+    """Raise ``ValueError`` unless ``heads`` key/value heads can be gathered in ``head_chunks`` parts, or ``"auto"``."""
+    if head_chunks == "auto":
+        return
     if isinstance(head_chunks, bool) or not isinstance(head_chunks, int) or head_chunks < 1 or heads % head_chunks:
         raise ValueError(f"head_chunks={head_chunks!r} must be 'auto' or a divisor of the {heads} key/value heads.")
     if keep_gathered and head_chunks != 1:

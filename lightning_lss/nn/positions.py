@@ -130,10 +130,7 @@ class SegmentPositionalEmbedding(ShardedModule):
             self.weight.rows = self._initial_rows()
             self.weight.build()
         elif differs:
-            self._replace(self.own_rows(self.weight.data))
-
-    def _replace(self, rows: Tensor) -> None:
-        self.weight.data, self.weight.grad = rows, None
+            self.weight.data, self.weight.grad = self.own_rows(self.weight.data), None
 
     @property
     def is_deferred(self) -> bool:
@@ -154,7 +151,7 @@ class SegmentPositionalEmbedding(ShardedModule):
 
     def become_whole(self) -> None:
         """Gather the rows of all segments, as before a run; every rank of the sequence group must call it."""
-        self._replace(self.shard.gather(self.weight.detach(), dim=0))
+        self.weight.data, self.weight.grad = self.shard.gather(self.weight.detach(), dim=0), None
         super().set_shard(WHOLE_SEQUENCE)
 
     def forward(self, local_length: int) -> Tensor:

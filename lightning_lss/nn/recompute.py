@@ -58,10 +58,14 @@ def repeated_blocks(root: nn.Module, wanted: Callable[[nn.Module], bool] = lambd
     def is_block(parent: nn.Module, child: nn.Module) -> bool:
         if not isinstance(parent, (nn.ModuleList, nn.Sequential)) or not any(True for _ in child.children()):
             return False
-        kinds = Counter(own_class(other) for other in parent.children())
-        return kinds[own_class(child)] > 1 and wanted(child)
+        classes = Counter(_own_class(other) for other in parent.children())
+        return classes[_own_class(child)] > 1 and wanted(child)
 
     return outermost(root, is_block)
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    return module._lss_class if isinstance(module, Recomputed) else type(module)
 
 
 def named_blocks(root: nn.Module, names: Sequence[str]) -> list[nn.Module]:
@@ -145,11 +149,6 @@ class Calls:
 def calls_of(module: nn.Module) -> Calls:
     """How ``module`` is called: as it is, unless it was changed here."""
     return getattr(module, "_lss_calls", Calls())
-
-
-def own_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, without :class:`Recomputed` mixed in."""
-    return module._lss_class if isinstance(module, Recomputed) else type(module)
 
 
 class Recomputed(nn.Module):
