@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 
 from lightning_lss import SegmentPositionalEmbedding
-from lightning_lss.nn.positions import TableSpec
+from lightning_lss.nn.positions import InitialRows
 from lightning_lss.testing.compare import assert_equal_on_ranks
 from tests.training import (
     LENGTH,
@@ -37,20 +37,20 @@ class TableInspector(pl.Callback):
 
 def rows_built(rank: int, run: Run) -> tuple[list[int], int, int]:
     built: list[int] = []
-    original = TableSpec.rows
+    original = InitialRows.draw
 
-    def rows(self: TableSpec) -> Tensor:
+    def draw(self: InitialRows) -> Tensor:
         table = original(self)
         built.append(table.size(0))
         return table
 
-    TableSpec.rows = rows  # type: ignore[method-assign]
+    InitialRows.draw = draw  # type: ignore[method-assign]
     try:
         inspector = TableInspector()
         trainer = make_trainer(rank, run, callbacks=[inspector])
         trainer.fit(make_module(run), make_loader(trainer, make_samples(16), 4))
     finally:
-        TableSpec.rows = original  # type: ignore[method-assign]
+        InitialRows.draw = original  # type: ignore[method-assign]
     return built, inspector.rows, inspector.shard.size
 
 

@@ -1,10 +1,11 @@
-"""Fetch keys and values from the other ranks, send their gradients back, and keep the buffers for both.
+"""Fetch keys and values from the other ranks, and send their gradients back.
 
 In memory a head chunk of K and V is [L, 2, B, g, D]. Every run of positions is then one run of memory, and a segment
 can be received in its final position.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -12,31 +13,6 @@ from torch import Tensor
 from lightning_lss.attention.spec import AttentionSpec
 from lightning_lss.sequence.collectives import Pending, all_gather, all_to_all_sum, exchange, is_gloo, reduce_scatter
 from lightning_lss.sequence.layout import chunks_per_rank
-
-
-class Buffers:
-    """Buffers used in rotation, each allocated when it is first needed.
-
-    With two of them, A and B, one head chunk is computed while the next is in flight::
-
-        head chunk       0    1    2    3
-        gathered into    A    B    A    B
-        in use           .    A    B    A    B
-        in flight        A    B    A    B    .
-
-    The gradients of head chunks are written to two buffers in the same way and sent one head chunk later.
-    """
-
-    def __init__(self, number: int, allocate: Callable[[], Tensor]) -> None:
-        self._number = number
-        self._allocate = allocate
-        self._buffers: list[Tensor] = []  # the least recently used comes first
-
-    def next(self) -> Tensor:
-        """Return the least recently used buffer, or a new one while fewer than ``number`` exist."""
-        full = len(self._buffers) == self._number
-        self._buffers.append(self._buffers.pop(0) if full else self._allocate())
-        return self._buffers[-1]
 
 
 def empty_head_chunk(k: Tensor, size: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -54,33 +30,34 @@ def gathered_head_chunks(k: Tensor, v: Tensor, spec: AttentionSpec) -> Iterator[
     """Gather K and V of the whole sequence by head chunk, [2, B, g, L, D]; while one is in use, gather the next.
 
     ``k`` and ``v`` [B, G, l, D] are this rank's segment, and ``spec`` is resolved. A head chunk is valid until the next
-    one is requested. A single one stays valid.
+    one is requested. A single one stays valid. Two buffers A and B take turns::
+
+        head chunk       0    1    2    3
+        gathered into    A    B    A    B
+        in use           .    A    B    A    B
+        in flight        A    B    A    B    .
     """
     own_chunks = [(k[:, heads], v[:, heads]) for heads in spec.split_heads(k.size(1))]
-    if spec.shard.size == 1:
-        for own in own_chunks:
-            whole = empty_head_chunk(own[0], 1)
-            _write([whole], *own)
-            yield heads_first(whole)
-        return
-    shard, in_place = spec.shard, _received_in_place(k, spec)
-    sent_dtype = shard.communication_dtype
-    buffers = Buffers(2 if in_place else 1, lambda: empty_head_chunk(own_chunks[0][0], shard.size, sent_dtype))
-    ordered = None if in_place else empty_head_chunk(own_chunks[0][0], shard.size)
+    like, shard, in_place = own_chunks[0][0], spec.shard, _received_in_place(k, spec)
+    dtype = k.dtype if in_place else shard.communication_dtype
+    buffers = cycle(empty_head_chunk(like, shard.size, dtype) for _ in range(2 if in_place else 1))
+    ordered = None if in_place else empty_head_chunk(like, shard.size)
 
-    def put_in_order(received: Tensor) -> Tensor:
-        if ordered is None:
-            return received
-        return shard.in_position_order(received.unflatten(0, (shard.size, -1)), 0, out=ordered)
+    def arrived(pending: Pending) -> Tensor:
+        received = pending.wait()
+        if ordered is not None:
+            segments = received.unflatten(0, (shard.size, -1))
+            received = torch.cat(shard.chunks_in_order(segments, 0), out=ordered)
+        return heads_first(received)
 
-    ahead = _gather(*own_chunks[0], buffers.next(), spec)
+    ahead = _gather(*own_chunks[0], next(buffers), spec)
     for following in own_chunks[1:]:
-        keys_values = put_in_order(ahead.wait())
-        ahead = _gather(*following, buffers.next(), spec)
-        yield heads_first(keys_values)
-    keys_values = put_in_order(ahead.wait())
+        keys_values = arrived(ahead)
+        ahead = _gather(*following, next(buffers), spec)
+        yield keys_values
+    keys_values = arrived(ahead)
     del ahead, buffers  # no gather is in flight during the last head chunk
-    yield heads_first(keys_values)
+    yield keys_values
 
 
 def scatter_gradients(by_rank: Tensor, spec: AttentionSpec) -> Pending:
@@ -102,20 +79,24 @@ def _sends_messages(x: Tensor, spec: AttentionSpec) -> bool:
 def _received_in_place(k: Tensor, spec: AttentionSpec) -> bool:
     """Whether K and V are received in position order and in their own dtype. A collective leaves the early and the late
     chunk of a zigzag segment side by side."""
+    if spec.shard.size == 1:
+        return True
     own_dtype = spec.shard.communication_dtype in (None, k.dtype)
     return own_dtype and (_sends_messages(k, spec) or chunks_per_rank(spec.shard.size, spec.shard.layout) == 1)
 
 
 def _gather(k: Tensor, v: Tensor, buffer: Tensor, spec: AttentionSpec) -> Pending:
     """Start to gather a head chunk of K and V, [B, g, l, D] each, into ``buffer`` [L, 2, B, g, D]."""
-    shard, group = spec.shard, spec.shard.require_group()
+    shard = spec.shard
     segments = buffer.unflatten(0, (shard.size, -1))
     in_place = _received_in_place(k, spec)
     destinations = shard.chunks_by_rank(buffer, 0) if in_place else [[segment] for segment in segments]
     _write(destinations[shard.rank], k, v)
+    if shard.size == 1:
+        return Pending(buffer)
     if _sends_messages(k, spec):
-        return Pending(buffer, exchange(destinations, group))
-    return Pending(buffer, all_gather(segments[shard.rank], group, segments).works)
+        return Pending(buffer, exchange(destinations, shard.require_group()))
+    return Pending(buffer, all_gather(segments[shard.rank], shard.require_group(), segments).works)
 
 
 def _write(destinations: Sequence[Tensor], k: Tensor, v: Tensor) -> None:

@@ -1,16 +1,11 @@
-"""Attention along a split sequence as a function, ``lss_attention``.
+"""Attention along a split sequence as a function; the algorithm is in :mod:`lightning_lss.attention.operator`."""
 
-Each rank computes the rows of its own queries against the keys and values of the whole sequence (LSS Transformer, arXiv
-2311.02382). No partial attention is summed between ranks. The algorithm is in :mod:`lightning_lss.attention.operator`.
-"""
-
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_lss.attention.kernels import select_kernel
-from lightning_lss.attention.operator import SplitAttention, attention_operator
-from lightning_lss.attention.spec import AttentionSpec, HeadChunks
+from lightning_lss.attention.operator import attend, spec_fields
+from lightning_lss.attention.spec import AttentionSpec, HeadChunks, check_head_chunks
 from lightning_lss.sequence.dtypes import in_autocast_dtype
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
 
@@ -26,9 +21,9 @@ def lss_attention(
     kernel: str = "auto",
     head_chunks: HeadChunks = "auto",
     keep_gathered: bool = False,
-    as_operator: bool = False,
 ) -> Tensor:
-    """Compute softmax attention of this rank's queries over the keys and values of the whole sequence.
+    """Compute softmax attention of this rank's queries over the keys and values of the whole sequence (LSS Transformer,
+    arXiv 2311.02382).
 
     Every rank of the sequence group must call it. Gradients are exact; second derivatives are not supported.
 
@@ -45,9 +40,6 @@ def lss_attention(
         keep_gathered: keep the gathered keys and values for the backward pass instead of gathering them again. A layer
             then has two collectives, one all-gather and one reduce-scatter, as in the paper. The price is K and V of
             the whole sequence in memory between forward and backward.
-        as_operator: call the registered operator ``torch.ops.lightning_lss.attention``, so that a policy for selective
-            activation checkpointing can keep its result; compiled code always does. Otherwise profilers and dispatch
-            modes see its collectives and kernels one by one.
 
     Returns:
         [B, H, l, D] in the dtype of ``q`` (under autocast: in autocast's dtype).
@@ -57,20 +49,16 @@ def lss_attention(
     """
     q, k, v = in_autocast_dtype(q, k, v)
     _check_inputs(q, k, v)
-    if shard.size == 1 and kernel == "auto" and _is_linear_in_torch(q, k):
+    # with grouped-query heads torch's attention stores all scores, except in its flash kernels
+    plain = shard.size == 1 and kernel == "auto"
+    if plain and (q.size(1) == k.size(1) or select_kernel(q).name.endswith("flash")):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.size(1) != k.size(1))
     if q.stride(-1) != 1:  # the kernels read heads as contiguous rows, and do not check
         q = q.contiguous()
+    check_head_chunks(head_chunks, k.size(1), keep_gathered)
     scale = q.size(-1) ** -0.5 if scale is None else scale
     spec = AttentionSpec(shard, causal, scale, kernel, None if head_chunks == "auto" else head_chunks, keep_gathered)
-    if as_operator or torch.compiler.is_compiling():
-        return attention_operator(q, k, v, spec)
-    return SplitAttention.apply(q, k, v, spec)
-
-
-def _is_linear_in_torch(q: Tensor, k: Tensor) -> bool:
-    """Whether torch's attention never stores all scores: with grouped-query heads, only its flash kernels do not."""
-    return q.size(1) == k.size(1) or select_kernel(q).name.endswith("flash")
+    return attend(q, k, v, **spec_fields(spec))[0]
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:

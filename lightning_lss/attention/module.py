@@ -22,11 +22,10 @@ class LSSAttention(ShardedModule):
         kernel: str = "auto",
         head_chunks: HeadChunks = "auto",
         keep_gathered: bool = False,
-        as_operator: bool = False,
     ) -> None:
         super().__init__()
         self.causal, self.scale, self.kernel = causal, scale, kernel
-        self.head_chunks, self.keep_gathered, self.as_operator = head_chunks, keep_gathered, as_operator
+        self.head_chunks, self.keep_gathered = head_chunks, keep_gathered
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend: q [B, H, l, D], k and v [B, G, l, D] -> [B, H, l, D]; see :func:`lss_attention`."""
@@ -40,7 +39,6 @@ class LSSAttention(ShardedModule):
             kernel=self.kernel,
             head_chunks=self.head_chunks,
             keep_gathered=self.keep_gathered,
-            as_operator=self.as_operator,
         )
 
     def extra_repr(self) -> str:

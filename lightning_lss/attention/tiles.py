@@ -40,16 +40,10 @@ def pairs_of_rank(length: int, rank: int, size: int, layout: str, causal: bool) 
 def attention_tiles(
     length: int, rank: int, size: int, layout: str, causal: bool, offset_diagonal: bool = False
 ) -> tuple[Tile, ...]:
-    """Tiles of ``rank``; over all ranks they cover every visible query-key pair exactly once.
+    """Tiles of ``rank`` in a sequence of ``length``; over all ranks they cover every visible pair exactly once.
 
-    Args:
-        length: global sequence length L.
-        rank: index in the sequence group.
-        size: number of ranks S.
-        layout: ``contiguous`` or ``zigzag``.
-        causal: whether a query sees only keys at or before its own position.
-        offset_diagonal: whether the kernel can end the diagonal of a tile that is wider than it is high in the bottom
-            right corner. If not, such a tile is cut into a rectangle and a triangle.
+    With ``offset_diagonal`` the kernel can end the diagonal of a tile that is wider than it is high in the bottom right
+    corner. Otherwise such a tile is cut into a rectangle and a triangle.
     """
     ranges = position_ranges(length, rank, size, layout)
     if not causal:

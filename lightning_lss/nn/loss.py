@@ -40,17 +40,6 @@ def token_mean(loss_sum: Tensor, num_tokens: Tensor | int) -> Tensor:
 _LEAST_ROWS = 256  # of logits at a time: with fewer, memory bandwidth limits matrix multiplications
 
 
-def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the cross entropies of logits [N, V] with targets, int64 [N]; float64 for float64 logits, else float32."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="sum")
-
-
-def logit_rows(rows: int, width: int, vocabulary: int) -> int:
-    """Number of ``rows`` rows of logits to compute at a time: about as many as fit the features' memory, or all."""
-    return rows if vocabulary <= width else max(1, min(rows, max(_LEAST_ROWS, rows * width // vocabulary)))
-
-
 def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Sum the cross entropies of the logits ``features @ weight.T`` without holding all logits [N, V].
 
@@ -69,18 +58,15 @@ def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor) -> T
     features, weight = in_autocast_dtype(features, weight)
     (rows, width), vocabulary = features.shape, weight.size(0)
     if vocabulary <= width:
-        return cross_entropy_sum(F.linear(features, weight), targets)
-    at_a_time = logit_rows(rows, width, vocabulary)
+        logits = F.linear(features, weight)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="sum")
+    at_a_time = max(1, min(rows, max(_LEAST_ROWS, rows * width // vocabulary)))
     own = not hasattr(F, "linear_cross_entropy") or torch.compiler.is_compiling()  # torch's breaks the graph
     if own or features.dtype not in (torch.float32, torch.float64):
-        return cross_entropy_by_rows(features, weight, targets, at_a_time)
+        return _CrossEntropyByRows.apply(features, weight, targets, at_a_time, torch.is_grad_enabled())
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=at_a_time, chunking_method=None)
     return F.linear_cross_entropy(features, weight, targets, reduction="sum", ignore_index=IGNORED, options=options)
-
-
-def cross_entropy_by_rows(features: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
-    """Compute :func:`linear_cross_entropy` with ``rows`` rows of logits at a time, in torch's basic operators."""
-    return _CrossEntropyByRows.apply(features, weight, targets, rows, torch.is_grad_enabled())
 
 
 class _CrossEntropyByRows(torch.autograd.Function):

@@ -1,45 +1,39 @@
 """Learned positions for a split sequence: each rank keeps its own rows of the table."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_lss.sequence.layout import position_ranges
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard, ShardedModule
 
 _BLOCK = 256  # rows that are drawn from one generator
 
 
 @dataclass(frozen=True)
-class TableSpec:
-    """Everything that determines the initial rows of a positional table."""
+class InitialRows:
+    """Initial values of the rows of a positional table at some runs of positions, normal with ``std``.
 
-    num_positions: int
+    Each block of rows has its own generator, seeded by the block's position in the table. A position's row is therefore
+    the same for every number of ranks and layout, and a rank draws only the blocks that overlap its rows.
+    """
+
+    runs: tuple[range, ...]
     dim: int
     std: float
     seed: int
-    shard: SequenceShard = WHOLE_SEQUENCE
 
-    def row_ranges(self) -> tuple[range, ...]:
-        """The positions whose rows this rank holds, in the order of the rows."""
-        return position_ranges(self.num_positions, self.shard.rank, self.shard.size, self.shard.layout)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[rows, dim]."""
+        return sum(map(len, self.runs)), self.dim
 
-    def cut(self, table: Tensor) -> Tensor:
-        """Cut a whole table [num_positions, ...] to this rank's rows."""
-        return torch.cat([table[run.start : run.stop] for run in self.row_ranges()])
-
-    def rows(self) -> Tensor:
-        """Draw the initial values of this rank's rows, float32 [rows, dim], normal with ``std``.
-
-        Each block of rows has its own generator, seeded by the block's position in the table. A position's row is
-        therefore the same for every number of ranks and layout, and a rank draws only the blocks that overlap its rows.
-        """
-        runs = self.row_ranges()
-        rows = torch.empty(sum(map(len, runs)), self.dim, device="cpu", dtype=torch.float32)
-        for run, own in zip(runs, rows.split([len(run) for run in runs])):
+    def draw(self) -> Tensor:
+        """Draw the rows, float32 [rows, dim]."""
+        rows = torch.empty(self.shape, device="cpu", dtype=torch.float32)
+        for run, own in zip(self.runs, rows.split([len(run) for run in self.runs])):
             for block in range(run.start // _BLOCK, (run.stop - 1) // _BLOCK + 1):
                 generator = torch.Generator("cpu").manual_seed((self.seed + block * 0x9E3779B97F4A7C15) % 2**63)
                 drawn = torch.randn(_BLOCK, self.dim, generator=generator, device="cpu", dtype=torch.float32)
@@ -57,7 +51,7 @@ class DeferredTable(nn.Parameter):
     ``torch.nn.UninitializedParameter``, which raises.)
     """
 
-    spec: TableSpec
+    rows: InitialRows
 
     # Attributes that can be read without building the rows.
     _METADATA = frozenset(
@@ -66,16 +60,16 @@ class DeferredTable(nn.Parameter):
     )
 
     def __new__(
-        cls, spec: TableSpec, device: torch.device | None = None, dtype: torch.dtype | None = None
+        cls, rows: InitialRows, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> "DeferredTable":
         table = torch.Tensor._make_subclass(cls, torch.empty(0, device=device, dtype=dtype), True)
-        table.spec = spec
+        table.rows = rows
         return table
 
     def build(self) -> None:
-        """Fill in the rows of ``spec.shard`` and become an ordinary parameter; the object keeps its identity."""
+        """Fill in the rows and become an ordinary parameter; the object keeps its identity."""
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad(), torch.inference_mode(False):
-            self.data = self.spec.rows().to(self.device, self.dtype)
+            self.data = self.rows.draw().to(self.device, self.dtype)
         self.__class__ = nn.Parameter  # type: ignore[assignment]
 
     @classmethod
@@ -88,11 +82,11 @@ class DeferredTable(nn.Parameter):
             return func(*args, **(kwargs or {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DeferredTable":
-        memo[id(self)] = copy = DeferredTable(self.spec, self.device, self.dtype)
+        memo[id(self)] = copy = DeferredTable(self.rows, self.device, self.dtype)
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # a spawned process builds the rows itself
-        return (DeferredTable, (self.spec, self.device, self.dtype))
+        return (DeferredTable, (self.rows, self.device, self.dtype))
 
 
 class SegmentPositionalEmbedding(ShardedModule):
@@ -116,7 +110,7 @@ class SegmentPositionalEmbedding(ShardedModule):
         self.num_positions, self.dim, self.std = num_positions, dim, std
         # one draw from the default generator for every size, so that the size does not change later initializations
         self.seed = int(torch.randint(2**62, (), device="cpu").item())
-        self.weight: nn.Parameter = DeferredTable(self._spec())
+        self.weight: nn.Parameter = DeferredTable(self._initial_rows())
 
     def set_shard(self, shard: SequenceShard) -> None:
         """Keep only the rows of ``shard``.
@@ -124,23 +118,19 @@ class SegmentPositionalEmbedding(ShardedModule):
         Raises ``ValueError`` if ``num_positions`` cannot be divided evenly, ``RuntimeError`` if the table has been cut
         to another segment already.
         """
-        wanted = replace(self._spec(), shard=shard)
-        differs = wanted.row_ranges() != self.row_ranges()  # before anything changes: it may raise
+        differs = shard.ranges(self.num_positions) != self.row_ranges()  # before anything changes: it may raise
+        if differs and self.shard.size > 1:
+            raise RuntimeError(
+                f"This table holds the rows of segment {self.shard.rank} of {self.shard.size} ({self.shard.layout}) and cannot"
+                f" serve segment {shard.rank} of {shard.size} ({shard.layout}): the other rows are on other ranks. Make a new"
+                " model, or load one from a checkpoint."
+            )
+        super().set_shard(shard)
         if isinstance(self.weight, DeferredTable):  # as is_deferred, but for type checkers
-            self.weight.spec = wanted
+            self.weight.rows = self._initial_rows()
             self.weight.build()
         elif differs:
-            if self.shard.size > 1:
-                raise RuntimeError(
-                    f"This table holds the rows of segment {self.shard.rank} of {self.shard.size} ({self.shard.layout}) and cannot"
-                    f" serve segment {shard.rank} of {shard.size} ({shard.layout}): the other rows are on other ranks. Make a new"
-                    " model, or load one from a checkpoint."
-                )
-            self._replace(wanted.cut(self.weight.data))
-        super().set_shard(shard)
-
-    def _replace(self, rows: Tensor) -> None:
-        self.weight.data, self.weight.grad = rows, None
+            self.weight.data, self.weight.grad = self.own_rows(self.weight.data), None
 
     @property
     def is_deferred(self) -> bool:
@@ -150,7 +140,7 @@ class SegmentPositionalEmbedding(ShardedModule):
     def reset_parameters(self) -> None:
         """Set this rank's rows to their initial values, which depend on ``seed`` and the position alone."""
         with torch.no_grad():
-            self.weight.copy_(self._spec().rows())
+            self.weight.copy_(self._initial_rows().draw())
 
     @torch.no_grad()
     def take_rows(self, start: int, rows: Tensor) -> None:
@@ -161,7 +151,7 @@ class SegmentPositionalEmbedding(ShardedModule):
 
     def become_whole(self) -> None:
         """Gather the rows of all segments, as before a run; every rank of the sequence group must call it."""
-        self._replace(self.shard.gather(self.weight.detach(), dim=0))
+        self.weight.data, self.weight.grad = self.shard.gather(self.weight.detach(), dim=0), None
         super().set_shard(WHOLE_SEQUENCE)
 
     def forward(self, local_length: int) -> Tensor:
@@ -181,12 +171,12 @@ class SegmentPositionalEmbedding(ShardedModule):
         """What ``print(module)`` shows."""
         return f"{self.num_positions}, {self.dim}"
 
-    def _spec(self) -> TableSpec:
-        return TableSpec(self.num_positions, self.dim, self.std, self.seed, self.shard)
+    def _initial_rows(self) -> InitialRows:
+        return InitialRows(self.row_ranges(), self.dim, self.std, self.seed)
 
     def row_ranges(self) -> tuple[range, ...]:
-        """See :meth:`TableSpec.row_ranges`."""
-        return self._spec().row_ranges()
+        """The positions whose rows this rank holds, in the order of the rows."""
+        return self.shard.ranges(self.num_positions)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         key = prefix + "weight"
@@ -197,4 +187,4 @@ class SegmentPositionalEmbedding(ShardedModule):
 
     def own_rows(self, table: Tensor) -> Tensor:
         """Cut a whole table [num_positions, ...] to this rank's rows."""
-        return self._spec().cut(table)
+        return torch.cat([table[run.start : run.stop] for run in self.row_ranges()])

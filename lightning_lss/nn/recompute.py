@@ -18,7 +18,6 @@ from torch.autograd.graph import save_on_cpu
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, set_checkpoint_early_stop
 
-from lightning_lss.attention.module import LSSAttention
 from lightning_lss.attention.operator import ATTENTION
 
 ActivationCheckpointing = Literal["none", "full", "selective", "offload"]
@@ -59,10 +58,14 @@ def repeated_blocks(root: nn.Module, wanted: Callable[[nn.Module], bool] = lambd
     def is_block(parent: nn.Module, child: nn.Module) -> bool:
         if not isinstance(parent, (nn.ModuleList, nn.Sequential)) or not any(True for _ in child.children()):
             return False
-        kinds = Counter(own_class(other) for other in parent.children())
-        return kinds[own_class(child)] > 1 and wanted(child)
+        classes = Counter(_own_class(other) for other in parent.children())
+        return classes[_own_class(child)] > 1 and wanted(child)
 
     return outermost(root, is_block)
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    return module._lss_class if isinstance(module, Recomputed) else type(module)
 
 
 def named_blocks(root: nn.Module, names: Sequence[str]) -> list[nn.Module]:
@@ -106,14 +109,7 @@ def apply_checkpointing(modules: Iterable[nn.Module], how: ActivationCheckpointi
     """
     check_checkpointing(how)
     for module in modules:
-        for attention in calls_of(module).operators:
-            attention.as_operator = False
-        # a policy can only keep the result of an operator
-        attentions = [x for x in module.modules() if isinstance(x, LSSAttention) and not x.as_operator]
-        operators = tuple(attentions) if how == "selective" else ()
-        for attention in operators:
-            attention.as_operator = True
-        _set_calls(module, checkpointing=how, operators=operators)
+        _set_calls(module, checkpointing=how)
 
 
 def apply_tiles(modules: Iterable[nn.Module], tiles: int) -> None:
@@ -148,18 +144,11 @@ class Calls:
 
     checkpointing: ActivationCheckpointing = "none"
     tiles: int = 1
-    operators: tuple[LSSAttention, ...] = ()
-    """Attention within the module that ``selective`` calls as an operator."""
 
 
 def calls_of(module: nn.Module) -> Calls:
     """How ``module`` is called: as it is, unless it was changed here."""
     return getattr(module, "_lss_calls", Calls())
-
-
-def own_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, without :class:`Recomputed` mixed in."""
-    return module._lss_class if isinstance(module, Recomputed) else type(module)
 
 
 class Recomputed(nn.Module):
@@ -210,6 +199,7 @@ def _call_checkpointed(
 
 
 def _call_in_tiles(module: Recomputed, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call the module for parts of the first argument along the sequence; autograd keeps only the arguments."""
     tiles = module._lss_calls.tiles
     if not args or not isinstance(args[0], Tensor) or args[0].dim() != 3:
         raise ValueError(
@@ -217,16 +207,13 @@ def _call_in_tiles(module: Recomputed, call: Callable[..., Any], *args: Any, **k
             " tensor [B, l, E], given by position. Name other modules in tiled_modules."
         )
     x, *others = args
-    return run_in_tiles(lambda part: call(part, *others, **kwargs), x, tiles)
 
+    def compute(part: Tensor) -> Tensor:
+        return call(part, *others, **kwargs)
 
-def run_in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tiles: int) -> Tensor:
-    """Compute ``function(x)`` for ``x`` [B, l, E] in ``tiles`` parts along the sequence; autograd keeps only ``x``."""
-    parts = x.chunk(tiles, dim=1)
-    if not torch.is_grad_enabled():
-        return torch.cat([function(part) for part in parts], dim=1)
+    run = partial(checkpoint, compute, use_reentrant=False) if torch.is_grad_enabled() else compute
     with _early_stop(True):
-        return torch.cat([checkpoint(function, part, use_reentrant=False) for part in parts], dim=1)
+        return torch.cat([run(part) for part in x.chunk(tiles, dim=1)], dim=1)
 
 
 def _early_stop(wanted: bool) -> AbstractContextManager[Any]:

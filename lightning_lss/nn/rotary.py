@@ -27,16 +27,15 @@ class RotaryEmbedding(ShardedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate queries or keys [B, H, l, D] by their global positions; the dtype stays."""
-        cos, sin = self._turns(x)
+        cos, sin = self.prepare(x)
         first, second = x.to(cos.dtype).chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
-    def prepare(self, x: Tensor) -> None:
-        """Compute and keep the angles for activations [B, l, E]. Compiled blocks cannot keep them: call it outside."""
-        self._turns(x)
+    def prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines [l, D/2] of the angles for ``x`` [..., l, any width].
 
-    def _turns(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [l, D/2] of the angles for ``x`` [..., l, D]; the latest are cached for other layers."""
+        The latest are cached for other layers. Compiled blocks cannot cache them: call it before, outside of them.
+        """
         needs = x.size(-2), x.device, torch.float64 if x.dtype == torch.float64 else torch.float32
         key = (*needs, self.shard)
         if self._cached is not None and self._cached[0] == key:

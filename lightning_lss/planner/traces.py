@@ -108,7 +108,7 @@ def _facts(module: nn.Module) -> Iterator[tuple[Any, ...]]:
         settings = sorted((key, repr(x)) for key, x in vars(part).items() if isinstance(x, _PLAIN) and key != "seed")
         yield name, type(part).__module__, type(part).__qualname__, settings
     for name, x in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
-        shape = (x.spec.num_positions, x.spec.dim) if isinstance(x, DeferredTable) else tuple(x.shape)
+        shape = x.rows.shape if isinstance(x, DeferredTable) else tuple(x.shape)
         yield name, shape, str(x.dtype), x.requires_grad
 
 

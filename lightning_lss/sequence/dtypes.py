@@ -13,17 +13,14 @@ def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-_HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 def resolve_communication_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """Turn the name of a dtype, as in a configuration file, into the dtype; dtypes and None are returned unchanged.
 
     Raises:
         ValueError: if ``dtype`` is not bfloat16, float16 or None.
     """
-    resolved = _HALF.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if dtype is None or resolved in _HALF.values():
+    resolved = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype is None or resolved in (torch.bfloat16, torch.float16):
         return resolved
     raise ValueError(
         f"communication_dtype={dtype!r} must be 'bfloat16' or 'float16', or None to send tensors in the dtype that they"

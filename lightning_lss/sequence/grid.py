@@ -9,17 +9,13 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 
-def sequence_group_ranks(world_size: int, size: int) -> list[list[int]]:
-    """Global ranks of each sequence group, in segment order."""
-    return [list(range(first, first + size)) for first in range(0, world_size, size)]
-
-
-def data_group_ranks(world_size: int, size: int) -> list[list[int]]:
-    """Global ranks of each data group: those that hold the same segment of different batches."""
-    return [list(range(segment, world_size, size)) for segment in range(size)]
+def rank_grid(world_size: int, size: int) -> Tensor:
+    """Global ranks, int64 [D, S]: rows are sequence groups in segment order, columns are data groups."""
+    return torch.arange(world_size, device="cpu").view(-1, size)
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class SequenceGrid:
 
     def device_mesh(self, device_type: str) -> DeviceMesh:
         """The grid as torch's DeviceMesh; its dimensions are ``data`` and ``sequence`` where larger than 1."""
-        grid = torch.arange(self.world_size).view(self.data_size, self.size)
+        grid = rank_grid(self.world_size, self.size)
         dims = {name: x for name, x in (("data", self.data_group), ("sequence", self.sequence_group)) if x is not None}
         if not dims:
             raise ValueError("A world of one process has no device mesh.")
@@ -70,5 +66,5 @@ def build_grid(world_size: int, global_rank: int, size: int, timeout: timedelta 
             return dist.group.WORLD  # plain data parallelism needs no second group
         return dist.new_subgroups_by_enumeration(ranks, timeout=timeout)[0]
 
-    sequence_group = subgroup(sequence_group_ranks(world_size, size))
-    return SequenceGrid(world_size, size, global_rank, sequence_group, subgroup(data_group_ranks(world_size, size)))
+    ranks = rank_grid(world_size, size)
+    return SequenceGrid(world_size, size, global_rank, subgroup(ranks.tolist()), subgroup(ranks.T.tolist()))

@@ -84,12 +84,6 @@ def chunks_of_rank(rank: int, size: int, layout: str) -> tuple[int, ...]:
     return (rank,) if chunks_per_rank(size, layout) == 1 else (rank, 2 * size - 1 - rank)
 
 
-def holder_of_chunks(size: int, layout: str) -> tuple[tuple[int, int], ...]:
-    """Return the rank of each chunk in position order, and its index among the rank's chunks."""
-    held = ((chunk, rank, i) for rank in range(size) for i, chunk in enumerate(chunks_of_rank(rank, size, layout)))
-    return tuple((rank, index) for _, rank, index in sorted(held))
-
-
 def position_ranges(length: int, rank: int, size: int, layout: str) -> tuple[range, ...]:
     """The runs of global positions that ``rank`` holds in a sequence of ``length``, in local order.
 

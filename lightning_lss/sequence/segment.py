@@ -9,13 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_lss.sequence.collectives import all_gather, reduce_scatter
-from lightning_lss.sequence.layout import (
-    check_layout,
-    chunks_of_rank,
-    chunks_per_rank,
-    holder_of_chunks,
-    position_ranges,
-)
+from lightning_lss.sequence.layout import check_layout, check_length, chunks_of_rank, position_ranges
 
 
 @dataclass(frozen=True)
@@ -49,11 +43,15 @@ class SequenceShard:
 
     def local_length(self, length: int) -> int:
         """Positions per rank, L / S; raises ``ValueError`` if ``length`` cannot be divided evenly."""
-        return sum(map(len, position_ranges(length, self.rank, self.size, self.layout)))
+        return sum(map(len, self.ranges(length)))
+
+    def ranges(self, length: int) -> tuple[range, ...]:
+        """The runs of global positions that the rank holds, in local order; raises as :meth:`local_length`."""
+        return position_ranges(length, self.rank, self.size, self.layout)
 
     def positions(self, local_length: int, device: torch.device | str | None = None) -> Tensor:
         """Global positions of the local tokens, int64 [l]."""
-        runs = position_ranges(local_length * self.size, self.rank, self.size, self.layout)
+        runs = self.ranges(local_length * self.size)
         return torch.cat([torch.arange(run.start, run.stop, device=device) for run in runs])
 
     def split(self, x: Tensor, dim: int = 1) -> Tensor:
@@ -64,8 +62,7 @@ class SequenceShard:
         """
         if self.size == 1:
             return x
-        runs = position_ranges(x.size(dim), self.rank, self.size, self.layout)
-        parts = [x.narrow(dim, run.start, len(run)) for run in runs]
+        parts = [x.narrow(dim, run.start, len(run)) for run in self.ranges(x.size(dim))]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
@@ -73,38 +70,27 @@ class SequenceShard:
 
         Differentiable. The adjoint is exact: a reduce-scatter sums the gradients of the gathered tensor over the ranks,
         and each rank receives those of its own segment. (Slicing the local gradient would lose the contributions of
-        other ranks' losses.) Raises ``RuntimeError`` if S > 1 and there is no process group.
+        other ranks' losses.) Raises ``RuntimeError`` if S > 1 and there is no process group, ``ValueError`` if no
+        sequence can be divided into segments of length l.
         """
-        return x if self.size == 1 else _Gather.apply(x, self, dim % x.dim())
+        if self.size == 1:
+            return x
+        check_length(x.size(dim) * self.size, self.size, self.layout)
+        return _Gather.apply(x, self, dim % x.dim())
 
-    def chunks_in_order(self, stacked: Tensor, dim: int) -> tuple[Tensor, ...]:
+    def chunks_in_order(self, segments: Tensor, dim: int) -> list[Tensor]:
         """View segments stacked by rank, [S, ..., l, ...], as chunks in position order; ``dim`` is l's in a segment."""
-        chunk = stacked.size(1 + dim) // chunks_per_rank(self.size, self.layout)
-        holders = holder_of_chunks(self.size, self.layout)
-        return tuple(stacked[rank].narrow(dim, slot * chunk, chunk) for rank, slot in holders)
+        chunks = dict[int, Tensor]()
+        for rank, segment in enumerate(segments):
+            held = chunks_of_rank(rank, self.size, self.layout)
+            chunks.update(zip(held, segment.chunk(len(held), dim)))
+        return [chunks[index] for index in range(len(chunks))]
 
     def chunks_by_rank(self, x: Tensor, dim: int) -> list[list[Tensor]]:
         """View a sequence [..., L, ...] as the chunks of each rank, in the rank's local order."""
-        chunks = x.chunk(self.size * chunks_per_rank(self.size, self.layout), dim)
-        return [[chunks[chunk] for chunk in chunks_of_rank(rank, self.size, self.layout)] for rank in range(self.size)]
-
-    def in_position_order(self, stacked: Tensor, dim: int, out: Tensor | None = None) -> Tensor:
-        """Copy segments stacked by rank, [S, ..., l, ...], to one sequence [..., L, ...]: to ``out``, in its own dtype,
-        or else to a new one. ``dim`` is that of l in a segment."""
-        chunks = self.chunks_in_order(stacked, dim)
-        if out is None:
-            return torch.cat(chunks, dim)
-        for part, chunk in zip(out.chunk(len(chunks), dim), chunks):
-            part.copy_(chunk)
-        return out
-
-    def stacked_by_rank(self, x: Tensor, dim: int) -> Tensor:
-        """Invert :meth:`in_position_order`: [..., L, ...] -> contiguous [S, ..., l, ...]."""
-        stacked = x.new_empty(self.size, *x.shape[:dim], x.size(dim) // self.size, *x.shape[dim + 1 :])
-        chunks = self.chunks_in_order(stacked, dim)
-        for chunk, part in zip(chunks, x.chunk(len(chunks), dim)):
-            chunk.copy_(part)
-        return stacked
+        held = [chunks_of_rank(rank, self.size, self.layout) for rank in range(self.size)]
+        chunks = x.chunk(sum(map(len, held)), dim)
+        return [[chunks[index] for index in indices] for indices in held]
 
     def require_group(self) -> dist.ProcessGroup:
         """Return the process group; raise ``RuntimeError`` if there is none."""
@@ -188,11 +174,14 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shard: SequenceShard, dim: int) -> Tensor:
-        ctx.shard, ctx.dim = shard, dim
-        return shard.in_position_order(all_gather(x, shard.require_group()).wait(), dim)
+        ctx.shard, ctx.dim, ctx.shape = shard, dim, x.shape
+        return torch.cat(shard.chunks_in_order(all_gather(x, shard.require_group()).wait(), dim), dim)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        stacked = ctx.shard.stacked_by_rank(grad, ctx.dim)
+        stacked = grad.new_empty(ctx.shard.size, *ctx.shape)
+        chunks = ctx.shard.chunks_in_order(stacked, ctx.dim)
+        for chunk, part in zip(chunks, grad.chunk(len(chunks), ctx.dim)):
+            chunk.copy_(part)
         return reduce_scatter(stacked, ctx.shard.require_group()).wait(), None, None

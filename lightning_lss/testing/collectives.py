@@ -31,7 +31,7 @@ _NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtenso
 
 
 def is_own_operator(func: Any) -> bool:
-    """Tell whether lightning_lss has registered the operator, as it does attention under selective checkpointing."""
+    """Tell whether lightning_lss has registered the operator, as it does attention."""
     return func.namespace == "lightning_lss"
 
 

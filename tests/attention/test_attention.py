@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_lss.attention.functional import lss_attention
 from lightning_lss.attention.kernels import KERNELS
@@ -120,8 +121,6 @@ def test_any_memory_layout_of_the_inputs(world) -> None:
         {"head_chunks": 2},
         {"head_chunks": 4},
         {"scale": None},
-        {"as_operator": True},
-        {"as_operator": True, "keep_gathered": True},
     ],
 )
 @pytest.mark.parametrize("wrap", ["", "reentrant", "non_reentrant", "compile"])
@@ -142,7 +141,7 @@ def travel(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("options", [{}, {"keep_gathered": True}, {"head_chunks": 4}, {"as_operator": True}])
+@pytest.mark.parametrize("options", [{}, {"keep_gathered": True}, {"head_chunks": 4}])
 def test_keys_and_values_may_travel_in_another_dtype(world, options, layout) -> None:
     inputs = make_inputs(dtype=torch.float32)
     rounded = [x.bfloat16().float() if i in (1, 2) else x for i, x in enumerate(inputs)]
@@ -179,8 +178,52 @@ def test_backward_of_the_operator_is_not_handed_gradients_of_what_it_keeps() -> 
 
     with fake_world(0, 2) as group, Watch(see):
         shard = SequenceShard(0, 2, "zigzag", group)
-        lss_attention(q.requires_grad_(), k, v, shard, as_operator=True, keep_gathered=True).backward(grad)
+        lss_attention(q.requires_grad_(), k, v, shard, keep_gathered=True).backward(grad)
     assert not zeros
+
+
+class NoGradient(torch.autograd.Function):
+    """A step after which autograd knows no gradient at all, as some operators of users return it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+def test_backward_without_a_gradient_still_takes_part_in_its_collectives() -> None:
+    q, k, v, _ = (x.requires_grad_() for x in make_inputs())
+    with fake_world(0, 2) as group, CollectiveCounter() as counter:
+        out = lss_attention(q, k, v, SequenceShard(0, 2, "zigzag", group), keep_gathered=True)
+        counter.phase = "backward"
+        NoGradient.apply(out).sum().backward()
+    assert kinds(counter.tally, "backward") == {"reduce_scatter": 1}
+    assert not q.grad.any()
+
+
+def test_second_derivatives_are_refused() -> None:
+    q, k, v, grad = (x.requires_grad_() for x in make_inputs())
+    with fake_world(0, 2) as group:
+        out = lss_attention(q, k, v, SequenceShard(0, 2, "zigzag", group))
+        (first,) = torch.autograd.grad(out, q, grad, create_graph=True)
+        with pytest.raises(RuntimeError, match="no autograd formula"):
+            first.sum().backward()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_torch_counts_the_operations_of_the_visible_pairs(causal) -> None:
+    counted = []
+    for rank in range(2):
+        with fake_world(rank, 2) as group, FlopCounterMode(display=False) as counter:
+            shard = SequenceShard(rank, 2, "zigzag", group)
+            q, k, v = (shard.split(x, dim=2) for x in make_inputs()[:3])
+            lss_attention(q.requires_grad_(), k, v, shard, causal).sum().backward()
+        counted.append(counter.get_total_flops())
+    pairs = L * (L + 1) // 2 if causal else L * L
+    assert sum(counted) == 2 * (2 + 5) * 2 * 4 * WIDTH * pairs  # by multiplications of matrices, batch and heads
 
 
 # float32 rounds at 6e-8 and bfloat16, float16 at 4e-3 and 5e-4 per operation, a few of which add up in a softmax row

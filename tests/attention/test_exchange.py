@@ -42,13 +42,12 @@ def whole(by_rank: list[dict[str, Tensor]], layout: str) -> dict[str, Tensor]:
     "options", [{"head_chunks": 4}, {"head_chunks": 2}, {"head_chunks": 1}, {"keep_gathered": True}]
 )
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
-@pytest.mark.parametrize("as_operator", [False, True])
-def test_no_buffer_is_used_before_its_collective_is_over(as_operator, layout, options) -> None:
+def test_no_buffer_is_used_before_its_collective_is_over(layout, options) -> None:
     # over real ranks a buffer that is written too early is wrong only if the others are slow
     inputs = make_inputs(32, 32, 4, 4)
 
     def work(shard: SequenceShard) -> dict[str, Tensor]:
-        return attend(shard, inputs, lss_attention, shard=shard, scale=SCALE, as_operator=as_operator, **options)
+        return attend(shard, inputs, lss_attention, shard=shard, scale=SCALE, **options)
 
     found = whole(recorded_ranks(work, 4, layout, late=True), layout)
     assert_equal(found, expected(inputs), 100 * ROUNDING[torch.float64])
@@ -81,7 +80,7 @@ def test_many_tiles_in_bfloat16_are_joined_and_summed_in_float32(monkeypatch, la
     assert_equal(found, reference, 2e-2)
 
 
-@pytest.mark.parametrize("options", [{}, {"kernel": "cpu_flash"}, {"as_operator": True}, {"keep_gathered": True}])
+@pytest.mark.parametrize("options", [{}, {"kernel": "cpu_flash"}, {"keep_gathered": True}])
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_module_hands_on_its_scale(size, options) -> None:
     inputs = make_inputs(16, 16, 2, 2)

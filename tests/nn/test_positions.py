@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_lss.nn.positions import DeferredTable, SegmentPositionalEmbedding, TableSpec
+from lightning_lss.nn.positions import DeferredTable, InitialRows, SegmentPositionalEmbedding
 from lightning_lss.sequence.layout import LAYOUTS, position_ranges
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
 
@@ -58,21 +58,21 @@ def test_a_table_that_was_looked_at_before_it_is_spread_keeps_its_rows(layout) -
 
 
 def test_initial_rows_are_normal_and_differ() -> None:
-    rows = TableSpec(2000, 8, std=0.02, seed=1).rows()
+    rows = InitialRows((range(2000),), 8, std=0.02, seed=1).draw()
     # the mean of 16,000 numbers scatters by 0.02 / sqrt(16,000) = 1.6e-4, their deviation by 0.02 / sqrt(32,000)
     assert abs(rows.mean()) < 5 * 1.6e-4
     assert rows.std().item() == pytest.approx(0.02, abs=5 * 1.1e-4)
     assert len(rows.unique(dim=0)) == 2000
-    assert not torch.equal(rows, TableSpec(2000, 8, std=0.02, seed=2).rows())
+    assert not torch.equal(rows, InitialRows((range(2000),), 8, std=0.02, seed=2).draw())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_initial_rows_do_not_depend_on_the_default_dtype(dtype) -> None:
     # Lightning sets it around the forward pass of 'bf16-true', where one device would build its table
-    expected = TableSpec(NUM, DIM, 0.02, seed=1).rows()
+    expected = InitialRows((range(NUM),), DIM, 0.02, seed=1).draw()
     torch.set_default_dtype(dtype)
     try:
-        rows = TableSpec(NUM, DIM, 0.02, seed=1).rows()
+        rows = InitialRows((range(NUM),), DIM, 0.02, seed=1).draw()
     finally:
         torch.set_default_dtype(torch.float32)
     assert rows.dtype == torch.float32
@@ -81,9 +81,9 @@ def test_initial_rows_do_not_depend_on_the_default_dtype(dtype) -> None:
 
 def test_initial_rows_do_not_depend_on_the_default_device() -> None:
     # Lightning sets it to the GPU around configure_model, where the generators of the CPU would not serve
-    expected = TableSpec(NUM, DIM, 0.02, seed=1).rows()
+    expected = InitialRows((range(NUM),), DIM, 0.02, seed=1).draw()
     with torch.device("meta"):
-        rows = TableSpec(NUM, DIM, 0.02, seed=1).rows()
+        rows = InitialRows((range(NUM),), DIM, 0.02, seed=1).draw()
     assert rows.device == torch.device("cpu")
     assert torch.equal(rows, expected)
 
@@ -198,11 +198,11 @@ def test_a_built_table_is_copied_and_pickled_with_its_values(shard) -> None:
 def test_no_rank_holds_more_than_its_own_rows_when_the_shard_comes_first(monkeypatch, layout) -> None:
     made = []
 
-    def spy(spec: TableSpec, rows: Any = TableSpec.rows) -> Tensor:
-        made.append(rows(spec))
+    def spy(rows: InitialRows, draw: Any = InitialRows.draw) -> Tensor:
+        made.append(draw(rows))
         return made[-1]
 
-    monkeypatch.setattr(TableSpec, "rows", spy)
+    monkeypatch.setattr(InitialRows, "draw", spy)
     table = make_table(SequenceShard(2, 4, layout), num_positions=800)
     table(200).sum().backward()
     assert [x.shape for x in made] == [(200, DIM)]
@@ -333,6 +333,5 @@ def test_a_table_of_another_length_is_refused_on_loading() -> None:
         make_table(SequenceShard(1, 2)).load_state_dict({"weight": torch.zeros(NUM + 1, DIM)})
 
 
-def test_ranges_of_a_spec_are_those_of_its_shard() -> None:
-    shard = SequenceShard(1, 3, "zigzag")
-    assert TableSpec(NUM, DIM, 0.02, 0, shard).row_ranges() == position_ranges(NUM, 1, 3, "zigzag")
+def test_ranges_of_a_table_are_those_of_its_shard() -> None:
+    assert make_table(SequenceShard(1, 3, "zigzag")).row_ranges() == position_ranges(NUM, 1, 3, "zigzag")

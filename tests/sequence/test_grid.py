@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_lss.sequence.grid import SequenceGrid, build_grid, data_group_ranks, sequence_group_ranks
+from lightning_lss.sequence.grid import SequenceGrid, build_grid, rank_grid
 from lightning_lss.testing.fake_world import fake_world
 
 GRIDS = [(world_size, size) for world_size in (1, 2, 4, 6, 12) for size in range(1, 13) if world_size % size == 0]
@@ -25,7 +25,7 @@ def as_lists(mesh: SequenceGrid) -> tuple[list[int] | None, list[int] | None]:
 
 @pytest.mark.parametrize(("world_size", "size"), GRIDS)
 def test_sequence_groups_are_neighbours_and_data_groups_hold_the_same_segment(world_size, size) -> None:
-    sequences, replicas = sequence_group_ranks(world_size, size), data_group_ranks(world_size, size)
+    sequences, replicas = rank_grid(world_size, size).tolist(), rank_grid(world_size, size).T.tolist()
     for rank in range(world_size):
         (sequence,) = (group for group in sequences if rank in group)
         (replica,) = (group for group in replicas if rank in group)
@@ -41,8 +41,7 @@ def test_a_mesh_knows_its_place(world_size, size) -> None:
         mesh = SequenceGrid(world_size, size, rank, None, None)
         assert mesh.data_rank * size + mesh.sequence_rank == rank
         assert mesh.data_size * size == world_size
-        assert sequence_group_ranks(world_size, size)[mesh.data_rank][mesh.sequence_rank] == rank
-        assert data_group_ranks(world_size, size)[mesh.sequence_rank][mesh.data_rank] == rank
+        assert rank_grid(world_size, size)[mesh.data_rank, mesh.sequence_rank] == rank
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta:

@@ -12,9 +12,6 @@ from lightning_lss.sequence.layout import (
     LAYOUTS,
     check_layout,
     check_length,
-    chunks_of_rank,
-    chunks_per_rank,
-    holder_of_chunks,
     position_ranges,
     resolve_sequence_parallel_size,
 )
@@ -72,17 +69,6 @@ def test_zigzag_pairs_an_early_chunk_with_the_late_one_that_mirrors_it() -> None
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_rank_holds_everything_in_order(layout) -> None:
     assert position_ranges(7, 0, 1, layout) == (range(0, 7),)
-
-
-@given(size=any_size, layout=any_layout)
-def test_holder_of_chunks_is_the_inverse_of_chunks_of_rank(size, layout) -> None:
-    holders = holder_of_chunks(size, layout)
-    assert len(holders) == size * chunks_per_rank(size, layout)
-    for chunk, (rank, slot) in enumerate(holders):
-        assert chunks_of_rank(rank, size, layout)[slot] == chunk
-    for rank in range(size):
-        for slot, chunk in enumerate(chunks_of_rank(rank, size, layout)):
-            assert holders[chunk] == (rank, slot)
 
 
 @given(size=st.integers(1, 40), layout=any_layout, factor=st.integers(1, 20))

@@ -76,16 +76,13 @@ def test_round_trip_of_any_dtype_and_stride(world, layout) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
-def test_stacking_by_rank_is_the_inverse_of_position_order(size, layout) -> None:
+def test_chunks_by_rank_and_in_position_order(size, layout) -> None:
     x = numbered((2, 2 * 8 * 3, 5))
     shards = [SequenceShard(rank, size, layout) for rank in range(size)]
-    stacked = shards[0].stacked_by_rank(x, 1)
-    assert stacked.is_contiguous()
-    assert torch.equal(stacked, torch.stack([shard.split(x) for shard in shards]))
-    assert torch.equal(shards[-1].in_position_order(stacked, 1), x)
-    assert all(
-        torch.equal(torch.cat(chunks, 1), stacked[rank]) for rank, chunks in enumerate(shards[0].chunks_by_rank(x, 1))
-    )
+    segments = [shard.split(x) for shard in shards]
+    for own, chunks in zip(segments, shards[0].chunks_by_rank(x, 1)):
+        assert torch.equal(torch.cat(chunks, 1), own)
+    assert torch.equal(torch.cat(shards[-1].chunks_in_order(torch.stack(segments), 1), 1), x)
 
 
 def test_one_rank_gets_the_very_tensor() -> None:
@@ -103,6 +100,8 @@ def test_a_length_that_cannot_be_shared_is_refused() -> None:
         shard.positions(3)
     with pytest.raises(ValueError, match="length 6 "):
         shard.local_length(6)
+    with pytest.raises(ValueError, match="length 6 "):
+        shard.gather(torch.zeros(1, 3))
     assert shard.local_length(8) == 4
 
 

@@ -110,7 +110,7 @@ def count_kernels(rank: int, run: Run) -> tuple[int, int]:
     finally:
         KERNELS["cpu_flash"] = kernel
     changed = [x for x in module.modules() if calls_of(x) != Calls()]
-    return calls.count(run.steps - 1), len(changed) + sum(getattr(x, "as_operator", False) for x in module.modules())
+    return calls.count(run.steps - 1), len(changed)
 
 
 def test_selective_runs_the_kernel_of_a_users_block_once(world) -> None:
@@ -167,12 +167,8 @@ def test_changed_modules_can_be_copied_and_pickled() -> None:
         assert not torch.equal(other(tokens), model(tokens))
 
 
-def blocks_of(names: list[str] | None) -> tuple[UsersModule, MemoryOptions]:
-    return UsersModule(11, 16, 4), MemoryOptions("selective", names)
-
-
 def test_naming_some_blocks_leaves_the_others_what_they_were() -> None:
-    module, options = blocks_of(["layers.0"])
+    module, options = UsersModule(11, 16, 4), MemoryOptions("selective", ["layers.0"])
     options.apply(module)
     assert units_of(module) == list(module.layers)  # FSDP still finds them
     options.reset()
@@ -182,15 +178,6 @@ def test_naming_some_blocks_leaves_the_others_what_they_were() -> None:
 def test_a_pattern_stands_for_the_outermost_modules_that_it_matches() -> None:
     module = UsersModule(11, 16, 4)
     assert named_blocks(module, ["layers.*"]) == list(module.layers)
-
-
-def test_what_a_user_chose_comes_back() -> None:
-    module, options = blocks_of(None)
-    module.layers[1].mixer.as_operator = True
-    options.apply(module)
-    assert all(layer.mixer.as_operator for layer in module.layers)
-    options.reset()
-    assert [layer.mixer.as_operator for layer in module.layers] == [False, True, False]
 
 
 def test_tiles_refuse_what_would_be_another_training() -> None:

@@ -45,10 +45,10 @@ def select_kernel(q: Tensor, name: str = "auto") -> Kernel:
     Raises:
         ValueError: if the name is unknown, or the kernel does not support such a tensor.
     """
-    if name != "auto" and name not in KERNELS:
-        raise ValueError(f"kernel={name!r} is unknown: choose 'auto' or one of {', '.join(map(repr, KERNELS))}.")
     if name == "auto":
-        return KERNELS[next(candidate for candidate in KERNELS if _obstacle(candidate, q) is None)]
+        return next(kernel for kernel in KERNELS.values() if _obstacle(kernel.name, q) is None)
+    if name not in KERNELS:
+        raise ValueError(f"kernel={name!r} is unknown: choose 'auto' or one of {', '.join(map(repr, KERNELS))}.")
     obstacle = _obstacle(name, q)
     if obstacle is not None:
         raise ValueError(f"kernel={name!r} {obstacle}. Use kernel='auto' or 'reference'.")

@@ -22,11 +22,6 @@ def _padded(*tensors: Tensor) -> list[Tensor]:
     return [F.pad(x, (0, -x.size(-1) % 8)) if x.size(-1) % 8 else x for x in tensors]
 
 
-def _rows_first(x: Tensor) -> Tensor:
-    """View [B, H, m, D] as [B, m, H, D]."""
-    return x.transpose(1, 2)
-
-
 # -- flash -------------------------------------------------------------------------------------------------------------
 # FlashAttention-2, or 3 or 4 where ``torch.nn.attention.activate_flash_attention_impl`` has registered them under the
 # same operators. All require contiguous rows and take any other strides (the operator for version 2 copies the output
@@ -115,9 +110,9 @@ def efficient_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: floa
     padded = _padded(q, _repeated(k, q.size(1)), _repeated(v, q.size(1)))
     mask, bias_and_lengths = _BOTTOM_RIGHT if causal else _NO_MASK, [None] * 5
     out, lse, *_ = aten._efficient_attention_forward(
-        *map(_rows_first, padded), *bias_and_lengths, 0.0, mask, True, scale=scale
+        *(x.transpose(1, 2) for x in padded), *bias_and_lengths, 0.0, mask, True, scale=scale
     )
-    return _rows_first(out)[..., : q.size(-1)], lse[..., : q.size(2)]
+    return out.transpose(1, 2)[..., : q.size(-1)], lse[..., : q.size(2)]
 
 
 def efficient_backward(
@@ -126,12 +121,12 @@ def efficient_backward(
     """Compute the adjoint of :func:`efficient_forward`."""
     heads, rows = q.shape[1:3]
     padded = _padded(grad, q, _repeated(k, heads), _repeated(v, heads), out)
-    *inputs, padded_out = map(_rows_first, padded)
+    *inputs, padded_out = (x.transpose(1, 2) for x in padded)
     unused = torch.zeros((), dtype=torch.int64, device=q.device)  # the dropout generator's state
     lse = F.pad(lse, (0, -rows % _LSE_ROWS), value=float("inf")).contiguous()  # padding rows get weight 0
     mask, lengths = _BOTTOM_RIGHT if causal else _NO_MASK, (None, None, rows, k.size(2))
     *grads, _ = aten._efficient_attention_backward(
         *inputs, None, padded_out.contiguous(), *lengths, lse, 0.0, unused, unused, mask, False, scale=scale
     )
-    grad_q, grad_k, grad_v = (_rows_first(x)[..., : q.size(-1)] for x in grads)
+    grad_q, grad_k, grad_v = (x.transpose(1, 2)[..., : q.size(-1)] for x in grads)
     return grad_q, _summed(grad_k, k.size(1)), _summed(grad_v, v.size(1))
