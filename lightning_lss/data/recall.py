@@ -7,6 +7,7 @@ import torch
 
 from lightning_lss.data.sequences import Sample, SampleDataset, SequenceDataModule, Split
 from lightning_lss.nn.loss import IGNORED
+from lightning_lss.sequence.layout import check_positive
 
 _STREAM: dict[Split, int] = {"train": 0, "val": 1, "test": 2}
 
@@ -25,12 +26,8 @@ class RecallDataset(SampleDataset):
     num_samples: int
     seed: tuple[int, ...]  # two or more integers, each at least 0; different seeds give different datasets
 
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"Sample {index} does not exist: there are {len(self)}.")
+    def sample(self, index: int) -> Sample:
+        """Draw the sample at ``index``."""
         half = self.seq_len // 2
         # L + 1 tokens are needed. The first L/2 + 1 are random; the others repeat the first L/2.
         drawn = np.random.default_rng((*self.seed, index)).integers(self.vocab_size, size=half + 1)
@@ -70,14 +67,11 @@ class RecallDataModule(SequenceDataModule):
         super().__init__(seq_len, batch_size, num_workers)
         if seq_len % 2:
             raise ValueError(f"seq_len={seq_len} must be even, so that its second half can repeat the first.")
-        if vocab_size < 2 or min(train_samples, val_samples) < 1 or seed < 0:
-            raise ValueError(
-                f"vocab_size={vocab_size} must be at least 2, train_samples={train_samples} and "
-                f"val_samples={val_samples} at least 1, seed={seed} at least 0."
-            )
-        self.vocab_size = vocab_size
+        check_positive(train_samples=train_samples, val_samples=val_samples)
+        if vocab_size < 2 or seed < 0:
+            raise ValueError(f"vocab_size={vocab_size} must be at least 2, and seed={seed} at least 0.")
+        self.vocab_size, self.seed = vocab_size, seed
         self.num_samples: dict[Split, int] = {"train": train_samples, "val": val_samples, "test": val_samples}
-        self.seed = seed
 
     def dataset(self, split: Split) -> RecallDataset:
         """Return the samples of ``split``; each split has a random stream of its own."""
