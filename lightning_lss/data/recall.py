@@ -14,11 +14,10 @@ _STREAM: dict[Split, int] = {"train": 0, "val": 1, "test": 2}
 
 @dataclass(frozen=True)
 class RecallDataset(SampleDataset):
-    """Random tokens whose second half repeats the first.
+    """Samples in which ``targets[L/2:]`` equals ``inputs[:L/2]``.
 
-    In each sample ``targets[L/2:]`` equals ``inputs[:L/2]``: at position i >= L/2 the token to predict is the one at
-    i - L/2. Earlier targets would be random; they are -100, so the loss ignores them. A sample depends only on the
-    seed and its index, so it is the same in every process.
+    At position i >= L/2 the token to predict is the one at i - L/2. Earlier targets would be random; they are -100, so
+    the loss ignores them. A sample depends only on the seed and its index, so it is the same in every process.
     """
 
     seq_len: int  # L, even
@@ -41,7 +40,7 @@ class RecallDataModule(SequenceDataModule):
     """Random tokens whose second half repeats the first; only the second half counts in the loss.
 
     A model that sees the whole sequence reaches a loss of 0. A model that sees less than half of it stays at
-    ln(vocab_size). The targets of the first half are -100.
+    ln(vocab_size).
 
     Args:
         vocab_size: number of token values.

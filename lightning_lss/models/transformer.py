@@ -24,7 +24,6 @@ from lightning_lss.sequence.layout import check_positive
 
 Positions = Literal["learned", "rotary"]
 MLP = Literal["gelu", "swiglu"]
-_CHOICES = {"positions": Positions, "mlp": MLP}
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,9 @@ class TransformerConfig:
             raise ValueError(f"width={self.width} must be a multiple of num_heads={self.num_heads}.")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.kv_heads}.")
-        for name, kind in _CHOICES.items():
-            if getattr(self, name) not in get_args(kind):
-                choices = " or ".join(map(repr, get_args(kind)))
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose {choices}.")
+        for name, known in (("positions", get_args(Positions)), ("mlp", get_args(MLP))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose {' or '.join(map(repr, known))}.")
 
     @property
     def kv_heads(self) -> int:
@@ -141,11 +139,8 @@ class ExecutionConfig:
 class SelfAttention(nn.Module):
     """Attention and its projections: [B, l, E] -> [B, l, E]."""
 
-    def __init__(
-        self, config: TransformerConfig, rotary: RotaryEmbedding | None = None, execution: ExecutionConfig | None = None
-    ) -> None:
+    def __init__(self, config: TransformerConfig, execution: ExecutionConfig, rotary: RotaryEmbedding | None) -> None:
         super().__init__()
-        execution = execution or ExecutionConfig()
         self.head_dim = config.head_dim
         self.query = nn.Linear(config.width, config.width, bias=False)
         self.key_value = nn.Linear(config.width, 2 * config.kv_heads * config.head_dim, bias=False)
@@ -170,10 +165,10 @@ class MLPBlock(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        hidden = config.hidden_width
-        self.gate = nn.Linear(config.width, hidden, bias=False) if config.mlp == "swiglu" else None
-        self.up = nn.Linear(config.width, hidden, bias=False)
-        self.out = nn.Linear(hidden, config.width, bias=False)
+        width, hidden = config.width, config.hidden_width
+        self.gate = nn.Linear(width, hidden, bias=False) if config.mlp == "swiglu" else None
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.out = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each token by itself."""
@@ -183,12 +178,10 @@ class MLPBlock(nn.Module):
 class Block(nn.Module):
     """One pre-norm layer: attention and MLP, each with a residual connection."""
 
-    def __init__(
-        self, config: TransformerConfig, rotary: RotaryEmbedding | None = None, execution: ExecutionConfig | None = None
-    ) -> None:
+    def __init__(self, config: TransformerConfig, execution: ExecutionConfig, rotary: RotaryEmbedding | None) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.width)
-        self.attention = SelfAttention(config, rotary, execution)
+        self.attention = SelfAttention(config, execution, rotary)
         self.mlp_norm = nn.LayerNorm(config.width)
         self.mlp = MLPBlock(config)
         self.dropout = SegmentDropout(config.dropout)
@@ -238,7 +231,7 @@ class Transformer(nn.Module):
         self.positions = SegmentPositionalEmbedding(config.seq_len, config.width) if learned else None
         self.rotary = None if learned else RotaryEmbedding(config.head_dim)  # one for all layers
         self.dropout = SegmentDropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, self.rotary, execution) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, execution, self.rotary) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.width)
         self.head = Head(config.width, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -281,10 +274,9 @@ class Transformer(nn.Module):
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:
         """Group parameters for an optimizer, with weight decay only for the matrices of linear layers."""
-        linear = {id(m.weight) for m in self.modules() if isinstance(m, nn.Linear)}
-        linear -= {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}  # a tied head is an embedding
-        decayed = [p for p in self.parameters() if id(p) in linear]
-        others = [p for p in self.parameters() if id(p) not in linear]
+        linear = {m.weight for m in self.modules() if isinstance(m, nn.Linear)}
+        linear -= {m.weight for m in self.modules() if isinstance(m, nn.Embedding)}  # a tied head is an embedding
+        decayed, others = ([p for p in self.parameters() if (p in linear) == decays] for decays in (True, False))
         return [
             {"name": "decayed", "params": decayed, "weight_decay": weight_decay},
             {"name": "others", "params": others, "weight_decay": 0.0},
