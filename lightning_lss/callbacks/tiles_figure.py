@@ -20,8 +20,8 @@ def draw_attention_tiles(axes: Axes, length: int, size: int, layout: str, causal
             for corners in _outlines(tile, position_ranges(length, rank, size, layout)):
                 axes.add_patch(Polygon(corners, facecolor=color, edgecolor="white", linewidth=0.8))
         handles.append(Patch(color=color, label=f"rank {rank}: {100 * pairs[rank] / sum(pairs):.1f} %"))
-    place = "upper right" if causal else "center"
-    axes.legend(handles=handles[:16], title="share of the work", loc=place, fontsize=9)  # more do not fit
+    shown = handles[:16]  # more do not fit the legend
+    axes.legend(handles=shown, title="share of the work", loc="upper right" if causal else "center", fontsize=9)
     axes.set(xlim=(0, length), ylim=(length, 0), aspect="equal", xlabel="key position", ylabel="query position")
     axes.set_title(f"{layout}, S = {size}, L = {length:,}, {'causal' if causal else 'bidirectional'}")
 
