@@ -19,7 +19,7 @@ def check(cfg: DictConfig) -> None:
         return
     strategy = cfg.strategy.get("_target_", "")
     if cfg.ckpt_path is not None:
-        _check_checkpoint(cfg.ckpt_path, reads_folders=strategy.endswith(SPLITTING))
+        _check_checkpoint(cfg.ckpt_path, strategy)
     elif cfg.mode != "fit":
         raise ValueError(
             f"mode={cfg.mode} needs a trained model: add ckpt_path=<folder of the run>/checkpoints/last.ckpt."
@@ -49,10 +49,10 @@ def _check_plan(cfg: DictConfig) -> None:
             raise ValueError(f"plan.{name}={path} cannot be written: the folder {Path(path).parent} does not exist.")
 
 
-def _check_checkpoint(path: str, reads_folders: bool) -> None:
+def _check_checkpoint(path: str, strategy: str) -> None:
     if not (Path(path).exists() or "://" in path):
         raise ValueError(f"ckpt_path={path} does not exist.")
-    if Path(path).is_dir() and not reads_folders:
+    if Path(path).is_dir() and not strategy.endswith(SPLITTING):
         raise ValueError(
             f"ckpt_path={path} is a folder, and this strategy reads files: convert it with"
             " lightning_lss.checkpoint.consolidate(folder, file), or use strategy=lss."

@@ -27,9 +27,9 @@ class MegatronStrategy(SequenceParallel, ModelParallelStrategy):
     Args:
         sequence_parallel_size: number of ranks in a tensor-parallel group, a divisor of the world size; ``"auto"`` puts
             all ranks into one group.
-        check_batches: how many of the first batches of each data loader are compared over a tensor-parallel group.
-        **kwargs: further arguments of :class:`~lightning.pytorch.strategies.ModelParallelStrategy`, such as
-            ``save_distributed_checkpoint=False`` for checkpoints in one file.
+        **kwargs: ``sequence_dims`` and ``check_batches`` of :class:`~lightning_lss.LSSStrategy`, and arguments of
+            :class:`~lightning.pytorch.strategies.ModelParallelStrategy`, such as ``save_distributed_checkpoint=False``
+            for checkpoints in one file.
 
     Raises:
         ValueError: at once, if the size is not positive.
@@ -37,10 +37,8 @@ class MegatronStrategy(SequenceParallel, ModelParallelStrategy):
             ``configure_model``.
     """
 
-    def __init__(
-        self, sequence_parallel_size: int | Literal["auto"] = "auto", check_batches: int = 2, **kwargs: Any
-    ) -> None:
-        super().__init__(sequence_parallel_size, check_batches=check_batches, **kwargs)
+    def __init__(self, sequence_parallel_size: int | Literal["auto"] = "auto", **kwargs: Any) -> None:
+        super().__init__(sequence_parallel_size, **kwargs)
         self._syncs_gradients = True
 
     @property

@@ -1,7 +1,6 @@
 """``LSSTransformer``: the LightningModule of the LSS Transformer, with its loss, metrics, optimizer and schedule."""
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -11,7 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from lightning_lss.models.transformer import ExecutionConfig, Transformer, TransformerConfig
+from lightning_lss.models.transformer import Block, ExecutionConfig, Transformer, TransformerConfig
 from lightning_lss.nn.loss import IGNORED, token_mean
 from lightning_lss.nn.metrics import BitsPerByte
 from lightning_lss.sequence.segment import sequence_shard
@@ -36,14 +35,6 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     warmup_steps: int = 100
-
-    def lr_factor(self, step: int, total_steps: Callable[[], float]) -> float:
-        """Learning rate of a step as a fraction of ``lr``; ``total_steps`` is called only after the warm-up."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        progress = min(1.0, (step - self.warmup_steps) / max(1, total_steps() - self.warmup_steps))  # 0 if endless
-        least = self.min_lr / self.lr
-        return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class LSSTransformer(pl.LightningModule):
@@ -101,9 +92,10 @@ class LSSTransformer(pl.LightningModule):
         return self._flops if self.training else None
 
     def setup(self, stage: str) -> None:
-        """Compile the blocks with ``compile_blocks``."""
-        if self.execution.compile_blocks:
-            self.model.compile_blocks()
+        """Compile the blocks with ``compile_blocks``, without graph breaks unless there is dropout."""
+        for block in self.model.blocks if self.execution.compile_blocks else ():
+            assert isinstance(block, Block)
+            block.compile_forward(fullgraph=self.model.config.dropout == 0)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Compute logits [B, l, V] of tokens, int64 [B, l]; with targets, int64 [B, l], the sum of their cross
@@ -142,9 +134,16 @@ class LSSTransformer(pl.LightningModule):
         """Configure AdamW and the schedule of :class:`OptimizerConfig`."""
         chosen = replace(self.optimizer_config, lr=self.lr)
         optimizer = torch.optim.AdamW(self.model.parameter_groups(chosen.weight_decay), chosen.lr, chosen.betas)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: chosen.lr_factor(step, lambda: self.trainer.estimated_stepping_batches)
-        )
+
+        def lr_factor(step: int) -> float:
+            if step < chosen.warmup_steps:
+                return (step + 1) / chosen.warmup_steps
+            steps = self.trainer.estimated_stepping_batches - chosen.warmup_steps
+            progress = min(1.0, (step - chosen.warmup_steps) / max(1, steps))  # 0 if the run is endless
+            least = chosen.min_lr / chosen.lr
+            return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * progress))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"}}
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:

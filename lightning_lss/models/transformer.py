@@ -248,12 +248,6 @@ class Transformer(nn.Module):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=residual_std if name.endswith(".out") else 0.02)
 
-    def compile_blocks(self) -> None:
-        """Compile each block, without graph breaks unless there is dropout."""
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            block.compile_forward(fullgraph=self.config.dropout == 0)
-
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Compute logits [B, l, V] of the local tokens, int64 [B, l]; with targets, int64 [B, l], the sum of their
         cross entropies instead."""
