@@ -4,7 +4,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from hydra.core.global_hydra import GlobalHydra
@@ -33,7 +33,7 @@ def help_text(_root_: DictConfig) -> str:
     runtime = _root_.hydra.runtime
     folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
     choices = {group: name for group, name in reversed(runtime.choices.items()) if not group.startswith("hydra")}
-    cfg = cast("dict[str, Any]", OmegaConf.to_container(_root_))
+    cfg: Any = OmegaConf.to_container(_root_)
     del cfg["hydra"]
     name = program_name()
     command = {"train.py": "python train.py", "lightning_lss.cli": "python -m lightning_lss.cli"}.get(name, name)

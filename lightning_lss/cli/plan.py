@@ -53,8 +53,7 @@ def _options(cfg: DictConfig, usual_precision: str) -> dict[str, Any]:
     A CPU trainer with its default precision says nothing about other hardware, which then has its usual one.
     """
     names = {field.name for field in fields(Options)}
-    given = OmegaConf.to_container(cfg.strategy, resolve=True)
-    assert isinstance(given, dict)
+    given: Any = OmegaConf.to_container(cfg.strategy, resolve=True)
     chosen = {name: value for name, value in given.items() if name in names and value not in (None, "auto")}
     left_alone = cfg.trainer.accelerator == "cpu" and cfg.trainer.precision == "32-true"
     precision = cfg.plan.precision or (usual_precision if left_alone else str(cfg.trainer.precision))

@@ -185,15 +185,12 @@ def own_copy(x: Tensor) -> Tensor:
 
 
 def reduce_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
-    """Complete the gradients after a backward pass; every rank of the mesh must call it.
+    """Complete the gradients of a model that :func:`parallelize` has split over ``mesh``, after a backward pass; every
+    rank of the mesh must call it.
 
     Each rank has computed its segment's part of the gradients of whole weights (norms, embedding, head). One all-reduce
     sums the parts of all of them, as Megatron-LM finalizes its gradients. Then all gradients are averaged over the
     data-parallel ranks.
-
-    Args:
-        parameters: parameters of a model that :func:`parallelize` has split.
-        mesh: the mesh given to :func:`parallelize`.
     """
     with_grad: list[Any] = [x for x in parameters if x.grad is not None]  # DTensors
     parts = [x for x in with_grad if x.grad.placements[0].is_partial()]

@@ -18,7 +18,7 @@ from lightning_lss.attention.spec import HeadChunks, check_head_chunks
 from lightning_lss.nn.dropout import SegmentDropout
 from lightning_lss.nn.loss import linear_cross_entropy
 from lightning_lss.nn.positions import SegmentPositionalEmbedding
-from lightning_lss.nn.recompute import ActivationCheckpointing, apply_checkpointing, apply_tiles, check_checkpointing
+from lightning_lss.nn.recompute import ActivationCheckpointing, apply_checkpointing, apply_tiles
 from lightning_lss.nn.rotary import RotaryEmbedding
 from lightning_lss.sequence.layout import check_positive
 
@@ -113,16 +113,11 @@ class ExecutionConfig:
         head_chunks: number of parts in which the key/value heads are gathered, a divisor of their number, or
             ``"auto"``. More parts need less memory and send smaller messages. See :func:`lightning_lss.lss_attention`.
         keep_gathered: keep gathered keys and values for the backward pass; see :func:`lightning_lss.lss_attention`.
-        activation_checkpointing: what autograd keeps of a block between forward and backward: ``"none"`` (everything it
-            asks for), ``"full"``, ``"selective"`` or ``"offload"``; see
-            :func:`lightning_lss.nn.recompute.apply_checkpointing`.
+        activation_checkpointing: what autograd keeps of a block: ``"none"`` (everything it asks for), ``"full"``,
+            ``"selective"`` or ``"offload"``; see :func:`lightning_lss.nn.recompute.apply_checkpointing`.
         mlp_tiles: number of parts along the sequence in which the MLP is computed; the backward pass computes each part
-            again. It lowers the peak where one block's hidden MLP activations dominate it, as with activation
-            checkpointing.
+            again. It lowers the peak where one block's hidden MLP activations dominate it, as with checkpointing.
         compile_blocks: compile each block with ``torch.compile``, without graph breaks unless there is dropout.
-
-    Raises:
-        ValueError: if the number of tiles is not positive, or the kind of activation checkpointing is unknown.
     """
 
     head_chunks: HeadChunks = "auto"
@@ -130,10 +125,6 @@ class ExecutionConfig:
     activation_checkpointing: ActivationCheckpointing = "none"
     mlp_tiles: int = 1
     compile_blocks: bool = False
-
-    def __post_init__(self) -> None:
-        check_positive(mlp_tiles=self.mlp_tiles)
-        check_checkpointing(self.activation_checkpointing)
 
 
 class SelfAttention(nn.Module):
@@ -217,12 +208,13 @@ class Transformer(nn.Module):
     """Map tokens of a segment to logits: int64 [B, l] -> [B, l, V].
 
     Raises:
-        ValueError: if the head chunks of ``execution`` do not divide the key/value heads.
+        ValueError: if an option of ``execution`` is out of range, or its head chunks do not divide the key/value heads.
     """
 
     def __init__(self, config: TransformerConfig, execution: ExecutionConfig | None = None) -> None:
         super().__init__()
         execution = execution or ExecutionConfig()
+        check_positive(mlp_tiles=execution.mlp_tiles)
         if execution.head_chunks != "auto":
             check_head_chunks(execution.head_chunks, config.kv_heads, execution.keep_gathered)
         self.config = config
@@ -236,26 +228,17 @@ class Transformer(nn.Module):
         self.head = Head(config.width, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        self.reset_parameters()
-        apply_tiles([block.get_submodule("mlp") for block in self.blocks], execution.mlp_tiles)
-        apply_checkpointing(self.blocks, execution.activation_checkpointing)
-
-    def reset_parameters(self) -> None:
-        """Initialize weights like GPT-2: normal with standard deviation 0.02, divided by sqrt(2 * layers) for layers
-        that add to the residual stream."""
-        residual_std = 0.02 / (2 * self.config.num_layers) ** 0.5
+        # as in GPT-2: layers that add to the residual stream start smaller
+        residual_std = 0.02 / (2 * config.num_layers) ** 0.5
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=residual_std if name.endswith(".out") else 0.02)
+        apply_tiles([block.get_submodule("mlp") for block in self.blocks], execution.mlp_tiles)
+        apply_checkpointing(self.blocks, execution.activation_checkpointing)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Compute logits [B, l, V] of the local tokens, int64 [B, l]; with targets, int64 [B, l], the sum of their
         cross entropies instead."""
-        features = self.features(tokens)
-        return self.head(features) if targets is None else self.head.loss(features.flatten(0, 1), targets.flatten())
-
-    def features(self, tokens: Tensor) -> Tensor:
-        """Compute the head's input [B, l, E] of the local tokens, int64 [B, l]."""
         x = self.embedding(tokens)
         if self.positions is not None:
             x = x + self.positions(tokens.size(1))
@@ -264,7 +247,8 @@ class Transformer(nn.Module):
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+        x = self.norm(x)
+        return self.head(x) if targets is None else self.head.loss(x.flatten(0, 1), targets.flatten())
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:
         """Group parameters for an optimizer, with weight decay only for the matrices of linear layers."""

@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
 
-from lightning_lss.callbacks import GradientNormMonitor, LSSThroughputMonitor, PeakMemoryMonitor, RunLayout, peak_memory
+from lightning_lss.callbacks import GradientNormMonitor, LSSThroughputMonitor, PeakMemoryMonitor, RunLayout
+from lightning_lss.callbacks.memory import peak_memory
 from lightning_lss.callbacks.tiles_figure import draw_attention_tiles
 from tests.training import Run, make_loader, make_module, make_samples, make_trainer
 

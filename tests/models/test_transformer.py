@@ -224,6 +224,8 @@ def test_operations_can_be_counted_on_meta_tensors() -> None:
         ({"positions": "sinusoidal"}, "positions='sinusoidal' is unknown: choose 'learned' or 'rotary'"),
         ({"head_chunks": 3}, "head_chunks=3 must be 'auto' or a divisor of the 4 key/value heads"),
         ({"head_chunks": 2, "keep_gathered": True}, "keep_gathered=True gathers all heads at once"),
+        ({"mlp_tiles": 0}, "mlp_tiles=0 must be a positive integer"),
+        ({"activation_checkpointing": "half"}, "activation_checkpointing='half' is unknown: choose 'none' or 'full'"),
         ({"mlp": "relu"}, "mlp='relu' is unknown: choose 'gelu' or 'swiglu'"),
     ],
 )
