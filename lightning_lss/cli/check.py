@@ -72,11 +72,9 @@ def _check_split(cfg: DictConfig, strategy: str, world_size: int) -> None:
             )
         return
     size = layouts.resolve_sequence_parallel_size(world_size, cfg.strategy.sequence_parallel_size)
-    layout = cfg.strategy.get("layout", "auto")
+    layout = cfg.strategy.get("layout", "auto").replace("auto", "zigzag")
     if strategy.endswith("MegatronStrategy"):
         layouts.check_heads(cfg.model.num_heads, size)
         layout = "contiguous"
-    elif layout == "auto":
-        layout = "zigzag"
     layouts.check_layout(layout)
     layouts.check_length(cfg.seq_len, size, layout)

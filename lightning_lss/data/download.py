@@ -20,13 +20,8 @@ class ZippedFile:
 
     url: str  # http or https
     zip_sha256: str
-    name: str  # in the archive, and on disk
+    name: str  # in the archive, and on disk; the archive's own ends in .zip
     sha256: str
-
-    @property
-    def zip_name(self) -> str:
-        """The archive's name on disk."""
-        return f"{self.name}.zip"
 
     def is_unpacked_at(self, path: Path) -> bool:
         """Return whether ``path`` is the file."""
@@ -39,18 +34,16 @@ class ZippedFile:
             FileNotFoundError: if neither is there.
             ValueError: if what is there has another SHA-256.
         """
-        candidates = [path / self.name, path / self.zip_name] if path.is_dir() else [path]
+        candidates = [path / self.name, path / f"{self.name}.zip"] if path.is_dir() else [path]
         existing = {file: pooch.file_hash(file) for file in candidates if file.is_file()}
         if not existing:
-            raise FileNotFoundError(
-                f"{' and '.join(map(str, candidates))} do{'' if path.is_dir() else 'es'} not exist."
-            )
+            raise FileNotFoundError(f"There is no file {' or '.join(map(str, candidates))}.")
         for file, sha256 in existing.items():
             if sha256 in (self.sha256, self.zip_sha256):
                 return file
         raise ValueError(
             f"{' and '.join(f'{file} has the SHA-256 {sha256}' for file, sha256 in existing.items())}, but {self.name} has"
-            f" {self.sha256} and {self.zip_name} {self.zip_sha256}. It is another file or an incomplete copy: copy it again."
+            f" {self.sha256} and {self.name}.zip {self.zip_sha256}. It is another file or an incomplete copy: copy it again."
         )
 
     def fetch(self, folder: Path, archive: Path | None = None) -> None:
@@ -78,7 +71,7 @@ class ZippedFile:
 
     def _download(self, folder: Path) -> Path:
         """Return the archive in ``folder``, which pooch writes to a temporary file until its SHA-256 is right."""
-        name = self.zip_name
+        name = f"{self.name}.zip"
         # pooch waits 1 s before the first retry and 2 s before the second.
         files = pooch.create(folder, "", registry={name: self.zip_sha256}, urls={name: self.url}, retry_if_failed=2)
         try:

@@ -219,9 +219,9 @@ class TestCopyOnDisk:
         assert not cache.exists()
 
     def test_is_refused_if_missing(self, source: ZippedFile, cache: Path, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"nowhere does not exist"):
+        with pytest.raises(FileNotFoundError, match=r"There is no file .*nowhere\."):
             make_data(source, cache, path=tmp_path / "nowhere")
-        with pytest.raises(FileNotFoundError, match=r"tiny8 and .*tiny8\.zip do not exist"):
+        with pytest.raises(FileNotFoundError, match=r"There is no file .*tiny8 or .*tiny8\.zip\."):
             make_data(source, cache, path=tmp_path)
 
     def test_is_refused_if_incomplete(self, source: ZippedFile, cache: Path, tmp_path: Path) -> None:
