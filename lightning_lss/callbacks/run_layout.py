@@ -1,11 +1,12 @@
 """How a run is laid out, in TensorBoard."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
@@ -17,15 +18,6 @@ from lightning_lss.sequence.dtypes import in_autocast_dtype
 from lightning_lss.sequence.segment import sequence_shard
 
 
-class _AttentionCall(NamedTuple):
-    """What a rank's attention was given."""
-
-    attention: LSSAttention
-    queries: torch.Size  # [B, H, l, D]
-    keys: torch.Size  # [B, G, l, D]
-    dtype: torch.dtype  # that of keys and values when they are sent
-
-
 class RunLayout(pl.Callback):
     """Writes to TensorBoard, once a run, the attention tiles by rank, a table of sizes, and the hyperparameters.
 
@@ -35,7 +27,7 @@ class RunLayout(pl.Callback):
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
-        self._calls: list[_AttentionCall] = []
+        self._calls: list[tuple[LSSAttention, torch.Size, torch.Size, torch.dtype]] = []
         self._hyperparameters_written = False
 
     @override
@@ -47,14 +39,14 @@ class RunLayout(pl.Callback):
     def _note_call(self, module: LSSAttention, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         tensors = dict(zip("qkv", args)) | kwargs
         dtype = module.shard.communication_dtype or in_autocast_dtype(tensors["k"].new_empty(0))[0].dtype
-        self._calls.append(_AttentionCall(module, tensors["q"].shape, tensors["k"].shape, dtype))
+        self._calls.append((module, tensors["q"].shape, tensors["k"].shape, dtype))
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         for handle in self._handles:
             handle.remove()
         if self._calls and trainer.is_global_zero:
-            _write_layout(trainer, pl_module, self._calls[0])
+            _write_layout(trainer, pl_module, *self._calls[0])
         self._handles, self._calls = [], []
 
     @override
@@ -71,28 +63,23 @@ class RunLayout(pl.Callback):
                 logger.log_hyperparams(logger.hparams, metrics, step=trainer.global_step - 1)
 
 
-def _write_layout(trainer: pl.Trainer, pl_module: pl.LightningModule, call: _AttentionCall) -> None:
-    shard, attention = sequence_shard(pl_module), call.attention
-    rows = _table_rows(trainer, pl_module, call)
-    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text("run layout", table)
-            if attention.shard.size == shard.size:  # otherwise ranks share out heads, and each has the whole matrix
-                tiles = draw_attention_tiles(call.keys[2] * shard.size, shard.size, shard.layout, attention.causal)
-                logger.experiment.add_figure("attention tiles", tiles)
-
-
-def _table_rows(trainer: pl.Trainer, pl_module: pl.LightningModule, call: _AttentionCall) -> dict[str, str]:
+def _write_layout(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    attention: LSSAttention,
+    queries: torch.Size,  # [B, H, l, D]
+    keys: torch.Size,  # [B, G, l, D]
+    dtype: torch.dtype,  # that of keys and values when they are sent
+) -> None:
     shard = sequence_shard(pl_module)
-    batch_size, heads, rows, head_dim = call.keys
-    length = rows * call.attention.shard.size
-    if call.attention.shard.size == shard.size:  # LSS: a rank receives the other ranks' keys and values
-        elements, where = 2 * call.keys.numel(), ""
-    else:  # tensor parallelism: a layer gathers and sums [B, l, E] twice each, as many elements as a rank's queries
-        elements, where = 4 * call.queries.numel(), " on each rank"
-    direction = "causal" if call.attention.causal else "bidirectional"
-    return {
+    batch_size, heads, local_length, head_dim = keys
+    length = local_length * attention.shard.size
+    splits_heads = attention.shard.size != shard.size  # tensor parallelism: each rank has the whole matrix
+    # Elements of each other rank: keys and values, or under tensor parallelism [B, l, E], as many as a rank's queries,
+    # for two gathers and two sums.
+    elements = 4 * queries.numel() if splits_heads else 2 * keys.numel()
+    direction, where = "causal" if attention.causal else "bidirectional", " on each rank" if splits_heads else ""
+    rows = {
         "processes W = D x S": f"{trainer.world_size} = {trainer.world_size // shard.size} x {shard.size}",
         "sequence length L": f"{length:,}",
         "segment length l = L / S": f"{length // shard.size:,}",
@@ -100,6 +87,14 @@ def _table_rows(trainer: pl.Trainer, pl_module: pl.LightningModule, call: _Atten
         "batch per sequence group": f"{batch_size}",
         "attention": f"{direction}, {heads} key/value heads of width {head_dim}{where}",
         "parameters": f"{count_parameters(pl_module, shard.size):,}",
-        "bytes received per layer and rank, forward": f"{elements * call.dtype.itemsize * (shard.size - 1):,}",
+        "bytes received per layer and rank, forward": f"{elements * dtype.itemsize * (shard.size - 1):,}",
         "precision": str(trainer.precision),
     }
+    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text("run layout", table)
+            if not splits_heads:
+                figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+                draw_attention_tiles(figure.subplots(), length, shard.size, shard.layout, attention.causal)
+                logger.experiment.add_figure("attention tiles", figure)

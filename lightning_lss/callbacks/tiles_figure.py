@@ -1,36 +1,27 @@
 """Pictures of how a sequence is split."""
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Polygon
 
 from lightning_lss.attention.tiles import Tile, attention_tiles, pairs_of_rank
 from lightning_lss.sequence.layout import position_ranges
 
 
-def draw_attention_tiles(length: int, size: int, layout: str, causal: bool) -> Figure:
+def draw_attention_tiles(axes: Axes, length: int, size: int, layout: str, causal: bool) -> None:
     """Draw the attention matrix of a sequence of ``length`` L over ``size`` ranks: each rank's tiles have its colour.
 
     With ``causal`` the upper triangle is hidden. Raises ``ValueError`` if ``layout`` cannot divide the length evenly.
     """
-    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
-    paint_attention_tiles(figure.subplots(), length, size, layout, causal)
-    return figure
-
-
-def paint_attention_tiles(axes: Axes, length: int, size: int, layout: str, causal: bool) -> None:
-    """Draw what :func:`draw_attention_tiles` draws onto existing axes."""
-    tiles = [attention_tiles(length, rank, size, layout, causal) for rank in range(size)]
     pairs = [pairs_of_rank(length, rank, size, layout, causal) for rank in range(size)]
     handles = []
-    for rank, own in enumerate(tiles):
+    for rank in range(size):
         color = f"C{rank}"  # matplotlib's cycle of colours, which starts again when it ends
-        for tile in own:
+        for tile in attention_tiles(length, rank, size, layout, causal):
             for corners in _outlines(tile, position_ranges(length, rank, size, layout)):
                 axes.add_patch(Polygon(corners, facecolor=color, edgecolor="white", linewidth=0.8))
         handles.append(Patch(color=color, label=f"rank {rank}: {100 * pairs[rank] / sum(pairs):.1f} %"))
-    named = handles[:16]  # more do not fit the legend
-    axes.legend(handles=named, title="share of the work", loc="upper right" if causal else "center", fontsize=9)
+    shown = handles[:16]  # more do not fit the legend
+    axes.legend(handles=shown, title="share of the work", loc="upper right" if causal else "center", fontsize=9)
     axes.set(xlim=(0, length), ylim=(length, 0), aspect="equal", xlabel="key position", ylabel="query position")
     axes.set_title(f"{layout}, S = {size}, L = {length:,}, {'causal' if causal else 'bidirectional'}")
 

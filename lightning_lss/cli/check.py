@@ -4,7 +4,6 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_lss.cli.plan import check_plan
 from lightning_lss.sequence import layout as layouts
 
 MODES = ("fit", "validate", "test", "predict", "plan")
@@ -16,14 +15,11 @@ def check(cfg: DictConfig) -> None:
     if cfg.mode not in MODES:
         raise ValueError(f"mode={cfg.mode} is unknown: choose one of {', '.join(MODES)}.")
     if cfg.mode == "plan":
-        if cfg.get("hardware") is None:
-            raise ValueError(
-                "mode=plan needs hardware to plan for: add hardware=cpu, hardware=h100 or another choice of that group."
-            )
-        check_plan(cfg)
+        _check_plan(cfg)
         return
+    strategy = cfg.strategy.get("_target_", "")
     if cfg.ckpt_path is not None:
-        check_checkpoint(cfg)
+        _check_checkpoint(cfg.ckpt_path, strategy)
     elif cfg.mode != "fit":
         raise ValueError(
             f"mode={cfg.mode} needs a trained model: add ckpt_path=<folder of the run>/checkpoints/last.ckpt."
@@ -32,39 +28,53 @@ def check(cfg: DictConfig) -> None:
     if missing:
         raise ValueError(f"{missing[0]} is not set: add {missing[0]}=...")
     if isinstance(cfg.devices, int) and cfg.devices > 0:
-        check_split(cfg, cfg.devices * cfg.trainer.num_nodes)
+        _check_split(cfg, strategy, cfg.devices * cfg.trainer.num_nodes)
 
 
-def check_checkpoint(cfg: DictConfig) -> None:
-    """Refuse a missing checkpoint, and a folder where the strategy reads files only; raises ``ValueError``."""
-    path = Path(cfg.ckpt_path)
-    if not (path.exists() or "://" in cfg.ckpt_path):
+def _check_plan(cfg: DictConfig) -> None:
+    if cfg.get("hardware") is None:
+        raise ValueError(
+            "mode=plan needs hardware to plan for: add hardware=cpu, hardware=h100 or another choice of that group."
+        )
+    if not isinstance(cfg.devices, int):
+        raise ValueError(f"mode=plan needs a number of devices, not devices={cfg.devices}: add devices=8, for example.")
+    if cfg.trainer.accelerator not in ("cpu", "auto") and cfg.hardware.kernel == "cpu_flash":
+        raise ValueError(
+            f"hardware={cfg.hardware.name} does not match trainer.accelerator={cfg.trainer.accelerator}: add"
+            " hardware=v100, a100, h100 or h200."
+        )
+    for name in ("csv", "png"):
+        path = cfg.plan[name]
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"plan.{name}={path} cannot be written: the folder {Path(path).parent} does not exist.")
+
+
+def _check_checkpoint(path: str, strategy: str) -> None:
+    if not (Path(path).exists() or "://" in path):
         raise ValueError(f"ckpt_path={path} does not exist.")
-    if path.is_dir() and not cfg.strategy.get("_target_", "").endswith(SPLITTING):
+    if Path(path).is_dir() and not strategy.endswith(SPLITTING):
         raise ValueError(
             f"ckpt_path={path} is a folder, and this strategy reads files: convert it with"
             " lightning_lss.checkpoint.consolidate(folder, file), or use strategy=lss."
         )
 
 
-def check_split(cfg: DictConfig, world_size: int) -> None:
-    """Refuse sizes that do not divide each other; raises ``ValueError``."""
-    target = cfg.strategy.get("_target_", "")
-    if target == "builtins.str" and world_size > 1:
+def _check_split(cfg: DictConfig, strategy: str, world_size: int) -> None:
+    """Refuse sizes that do not divide each other."""
+    if strategy == "builtins.str" and world_size > 1:
         raise ValueError(
             f"strategy=single has one process, not devices={world_size}: use strategy=lss or strategy=ddp."
         )
-    if not target.endswith(SPLITTING):
+    if not strategy.endswith(SPLITTING):
         if cfg.sequence_parallel_size not in ("auto", 1):
             raise ValueError(
                 f"sequence_parallel_size={cfg.sequence_parallel_size} has no effect with this strategy: use strategy=lss."
             )
         return
     size = layouts.resolve_sequence_parallel_size(world_size, cfg.strategy.sequence_parallel_size)
-    if target.endswith("MegatronStrategy"):
+    layout = cfg.strategy.get("layout", "auto").replace("auto", "zigzag")
+    if strategy.endswith("MegatronStrategy"):
         layouts.check_heads(cfg.model.num_heads, size)
         layout = "contiguous"
-    else:
-        layout = "zigzag" if cfg.strategy.layout == "auto" else cfg.strategy.layout
     layouts.check_layout(layout)
     layouts.check_length(cfg.seq_len, size, layout)

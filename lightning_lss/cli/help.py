@@ -4,9 +4,11 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 WIDTH, LEFT = 100, 38  # characters of a line, and of its left column
@@ -30,7 +32,9 @@ def help_text(_root_: DictConfig) -> str:
     """
     runtime = _root_.hydra.runtime
     folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
-    choices = {group: name for group, name in reversed(dict(runtime.choices).items()) if not group.startswith("hydra")}
+    choices = {group: name for group, name in reversed(runtime.choices.items()) if not group.startswith("hydra")}
+    cfg: Any = OmegaConf.to_container(_root_)
+    del cfg["hydra"]
     name = program_name()
     command = {"train.py": "python train.py", "lightning_lss.cli": "python -m lightning_lss.cli"}.get(name, name)
     lines = [
@@ -39,11 +43,15 @@ def help_text(_root_: DictConfig) -> str:
         "Examples\n",
         *(f"    # {what}\n    {command} {words}".rstrip() for what, words in EXAMPLES.items()),
         "\nGroups: GROUP=CHOICE, * marks the present choice",
-        *_group_lines(folders, choices),
-        "\nKeys: KEY=VALUE, with the values of these choices",
-        *_key_lines(cast("dict[str, Any]", OmegaConf.to_container(_root_)), choices, comments(folders, choices)),
-        "\n--hydra-help shows Hydra's own options. HYDRA_FULL_ERROR=1 shows where an error was found.",
     ]
+    for group, chosen in choices.items():
+        lines.append("")
+        for file in [file for folder in folders for file in sorted((folder / group).glob("*.yaml"))]:
+            lines.append(_columns(f"{'*' if file.stem == chosen else ' '} {group}={file.stem}", description(file)))
+    lines.append("\nKeys: KEY=VALUE, with the values of these choices\n")
+    for key, value, comment in keys(cfg, "", comments(folders, _root_.hydra)):
+        lines.append("" if key in choices else _columns(f"  {key}{value}", comment))
+    lines.append("\n--hydra-help shows Hydra's own options. HYDRA_FULL_ERROR=1 shows where an error was found.")
     return "\n".join(lines).replace("$", "$$")
 
 
@@ -51,22 +59,6 @@ def program_name() -> str:
     """Return the name of this program, as the user typed it: ``train.py``, ``lightning-lss`` or the module's name."""
     name = Path(sys.argv[0]).name
     return "lightning_lss.cli" if name == "__main__.py" else name
-
-
-def _group_lines(folders: list[Path], choices: dict[str, str | None]) -> Iterator[str]:
-    for group, chosen in choices.items():
-        yield ""
-        files = {file.stem: file for folder in folders for file in sorted((folder / group).glob("*.yaml"))}
-        for name, file in files.items():
-            yield _columns(f"{'*' if name == chosen else ' '} {group}={name}", description(file))
-
-
-def _key_lines(cfg: dict[str, Any], choices: dict[str, str | None], known: dict[str, str]) -> Iterator[str]:
-    top = {key: value for key, value in cfg.items() if key not in choices and key != "hydra"}
-    sections = {"": top, **{f"{group}.": cfg[group] for group in choices if cfg.get(group)}}
-    for prefix, section in sections.items():
-        yield ""
-        yield from (_columns(f"  {key}{value}", comment) for key, value, comment in keys(section, prefix, known))
 
 
 def _columns(left: str, right: str) -> str:
@@ -98,27 +90,18 @@ def _as_yaml(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
 
 
-def comments(folders: list[Path], choices: dict[str, str | None]) -> dict[str, str]:
-    """Find the comment of each key, such as ``model.width``, in the main file, the chosen files and their bases."""
+def comments(folders: list[Path], hydra: DictConfig) -> dict[str, str]:
+    """Find the comment of each key, such as ``model.width``, in the files that Hydra composes, in its order."""
+    loader = GlobalHydra.instance().config_loader()
+    composed = loader.compute_defaults_list(hydra.job.config_name, [*hydra.overrides.task], RunMode.RUN).defaults
     known: dict[str, str] = {}
-    for file in (file for folder in folders for file in folder.glob("*.yaml")):
-        known |= comments_of(file)
-    for group, choice in choices.items():
-        known |= _with_bases(folders, group, choice)
+    for default in composed:
+        files = (folder / f"{default.config_path}.yaml" for folder in folders)
+        file = next((file for file in files if file.is_file()), None)  # none for Hydra's own
+        if file is not None:
+            prefix = f"{default.package}." if default.package else ""
+            known |= {f"{prefix}{key}": comment for key, comment in comments_of(file).items()}
     return known
-
-
-def _with_bases(folders: list[Path], group: str, choice: str | None) -> dict[str, str]:
-    """Find the comments of a choice: its own, else those of the choices of the same group in its defaults list."""
-    file = next((file for folder in folders if (file := folder / group / f"{choice}.yaml").is_file()), None)
-    if file is None:
-        return {}
-    known: dict[str, str] = {}
-    for base in yaml.safe_load(file.read_text()).get("defaults", []):
-        if isinstance(base, str):  # others change the choice of another group
-            known |= _with_bases(folders, group, base)
-    prefix = "" if "# @package _global_" in file.read_text() else f"{group}."
-    return known | {f"{prefix}{key}": comment for key, comment in comments_of(file).items()}
 
 
 def comments_of(file: Path) -> dict[str, str]:

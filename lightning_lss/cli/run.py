@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hydra
 import lightning.pytorch as pl
@@ -19,20 +21,24 @@ def run(cfg: DictConfig) -> None:
     """Instantiate everything that ``cfg`` names, and call the Trainer's method for its mode."""
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = hydra.utils.instantiate(cfg.data)
-    unset = [name for name in ("vocab_size", "bytes_per_token") if cfg.model[name] is None]
-    from_data = {name: getattr(datamodule, name) for name in unset}
-    model = hydra.utils.instantiate(cfg.model, _convert_="all", **from_data)
+    model = make_model(cfg, lambda name: getattr(datamodule, name))
     logger = hydra.utils.instantiate(cfg.logger) if cfg.get("logger") else False
     callbacks = [hydra.utils.instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
     # LearningRateMonitor refuses to work without a logger.
     callbacks = [callback for callback in callbacks if logger or not isinstance(callback, LearningRateMonitor)]
-    strategy = hydra.utils.instantiate(cfg.strategy)
+    strategy = hydra.utils.instantiate(cfg.strategy, _convert_="all")
     given = {"strategy": strategy, "logger": logger, "callbacks": callbacks, "default_root_dir": cfg.output_dir}
     trainer: pl.Trainer = hydra.utils.instantiate(cfg.trainer, **given)
     options = {"return_predictions": False} if cfg.mode == "predict" else {}
     getattr(trainer, cfg.mode)(model, datamodule=datamodule, ckpt_path=cfg.ckpt_path, **options)
     if trainer.is_global_zero:
         report(trainer, Path(cfg.output_dir))
+
+
+def make_model(cfg: DictConfig, of_data: Callable[[str], Any]) -> pl.LightningModule:
+    """Instantiate the model; ``of_data`` gives by name what the configuration leaves to the data."""
+    left_open = [name for name in ("vocab_size", "bytes_per_token") if cfg.model.get(name, "") is None]
+    return hydra.utils.instantiate(cfg.model, _convert_="all", **{name: of_data(name) for name in left_open})
 
 
 def run_in_new_process() -> float | None:
@@ -43,9 +49,12 @@ def run_in_new_process() -> float | None:
     """
     if "RANK" in os.environ:
         raise ValueError("-m starts a process for each run and does not work under torchrun: give one run at a time.")
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    overrides = [*HydraConfig.get().overrides.task, f'hydra.run.dir="{folder}"', *config_choice(sys.argv[1:])]
-    subprocess.run([*program(), *overrides], check=True, cwd=hydra.utils.get_original_cwd())
+    chosen = HydraConfig.get()
+    folder = Path(chosen.runtime.output_dir)
+    flags = {"main": "--config-path", "command-line": "--config-dir"}
+    words = [f"{flags[x.provider]}={x.path}" for x in chosen.runtime.config_sources if x.provider in flags]
+    words += [f"--config-name={chosen.job.config_name}", *chosen.overrides.task, f'hydra.run.dir="{folder}"']
+    subprocess.run([*program(), *words], check=True, cwd=hydra.utils.get_original_cwd())
     return json.loads((folder / RESULT).read_text()).get("val/bits_per_byte")
 
 
@@ -54,10 +63,3 @@ def program() -> list[str]:
     if sys.modules["__main__"].__spec__ is not None:
         return [sys.executable, "-m", "lightning_lss.cli"]
     return [sys.executable, hydra.utils.to_absolute_path(sys.argv[0])]
-
-
-def config_choice(given: list[str]) -> list[str]:
-    """Select ``--config-name``, ``--config-dir`` and their values from the arguments."""
-    flags = ("--config-name", "-cn", "--config-dir", "-cd", "--config-path", "-cp")
-    pairs = [given[i : i + 2] for i, word in enumerate(given) if word in flags]
-    return [word for pair in pairs for word in pair] + [w for w in given if w.startswith(tuple(f"{f}=" for f in flags))]

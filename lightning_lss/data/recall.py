@@ -7,17 +7,17 @@ import torch
 
 from lightning_lss.data.sequences import Sample, SampleDataset, SequenceDataModule, Split
 from lightning_lss.nn.loss import IGNORED
+from lightning_lss.sequence.layout import check_positive
 
 _STREAM: dict[Split, int] = {"train": 0, "val": 1, "test": 2}
 
 
 @dataclass(frozen=True)
 class RecallDataset(SampleDataset):
-    """Random tokens whose second half repeats the first.
+    """Samples in which ``targets[L/2:]`` equals ``inputs[:L/2]``.
 
-    In each sample ``targets[L/2:]`` equals ``inputs[:L/2]``: at position i >= L/2 the token to predict is the one at
-    i - L/2. Earlier targets would be random; they are -100, so the loss ignores them. A sample depends only on the
-    seed and its index, so it is the same in every process.
+    At position i >= L/2 the token to predict is the one at i - L/2. Earlier targets would be random; they are -100, so
+    the loss ignores them. A sample depends only on the seed and its index, so it is the same in every process.
     """
 
     seq_len: int  # L, even
@@ -25,12 +25,8 @@ class RecallDataset(SampleDataset):
     num_samples: int
     seed: tuple[int, ...]  # two or more integers, each at least 0; different seeds give different datasets
 
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"Sample {index} does not exist: there are {len(self)}.")
+    def sample(self, index: int) -> Sample:
+        """Draw the sample at ``index``."""
         half = self.seq_len // 2
         # L + 1 tokens are needed. The first L/2 + 1 are random; the others repeat the first L/2.
         drawn = np.random.default_rng((*self.seed, index)).integers(self.vocab_size, size=half + 1)
@@ -44,7 +40,7 @@ class RecallDataModule(SequenceDataModule):
     """Random tokens whose second half repeats the first; only the second half counts in the loss.
 
     A model that sees the whole sequence reaches a loss of 0. A model that sees less than half of it stays at
-    ln(vocab_size). The targets of the first half are -100.
+    ln(vocab_size).
 
     Args:
         vocab_size: number of token values.
@@ -70,14 +66,11 @@ class RecallDataModule(SequenceDataModule):
         super().__init__(seq_len, batch_size, num_workers)
         if seq_len % 2:
             raise ValueError(f"seq_len={seq_len} must be even, so that its second half can repeat the first.")
-        if vocab_size < 2 or min(train_samples, val_samples) < 1 or seed < 0:
-            raise ValueError(
-                f"vocab_size={vocab_size} must be at least 2, train_samples={train_samples} and "
-                f"val_samples={val_samples} at least 1, seed={seed} at least 0."
-            )
-        self.vocab_size = vocab_size
+        check_positive(train_samples=train_samples, val_samples=val_samples)
+        if vocab_size < 2 or seed < 0:
+            raise ValueError(f"vocab_size={vocab_size} must be at least 2, and seed={seed} at least 0.")
+        self.vocab_size, self.seed = vocab_size, seed
         self.num_samples: dict[Split, int] = {"train": train_samples, "val": val_samples, "test": val_samples}
-        self.seed = seed
 
     def dataset(self, split: Split) -> RecallDataset:
         """Return the samples of ``split``; each split has a random stream of its own."""

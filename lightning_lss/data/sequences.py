@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_lss.sequence.layout import check_positive
+
 Split = Literal["train", "val", "test"]
 Sample = dict[str, Tensor]
 
@@ -22,18 +24,11 @@ _STAGES: dict[Split, set[str]] = {"train": {"fit"}, "val": {"fit", "validate"}, 
 
 
 class TokenFiles:
-    """The tokens of one or several files, joined end to end into one stream.
+    """The tokens of one or several files, joined end to end into one stream; ``dtype`` is a token's in the files, in
+    this machine's byte order.
 
     The files are memory-mapped when read, so they may be larger than memory. The object itself holds only paths and
     sizes, so it can be sent to the workers of a DataLoader at no cost.
-
-    Args:
-        paths: the files, in the order of the stream.
-        dtype: a token's type in the files, one of :data:`TOKEN_DTYPES`, in this machine's byte order.
-
-    Raises:
-        ValueError: if ``dtype`` is unknown, or the size of a file is not a multiple of a token's.
-        OSError: if a file cannot be found.
     """
 
     def __init__(self, paths: Sequence[Path], dtype: str = "uint8") -> None:
@@ -55,13 +50,8 @@ class TokenFiles:
         return self._starts[-1]
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Return tokens ``start`` to ``stop`` (exclusive) of the stream, int64 [stop - start].
-
-        Raises:
-            IndexError: if the stream does not hold all of them.
-        """
-        if not 0 <= start < stop <= len(self):
-            raise IndexError(f"Tokens {start} to {stop} are out of range for a stream of {len(self)}.")
+        """Return tokens ``start`` to ``stop`` (exclusive) of the stream, int64 [stop - start]."""
+        assert 0 <= start < stop <= len(self)
         touched = slice(bisect.bisect_right(self._starts, start) - 1, bisect.bisect_left(self._starts, stop))
         files = zip(self.paths[touched], self._starts[touched])
         pieces = [np.memmap(path, self.dtype, "r")[max(start - begin, 0) : stop - begin] for path, begin in files]
@@ -71,46 +61,41 @@ class TokenFiles:
 class SampleDataset(Dataset[Sample], ABC):
     """A map-style dataset of samples ``{"inputs": int64 [L], "targets": int64 [L]}``; targets are already shifted."""
 
-    @abstractmethod
-    def __len__(self) -> int: ...
+    num_samples: int
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"Sample {index} does not exist: there are {len(self)}.")
+        return self.sample(index)
 
     @abstractmethod
-    def __getitem__(self, index: int) -> Sample: ...
+    def sample(self, index: int) -> Sample:
+        """Return the sample at ``index``, which is in range."""
 
 
 class WindowDataset(SampleDataset):
-    """Windows of a token stream. Sample i consists of tokens i*L to i*L + L + 1 (exclusive), so no two share a target.
+    """Windows of ``span``, a part of a token stream that errors call ``name``; by default of all of it.
 
-    Args:
-        tokens: the stream.
-        seq_len: length L of a sample.
-        vocab_size: every token must be in [0, vocab_size).
-        span: the part of the stream to use; None for all of it.
-        name: the name of that part in error messages.
-
-    Raises:
-        ValueError: if the part is shorter than L + 1; on reading, if a token is out of range.
+    Sample i consists of the tokens i*L to i*L + L + 1 (exclusive) of that part, so no two share a target.
     """
 
     def __init__(
         self, tokens: TokenFiles, seq_len: int, vocab_size: int, span: range | None = None, name: str = "text"
     ) -> None:
-        self.tokens = tokens
-        self.seq_len = seq_len
-        self.vocab_size = vocab_size
+        self.tokens, self.seq_len, self.vocab_size = tokens, seq_len, vocab_size
         self.span = range(len(tokens)) if span is None else span
-        if len(self.span) < seq_len + 1:
+        self.num_samples = (len(self.span) - 1) // seq_len
+        if self.num_samples < 1:
             raise ValueError(
                 f"The {name} holds {len(self.span)} tokens, fewer than the seq_len + 1 = {seq_len + 1} of one sample. "
                 f"Use a seq_len of at most {max(0, len(self.span) - 1)}, or more text."
             )
 
-    def __len__(self) -> int:
-        return (len(self.span) - 1) // self.seq_len
-
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"Sample {index} does not exist: there are {len(self)}.")
+    def sample(self, index: int) -> Sample:
+        """Return a window; raise ``ValueError`` if one of its tokens is out of range."""
         start = self.span.start + index * self.seq_len
         tokens = self.tokens.read(start, start + self.seq_len + 1)  # [L + 1]
         least, most = (int(x) for x in tokens.aminmax())
@@ -147,8 +132,8 @@ class SequenceDataModule(pl.LightningDataModule, ABC):
         num_workers: number of loading processes per rank.
 
     Raises:
-        ValueError: if a number is out of range; in ``setup``, if a split is too short for one sample, or the training
-            split for one batch.
+        ValueError: if a size is not positive; in ``setup``, if a split is too short for one sample, or the training
+            split for one batch; from the loaders, if ``num_workers`` is negative.
     """
 
     vocab_size: int = 256
@@ -156,13 +141,8 @@ class SequenceDataModule(pl.LightningDataModule, ABC):
 
     def __init__(self, seq_len: int, batch_size: int, num_workers: int = 0) -> None:
         super().__init__()
-        sizes = {"seq_len": (seq_len, 1), "batch_size": (batch_size, 1), "num_workers": (num_workers, 0)}
-        for name, (value, least) in sizes.items():
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}.")
-        self.seq_len = seq_len
-        self.batch_size = batch_size
-        self.num_workers = num_workers
+        check_positive(seq_len=seq_len, batch_size=batch_size)
+        self.seq_len, self.batch_size, self.num_workers = seq_len, batch_size, num_workers
         self.datasets: dict[Split, SampleDataset] = {}
 
     @classmethod

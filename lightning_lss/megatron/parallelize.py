@@ -8,12 +8,13 @@ four collectives a layer forward and four backward, each of [B, L, E].
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -30,7 +31,8 @@ from lightning_lss.nn.dropout import SegmentDropout
 from lightning_lss.nn.loss import linear_cross_entropy
 from lightning_lss.nn.positions import SegmentPositionalEmbedding
 from lightning_lss.parallel.broadcast import broadcast_from_first
-from lightning_lss.sequence.layout import check_heads, check_length
+from lightning_lss.sequence.dtypes import in_autocast_dtype
+from lightning_lss.sequence.layout import check_heads
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard, ShardedModule
 
 DATA, TENSOR = "data_parallel", "tensor_parallel"
@@ -63,22 +65,25 @@ def parallelize(model: Transformer, mesh: DeviceMesh) -> None:
         elif isinstance(module, LSSAttention):
             # gathers nothing; the configured head chunks may not divide its own heads
             module.head_chunks = "auto"
-    parallelize_module(model, tensor, _outer_plan(model))
+    if model.positions is not None:
+        _keep_own_rows(model.positions, tensor)
+    # The layers around the blocks work on segments with whole weights, and so does the loss.
+    for layer in (model.embedding, model.norm):
+        parallelize_module(layer, tensor, SequenceParallel(use_local_output=True))
+    _keep_whole(model.head, tensor)
     if model.config.tie_embeddings:
         model.head.weight = model.embedding.weight
     for block in model.blocks:
-        for name in ("attention", "mlp"):
-            block.get_submodule(name).register_forward_pre_hook(_cast_before_gather)
-        parallelize_module(block, tensor, _block_plan(model.config, tensor.get_local_rank(), tensor.size()))
-    _start_equally(model, mesh)
+        _parallelize_block(block, model.config, tensor)
+    # As in DDP every rank starts from the first one's weights; torch's styles broadcast only the weights they split.
+    weights: list[Any] = [x.detach() for x in model.parameters()]  # DTensors
+    broadcast_from_first((x._local_tensor for x in weights if x.placements[0].is_replicate()), tensor.get_group())
+    broadcast_from_first((x._local_tensor for x in weights), mesh[DATA].get_group())
 
 
 def check_sizes(config: TransformerConfig, size: int) -> None:
-    """Raise ``ValueError`` if heads, hidden width or learned positions cannot be divided evenly among ``size``
-    ranks."""
+    """Raise ``ValueError`` if heads or hidden width cannot be divided evenly among ``size`` ranks."""
     check_heads(config.num_heads, size)
-    if config.positions == "learned":
-        check_length(config.seq_len, size, "contiguous")
     if config.hidden_width % size:
         raise ValueError(
             f"The MLP's hidden width of {config.hidden_width} cannot be divided evenly among {size} tensor-parallel ranks. Set"
@@ -86,61 +91,39 @@ def check_sizes(config: TransformerConfig, size: int) -> None:
         )
 
 
-def _outer_plan(model: Transformer) -> dict[str, ParallelStyle]:
-    """Plan for the layers around the blocks: they work on segments with whole weights, and so does the loss."""
-    plan: dict[str, ParallelStyle] = {
-        "embedding": SequenceParallel(use_local_output=True),
-        "norm": SequenceParallel(use_local_output=True),
-        "head": _WholeWeight(),
-    }
-    if model.positions is not None:
-        plan["positions"] = _OwnRows()
-    return plan
-
-
-def _block_plan(config: TransformerConfig, rank: int, size: int) -> dict[str, ParallelStyle]:
-    rows = 2 * config.head_dim  # of a head's key and value
-    own_heads = own_key_value_heads(config, rank, size)
-    own_rows = [slice(head * rows, (head + 1) * rows) for head in own_heads]
-
-    def gather() -> PrepareModuleInput:
-        return PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
-
+def _parallelize_block(block: nn.Module, config: TransformerConfig, tensor: DeviceMesh) -> None:
+    gather = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
+    for name in ("attention", "mlp"):  # norms return float32 under autocast: twice the bytes for the same result
+        block.get_submodule(name).register_forward_pre_hook(lambda _, inputs: in_autocast_dtype(*inputs))
     plan: dict[str, ParallelStyle] = {
         "attention_norm": SequenceParallel(use_local_output=True),
-        "attention": gather(),
+        "attention": gather,
         "attention.query": ColwiseParallel(),
-        # where heads cannot be divided evenly, each rank projects only those that its query heads attend to
-        "attention.key_value": _WholeWeight(own_rows) if config.kv_heads % size else ColwiseParallel(),
         "attention.out": RowwiseParallel(output_layouts=Shard(1)),
         "mlp_norm": SequenceParallel(use_local_output=True),
-        "mlp": gather(),
+        "mlp": gather,
         "mlp.up": ColwiseParallel(),
         "mlp.out": RowwiseParallel(output_layouts=Shard(1)),
     }
-    return plan | ({"mlp.gate": ColwiseParallel()} if config.mlp == "swiglu" else {})
+    if config.mlp == "swiglu":
+        plan["mlp.gate"] = ColwiseParallel()
+    if config.kv_heads % tensor.size() == 0:
+        plan["attention.key_value"] = ColwiseParallel()
+    else:  # each rank projects only those heads that its query heads attend to
+        rows = 2 * config.head_dim  # of a head's key and value
+        own_heads = own_key_value_heads(config, tensor.get_local_rank(), tensor.size())
+        own_rows = [slice(head * rows, (head + 1) * rows) for head in own_heads]
+        _keep_whole(block.get_submodule("attention.key_value"), tensor, own_rows)
+    parallelize_module(block, tensor, plan)
 
 
-def _cast_before_gather(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Cast inputs to autocast's dtype: norms return float32 under autocast, so twice the bytes would be sent for the
-    same result."""
-    device = inputs[0].device.type
-    if inputs[0].dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return inputs
-    return (inputs[0].to(torch.get_autocast_dtype(device)), *inputs[1:])
-
-
-class _OwnRows(ParallelStyle):
-    """Style for a learned positional table: each rank holds and learns the rows of its segment."""
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        assert isinstance(module, SegmentPositionalEmbedding)
-        module.set_shard(SequenceShard(device_mesh.get_local_rank(), device_mesh.size(), "contiguous"))
-        rows = module.weight.detach()
-        ShardedModule.set_shard(module, WHOLE_SEQUENCE)  # as a DTensor the table is whole
-        module.weight = nn.Parameter(DTensor.from_local(rows, device_mesh, [Shard(0)], run_check=False))
-        module.__class__ = _OwnRowsTable  # the parameter keeps its place and its name
-        return module
+def _keep_own_rows(table: SegmentPositionalEmbedding, tensor: DeviceMesh) -> None:
+    """Let each rank hold and learn the rows of its segment in a learned positional table."""
+    table.set_shard(SequenceShard(tensor.get_local_rank(), tensor.size(), "contiguous"))
+    rows = DTensor.from_local(table.weight.detach(), tensor, [Shard(0)], run_check=False)
+    ShardedModule.set_shard(table, WHOLE_SEQUENCE)  # as a DTensor the table is whole
+    table.weight = nn.Parameter(rows)
+    table.__class__ = _OwnRowsTable  # the parameter keeps its place and its name
 
 
 class _OwnRowsTable(SegmentPositionalEmbedding):
@@ -157,24 +140,18 @@ class _OwnRowsTable(SegmentPositionalEmbedding):
         return rows
 
 
-class _WholeWeight(ParallelStyle):
-    """Style for a linear layer without bias: every rank holds the whole weight and applies its given rows (by default
-    all) to its own tensors.
+def _keep_whole(linear: nn.Module, tensor: DeviceMesh, rows: Sequence[slice] = ()) -> None:
+    """Let every rank hold the whole weight of a linear layer without bias, and apply the given rows (by default all) to
+    its own tensors.
 
     ``SequenceParallel`` would also work for the head, but torch gathers the sequence in its backward pass.
     """
-
-    def __init__(self, rows: Sequence[slice] = ()) -> None:
-        self.rows = rows
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        assert isinstance(module, nn.Linear)
-        weight = distribute_tensor(module.weight, device_mesh, [Replicate()])
-        module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
-        module.__class__ = _WholeWeightHead if isinstance(module, Head) else _WholeWeightLinear
-        assert isinstance(module, _WholeWeightLinear)
-        module.rows = self.rows
-        return module
+    assert isinstance(linear, nn.Linear)
+    weight = distribute_tensor(linear.weight, tensor, [Replicate()])
+    linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+    linear.__class__ = _WholeWeightHead if isinstance(linear, Head) else _WholeWeightLinear
+    assert isinstance(linear, _WholeWeightLinear)
+    linear.rows = rows
 
 
 class _WholeWeightLinear(nn.Linear):
@@ -207,49 +184,24 @@ def own_copy(x: Tensor) -> Tensor:
     return x.to_local(grad_placements=[Partial()]) if isinstance(x, DTensor) else x
 
 
-def _start_equally(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Start every rank from the first one's weights, as DDP does; torch's styles broadcast only the weights they
-    split."""
-    parameters = list(model.parameters())
-    if mesh[TENSOR].size() > 1:
-        whole = [_local(x.detach()) for x in parameters if _placed_as(x, Replicate)]
-        broadcast_from_first(whole, mesh[TENSOR].get_group())
-    if mesh[DATA].size() > 1:
-        broadcast_from_first((_local(x.detach()) for x in parameters), mesh[DATA].get_group())
-
-
 def reduce_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
-    """Complete the gradients after a backward pass; every rank of the mesh must call it.
+    """Complete the gradients of a model that :func:`parallelize` has split over ``mesh``, after a backward pass; every
+    rank of the mesh must call it.
 
     Each rank has computed its segment's part of the gradients of whole weights (norms, embedding, head). One all-reduce
     sums the parts of all of them, as Megatron-LM finalizes its gradients. Then all gradients are averaged over the
     data-parallel ranks.
-
-    Args:
-        parameters: parameters of a model that :func:`parallelize` has split.
-        mesh: the mesh given to :func:`parallelize`.
     """
-    with_grad = [parameter for parameter in parameters if parameter.grad is not None]
-    parts = [x for x in with_grad if _placed_as(x.grad, Partial)]
+    with_grad: list[Any] = [x for x in parameters if x.grad is not None]  # DTensors
+    parts = [x for x in with_grad if x.grad.placements[0].is_partial()]
     if parts:
-        flat = torch.cat([_local(x.grad).flatten() for x in parts])
+        flat = torch.cat([x.grad._local_tensor.flatten() for x in parts])
         dist.all_reduce(flat, group=mesh[TENSOR].get_group())
         for x, total in zip(parts, flat.split([x.numel() for x in parts])):
             x.grad = DTensor.from_local(total.view(x.shape).to(x.dtype), mesh[TENSOR], [Replicate()], run_check=False)
     if mesh[DATA].size() > 1:
-        group = mesh[DATA].get_group()
-        pending = [dist.all_reduce(_local(x.grad), group=group, async_op=True) for x in with_grad]
-        for x, work in zip(with_grad, pending):
+        grads, group = [x.grad._local_tensor for x in with_grad], mesh[DATA].get_group()
+        pending = [dist.all_reduce(grad, group=group, async_op=True) for grad in grads]
+        for grad, work in zip(grads, pending):
             work.wait()
-            _local(x.grad).div_(mesh[DATA].size())
-
-
-def _placed_as(x: Tensor | None, placement: type[Placement]) -> bool:
-    assert isinstance(x, DTensor)
-    return isinstance(x.placements[0], placement)
-
-
-def _local(x: Tensor | None) -> Tensor:
-    """Return the local tensor of a DTensor, not a view."""
-    assert isinstance(x, DTensor)
-    return x._local_tensor
+            grad /= group.size()

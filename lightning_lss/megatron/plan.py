@@ -1,7 +1,5 @@
 """Plan Nvidia's sequence parallelism as a baseline."""
 
-from dataclasses import replace
-
 import lightning.pytorch as pl
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,17 +18,14 @@ class MegatronScheme:
     name = "megatron"
 
     def check(self, module: pl.LightningModule, length: int, size: int) -> None:
-        """Raise ``ValueError`` if the model, or a sequence of ``length``, cannot be divided among ``size`` ranks."""
-        check_sizes(replace(_model_of(module).config, seq_len=length), size)
+        """Raise ``ValueError`` if the model cannot be divided among ``size`` ranks."""
+        check_sizes(_model_of(module).config, size)
 
     def prepare(self, module: pl.LightningModule, rank: int, group: dist.ProcessGroup) -> None:
         """Split the model over ``group``."""
-        model = _model_of(module)
-        if model.positions is not None:
-            model.config = replace(model.config, seq_len=model.positions.num_positions)
         groups, ranks = [dist.new_group([rank]), group], [list(range(group.size()))]
         module._device_mesh = DeviceMesh.from_group(groups, "cpu", mesh=ranks, mesh_dim_names=(DATA, TENSOR))
-        parallelize(model, module._device_mesh)
+        parallelize(_model_of(module), module._device_mesh)
 
     def after_backward(self, module: pl.LightningModule) -> None:
         """Sum the gradients of whole weights over the group."""

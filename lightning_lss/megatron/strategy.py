@@ -2,7 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -27,7 +27,7 @@ class MegatronStrategy(SequenceParallel, ModelParallelStrategy):
     Args:
         sequence_parallel_size: number of ranks in a tensor-parallel group, a divisor of the world size; ``"auto"`` puts
             all ranks into one group.
-        check_batches: how many of the first batches of each data loader are compared over a tensor-parallel group.
+        sequence_dims, check_batches: as in :class:`~lightning_lss.LSSStrategy`.
         **kwargs: further arguments of :class:`~lightning.pytorch.strategies.ModelParallelStrategy`, such as
             ``save_distributed_checkpoint=False`` for checkpoints in one file.
 
@@ -37,11 +37,7 @@ class MegatronStrategy(SequenceParallel, ModelParallelStrategy):
             ``configure_model``.
     """
 
-    def __init__(
-        self, sequence_parallel_size: int | Literal["auto"] = "auto", check_batches: int = 2, **kwargs: Any
-    ) -> None:
-        super().__init__(sequence_parallel_size, check_batches=check_batches, **kwargs)
-        self._syncs_gradients = True
+    _syncs_gradients = True
 
     @property
     @override

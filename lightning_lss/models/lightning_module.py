@@ -1,7 +1,6 @@
 """``LSSTransformer``: the LightningModule of the LSS Transformer, with its loss, metrics, optimizer and schedule."""
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -11,7 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from lightning_lss.models.transformer import ExecutionConfig, Transformer, TransformerConfig
+from lightning_lss.models.transformer import Block, ExecutionConfig, Transformer, TransformerConfig
 from lightning_lss.nn.loss import IGNORED, token_mean
 from lightning_lss.nn.metrics import BitsPerByte
 from lightning_lss.sequence.segment import sequence_shard
@@ -36,18 +35,6 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     warmup_steps: int = 100
-
-    def __post_init__(self) -> None:
-        first, second = self.betas  # a list in configuration files
-        object.__setattr__(self, "betas", (first, second))
-
-    def lr_factor(self, step: int, total_steps: Callable[[], float]) -> float:
-        """Learning rate of a step as a fraction of ``lr``; ``total_steps`` is called only after the warm-up."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        progress = min(1.0, (step - self.warmup_steps) / max(1, total_steps() - self.warmup_steps))  # 0 if endless
-        least = self.min_lr / self.lr
-        return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class LSSTransformer(pl.LightningModule):
@@ -84,17 +71,13 @@ class LSSTransformer(pl.LightningModule):
         super().__init__()
         # what a subclass takes too; LightningCLI would have its own way to build the module from nested values
         self.save_hyperparameters(ignore=["config", "optimizer", "execution", "_instantiator"])
-        config = _with_options(config or TransformerConfig(), options)
-        self.optimizer_config = _with_options(optimizer or OptimizerConfig(), options)
-        self.execution = _with_options(execution or ExecutionConfig(), options)
-        if options:
-            raise TypeError(
-                f"LSSTransformer does not take {', '.join(options)}. It takes {', '.join(_option_names())}."
-            )
+        given = (config or TransformerConfig(), optimizer or OptimizerConfig(), execution or ExecutionConfig())
+        config, self.optimizer_config, self.execution = (_with_options(part, options) for part in given)
         # flat, so that a checkpoint holds plain values and loads as LSSTransformer(**hparams)
-        configs = (config, self.optimizer_config, self.execution)
-        hparams = {name: value for part in configs for name, value in asdict(part).items()}
-        self.save_hyperparameters({**hparams, "bytes_per_token": bytes_per_token})
+        flat = {**asdict(config), **asdict(self.optimizer_config), **asdict(self.execution)}
+        if options:
+            raise TypeError(f"LSSTransformer does not take {', '.join(options)}. It takes {', '.join(flat)}.")
+        self.save_hyperparameters({**flat, "bytes_per_token": bytes_per_token})
         self.model = Transformer(config, self.execution)
         self.lr = self.optimizer_config.lr  # Lightning's Tuner replaces it
         self.bytes_per_token = bytes_per_token
@@ -109,9 +92,10 @@ class LSSTransformer(pl.LightningModule):
         return self._flops if self.training else None
 
     def setup(self, stage: str) -> None:
-        """Compile the blocks with ``compile_blocks``."""
-        if self.execution.compile_blocks:
-            self.model.compile_blocks()
+        """Compile the blocks with ``compile_blocks``, without graph breaks unless there is dropout."""
+        for block in self.model.blocks if self.execution.compile_blocks else ():
+            assert isinstance(block, Block)
+            block.compile_forward(fullgraph=self.model.config.dropout == 0)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Compute logits [B, l, V] of tokens, int64 [B, l]; with targets, int64 [B, l], the sum of their cross
@@ -125,7 +109,8 @@ class LSSTransformer(pl.LightningModule):
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
         self.log("train/bits_per_byte", loss.detach() / (math.log(2) * self.bytes_per_token), sync_dist=True)
         batch_size, local_length = batch["inputs"].shape
-        self._flops = self._training_flops(batch_size, local_length)
+        size = sequence_shard(self).size
+        self._flops = self.model.config.training_flops(batch_size, local_length * size) / size
         return loss
 
     @torch.compiler.disable  # Lightning's log cannot be traced and would fail in a module compiled as a whole
@@ -148,11 +133,17 @@ class LSSTransformer(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Configure AdamW and the schedule of :class:`OptimizerConfig`."""
         chosen = replace(self.optimizer_config, lr=self.lr)
-        groups = self.model.parameter_groups(chosen.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=chosen.lr, betas=chosen.betas)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: chosen.lr_factor(step, lambda: self.trainer.estimated_stepping_batches)
-        )
+        optimizer = torch.optim.AdamW(self.model.parameter_groups(chosen.weight_decay), chosen.lr, chosen.betas)
+
+        def lr_factor(step: int) -> float:
+            if step < chosen.warmup_steps:
+                return (step + 1) / chosen.warmup_steps
+            steps = self.trainer.estimated_stepping_batches - chosen.warmup_steps
+            progress = min(1.0, (step - chosen.warmup_steps) / max(1, steps))  # 0 if the run is endless
+            least = chosen.min_lr / chosen.lr
+            return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * progress))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"}}
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -166,15 +157,7 @@ class LSSTransformer(pl.LightningModule):
         self.log(f"{stage}/loss", loss)
         self.log(f"{stage}/bits_per_byte", bits_per_byte, prog_bar=True)
 
-    def _training_flops(self, batch_size: int, local_length: int) -> float:
-        size = sequence_shard(self).size
-        return self.model.config.training_flops(batch_size, local_length * size) / size
-
 
 def _with_options(config: Any, options: dict[str, Any]) -> Any:
     """Move the options that are fields of ``config`` from ``options`` to a copy of ``config``."""
     return replace(config, **{field.name: options.pop(field.name) for field in fields(config) if field.name in options})
-
-
-def _option_names() -> list[str]:
-    return [field.name for config in (TransformerConfig, OptimizerConfig, ExecutionConfig) for field in fields(config)]

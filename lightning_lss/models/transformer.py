@@ -18,13 +18,12 @@ from lightning_lss.attention.spec import HeadChunks, check_head_chunks
 from lightning_lss.nn.dropout import SegmentDropout
 from lightning_lss.nn.loss import linear_cross_entropy
 from lightning_lss.nn.positions import SegmentPositionalEmbedding
-from lightning_lss.nn.recompute import ActivationCheckpointing, apply_checkpointing, apply_tiles, check_checkpointing
+from lightning_lss.nn.recompute import ActivationCheckpointing, apply_checkpointing, apply_tiles
 from lightning_lss.nn.rotary import RotaryEmbedding
 from lightning_lss.sequence.layout import check_positive
 
 Positions = Literal["learned", "rotary"]
 MLP = Literal["gelu", "swiglu"]
-_CHOICES = {"positions": Positions, "mlp": MLP}
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,9 @@ class TransformerConfig:
             raise ValueError(f"width={self.width} must be a multiple of num_heads={self.num_heads}.")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.kv_heads}.")
-        for name, kind in _CHOICES.items():
-            if getattr(self, name) not in get_args(kind):
-                choices = " or ".join(map(repr, get_args(kind)))
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose {choices}.")
+        for name, known in (("positions", get_args(Positions)), ("mlp", get_args(MLP))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose {' or '.join(map(repr, known))}.")
 
     @property
     def kv_heads(self) -> int:
@@ -115,16 +113,11 @@ class ExecutionConfig:
         head_chunks: number of parts in which the key/value heads are gathered, a divisor of their number, or
             ``"auto"``. More parts need less memory and send smaller messages. See :func:`lightning_lss.lss_attention`.
         keep_gathered: keep gathered keys and values for the backward pass; see :func:`lightning_lss.lss_attention`.
-        activation_checkpointing: what autograd keeps of a block between forward and backward: ``"none"`` (everything it
-            asks for), ``"full"``, ``"selective"`` or ``"offload"``; see
-            :func:`lightning_lss.nn.recompute.apply_checkpointing`.
+        activation_checkpointing: what autograd keeps of a block: ``"none"`` (everything it asks for), ``"full"``,
+            ``"selective"`` or ``"offload"``; see :func:`lightning_lss.nn.recompute.apply_checkpointing`.
         mlp_tiles: number of parts along the sequence in which the MLP is computed; the backward pass computes each part
-            again. It lowers the peak where one block's hidden MLP activations dominate it, as with activation
-            checkpointing.
+            again. It lowers the peak where one block's hidden MLP activations dominate it, as with checkpointing.
         compile_blocks: compile each block with ``torch.compile``, without graph breaks unless there is dropout.
-
-    Raises:
-        ValueError: if the number of tiles is not positive, or the kind of activation checkpointing is unknown.
     """
 
     head_chunks: HeadChunks = "auto"
@@ -133,19 +126,12 @@ class ExecutionConfig:
     mlp_tiles: int = 1
     compile_blocks: bool = False
 
-    def __post_init__(self) -> None:
-        check_positive(mlp_tiles=self.mlp_tiles)
-        check_checkpointing(self.activation_checkpointing)
-
 
 class SelfAttention(nn.Module):
     """Attention and its projections: [B, l, E] -> [B, l, E]."""
 
-    def __init__(
-        self, config: TransformerConfig, rotary: RotaryEmbedding | None = None, execution: ExecutionConfig | None = None
-    ) -> None:
+    def __init__(self, config: TransformerConfig, execution: ExecutionConfig, rotary: RotaryEmbedding | None) -> None:
         super().__init__()
-        execution = execution or ExecutionConfig()
         self.head_dim = config.head_dim
         self.query = nn.Linear(config.width, config.width, bias=False)
         self.key_value = nn.Linear(config.width, 2 * config.kv_heads * config.head_dim, bias=False)
@@ -170,10 +156,10 @@ class MLPBlock(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        hidden = config.hidden_width
-        self.gate = nn.Linear(config.width, hidden, bias=False) if config.mlp == "swiglu" else None
-        self.up = nn.Linear(config.width, hidden, bias=False)
-        self.out = nn.Linear(hidden, config.width, bias=False)
+        width, hidden = config.width, config.hidden_width
+        self.gate = nn.Linear(width, hidden, bias=False) if config.mlp == "swiglu" else None
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.out = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each token by itself."""
@@ -183,12 +169,10 @@ class MLPBlock(nn.Module):
 class Block(nn.Module):
     """One pre-norm layer: attention and MLP, each with a residual connection."""
 
-    def __init__(
-        self, config: TransformerConfig, rotary: RotaryEmbedding | None = None, execution: ExecutionConfig | None = None
-    ) -> None:
+    def __init__(self, config: TransformerConfig, execution: ExecutionConfig, rotary: RotaryEmbedding | None) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.width)
-        self.attention = SelfAttention(config, rotary, execution)
+        self.attention = SelfAttention(config, execution, rotary)
         self.mlp_norm = nn.LayerNorm(config.width)
         self.mlp = MLPBlock(config)
         self.dropout = SegmentDropout(config.dropout)
@@ -224,12 +208,13 @@ class Transformer(nn.Module):
     """Map tokens of a segment to logits: int64 [B, l] -> [B, l, V].
 
     Raises:
-        ValueError: if the head chunks of ``execution`` do not divide the key/value heads.
+        ValueError: if an option of ``execution`` is out of range, or its head chunks do not divide the key/value heads.
     """
 
     def __init__(self, config: TransformerConfig, execution: ExecutionConfig | None = None) -> None:
         super().__init__()
         execution = execution or ExecutionConfig()
+        check_positive(mlp_tiles=execution.mlp_tiles)
         if execution.head_chunks != "auto":
             check_head_chunks(execution.head_chunks, config.kv_heads, execution.keep_gathered)
         self.config = config
@@ -238,37 +223,22 @@ class Transformer(nn.Module):
         self.positions = SegmentPositionalEmbedding(config.seq_len, config.width) if learned else None
         self.rotary = None if learned else RotaryEmbedding(config.head_dim)  # one for all layers
         self.dropout = SegmentDropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, self.rotary, execution) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, execution, self.rotary) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.width)
         self.head = Head(config.width, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        self.reset_parameters()
-        apply_tiles([block.get_submodule("mlp") for block in self.blocks], execution.mlp_tiles)
-        apply_checkpointing(self.blocks, execution.activation_checkpointing)
-
-    def reset_parameters(self) -> None:
-        """Initialize weights like GPT-2: normal with standard deviation 0.02, divided by sqrt(2 * layers) for layers
-        that add to the residual stream."""
-        residual_std = 0.02 / (2 * self.config.num_layers) ** 0.5
+        # as in GPT-2: layers that add to the residual stream start smaller
+        residual_std = 0.02 / (2 * config.num_layers) ** 0.5
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=residual_std if name.endswith(".out") else 0.02)
-
-    def compile_blocks(self) -> None:
-        """Compile each block, without graph breaks unless there is dropout."""
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            block.compile_forward(fullgraph=self.config.dropout == 0)
+        apply_tiles([block.get_submodule("mlp") for block in self.blocks], execution.mlp_tiles)
+        apply_checkpointing(self.blocks, execution.activation_checkpointing)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Compute logits [B, l, V] of the local tokens, int64 [B, l]; with targets, int64 [B, l], the sum of their
         cross entropies instead."""
-        features = self.features(tokens)
-        return self.head(features) if targets is None else self.head.loss(features.flatten(0, 1), targets.flatten())
-
-    def features(self, tokens: Tensor) -> Tensor:
-        """Compute the head's input [B, l, E] of the local tokens, int64 [B, l]."""
         x = self.embedding(tokens)
         if self.positions is not None:
             x = x + self.positions(tokens.size(1))
@@ -277,14 +247,14 @@ class Transformer(nn.Module):
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+        x = self.norm(x)
+        return self.head(x) if targets is None else self.head.loss(x.flatten(0, 1), targets.flatten())
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:
         """Group parameters for an optimizer, with weight decay only for the matrices of linear layers."""
-        linear = {id(m.weight) for m in self.modules() if isinstance(m, nn.Linear)}
-        linear -= {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}  # a tied head is an embedding
-        decayed = [p for p in self.parameters() if id(p) in linear]
-        others = [p for p in self.parameters() if id(p) not in linear]
+        linear = {m.weight for m in self.modules() if isinstance(m, nn.Linear)}
+        linear -= {m.weight for m in self.modules() if isinstance(m, nn.Embedding)}  # a tied head is an embedding
+        decayed, others = ([p for p in self.parameters() if (p in linear) == decays] for decays in (True, False))
         return [
             {"name": "decayed", "params": decayed, "weight_decay": weight_decay},
             {"name": "others", "params": others, "weight_decay": 0.0},

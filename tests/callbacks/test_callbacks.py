@@ -8,8 +8,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from matplotlib.figure import Figure
 
-from lightning_lss.callbacks import GradientNormMonitor, LSSThroughputMonitor, PeakMemoryMonitor, RunLayout, peak_memory
+from lightning_lss.callbacks import GradientNormMonitor, LSSThroughputMonitor, PeakMemoryMonitor, RunLayout
+from lightning_lss.callbacks.memory import peak_memory
 from lightning_lss.callbacks.tiles_figure import draw_attention_tiles
 from tests.training import Run, make_loader, make_module, make_samples, make_trainer
 
@@ -58,7 +60,8 @@ def test_peak_memory_never_falls() -> None:
 @pytest.mark.parametrize("size", [1, 3])
 def test_the_picture_covers_the_visible_pairs_once(size, layout, causal) -> None:
     length = 24
-    axes = draw_attention_tiles(length, size, layout, causal).axes[0]
+    axes = Figure().subplots()
+    draw_attention_tiles(axes, length, size, layout, causal)
     areas = [_area(patch.get_xy()[:-1]) for patch in axes.patches]
     assert sum(areas) == pytest.approx(length**2 / 2 if causal else length**2)
     shares = [text.get_text() for text in axes.get_legend().get_texts()]

@@ -11,7 +11,8 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_lss.callbacks import PeakMemoryMonitor, peak_memory
+from lightning_lss.callbacks import PeakMemoryMonitor
+from lightning_lss.callbacks.memory import peak_memory
 from tests.training import Run, make_loader, make_module, make_samples, make_trainer
 
 

@@ -10,7 +10,7 @@ from lightning_lss.cli.main import CONF
 CHOICES = [f"{file.parent.name}={file.stem}" for file in sorted(CONF.glob("*/*.yaml"))]
 
 
-def composed(*overrides: str, whole: bool = False) -> DictConfig:
-    """The configuration of ``overrides``; with its node ``hydra``, where ``whole``."""
+def composed(*overrides: str) -> DictConfig:
+    """The configuration of ``overrides``."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", [*overrides, "output_dir=unused"], return_hydra_config=whole)
+        return compose("train", [*overrides, "output_dir=unused"])

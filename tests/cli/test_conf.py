@@ -7,6 +7,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from lightning_lss import LSSTransformer
+from lightning_lss.nn.recompute import calls_of
 from lightning_lss.parallel.segment_local import count_parameters
 from tests.cli.composing import CHOICES, composed
 
@@ -51,6 +53,16 @@ def test_what_people_change_reaches_what_it_is_for() -> None:
     assert cfg.trainer.devices == 4
     assert cfg.strategy.sequence_parallel_size == 2
     assert composed("strategy=single").trainer.devices == 1
+
+
+def test_the_strategies_memory_options_are_keys() -> None:
+    words = ["activation_checkpointing=full", "checkpointed_modules=[model.blocks]", "mlp_tiles=2"]
+    cfg = composed("strategy=lss_fsdp", *(f"strategy.{word}" for word in words))
+    module = LSSTransformer(width=16, num_layers=2, num_heads=2)
+    hydra.utils.instantiate(cfg.strategy, _convert_="all")._memory.apply(module)
+    blocks = list(module.model.blocks)
+    assert [calls_of(block).checkpointing for block in blocks] == ["full"] * 2
+    assert [calls_of(block.mlp).tiles for block in blocks] == [2, 2]
 
 
 def test_megatron_brings_its_own_model_with_the_sizes_of_the_one_that_is_chosen() -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from lightning_lss.cli import help as cli_help
 from lightning_lss.cli.main import CONF, main
-from tests.cli.composing import CHOICES, composed
+from tests.cli.composing import CHOICES
 
 
 def keys_of(*overrides: str) -> list[tuple[str, str | None, str]]:
-    cfg = composed(*overrides, whole=True)
-    choices = dict(cfg.hydra.runtime.choices)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", list(overrides), return_hydra_config=True)
+        told = cli_help.comments([CONF], cfg.hydra)
     del cfg.hydra
-    told = cli_help.comments([CONF], choices)
     return list(cli_help.keys(OmegaConf.to_container(cfg), "", told))
 
 
@@ -56,12 +57,13 @@ def test_comments_are_found_whatever_stands_before_them(tmp_path) -> None:
 
 
 def test_comments_of_a_base_hold_until_a_choice_has_its_own(tmp_path) -> None:
-    for name in ("shipped", "own"):
-        (tmp_path / name / "model").mkdir(parents=True)
-    (tmp_path / "shipped/train.yaml").write_text("seed: 1 # of all\n")
-    (tmp_path / "shipped/model/default.yaml").write_text("width: 1 # of the base\ndepth: 1 # layers\n")
-    (tmp_path / "own/model/mine.yaml").write_text("defaults:\n  - default\n  - _self_\n\nwidth: 2 # of mine\n")
-    told = cli_help.comments([tmp_path / "shipped", tmp_path / "own"], {"model": "mine"})
+    (tmp_path / "model").mkdir()
+    (tmp_path / "train.yaml").write_text("defaults:\n  - _self_\n  - model: mine\n\nseed: 1 # of all\n")
+    (tmp_path / "model/default.yaml").write_text("width: 1 # of the base\ndepth: 1 # layers\n")
+    (tmp_path / "model/mine.yaml").write_text("defaults:\n  - default\n  - _self_\n\nwidth: 2 # of mine\n")
+    (tmp_path / "model/other.yaml").write_text("depth: 1 # of another\n")
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        told = cli_help.comments([tmp_path], compose("train", return_hydra_config=True).hydra)
     assert told == {"seed": "of all", "model.width": "of mine", "model.depth": "layers"}
 
 

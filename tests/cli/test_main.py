@@ -10,7 +10,7 @@ import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_lss.cli import main as cli
-from lightning_lss.cli.run import config_choice, program
+from lightning_lss.cli.run import program
 from lightning_lss.data.download import DownloadError
 
 
@@ -108,15 +108,38 @@ def test_the_runs_of_a_sweep_are_started_as_the_sweep_was(monkeypatch, tmp_path)
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (["-m", "--config-dir", "own", "seed=1,2"], ["--config-dir", "own"]),
-        (["--config-name=mine", "seed=1"], ["--config-name=mine"]),
-        (["-cd", "own", "-cn", "mine"], ["-cd", "own", "-cn", "mine"]),
-        (["seed=1"], []),
+        (["--config-dir", "own"], ["--config-path={conf}", "--config-dir={here}/own", "--config-name=train"]),
+        (
+            ["--config-name=mine", "-cd", "own"],
+            ["--config-path={conf}", "--config-dir={here}/own", "--config-name=mine"],
+        ),
+        (["-cp", "{here}/own", "-cn", "mine"], ["--config-path={here}/own", "--config-name=mine"]),
+        ([], ["--config-path={conf}", "--config-name=train"]),
     ],
     ids=lambda x: " ".join(x),
 )
-def test_the_runs_of_a_sweep_take_the_configuration_that_was_chosen(given, expected) -> None:
-    assert config_choice(given) == expected
+def test_the_runs_of_a_sweep_take_the_configuration_that_was_chosen(
+    start, monkeypatch, tmp_path, given, expected
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/mine.yaml").write_text((cli.CONF / "train.yaml").read_text())
+    for group in ("model", "data", "strategy", "trainer", "logger", "callbacks"):
+        (tmp_path / "own" / group).symlink_to(cli.CONF / group)
+    started: list[list[str]] = []
+
+    def run(command: list[str], **options: object) -> None:
+        started.append(command)
+        folder = next(word for word in command if word.startswith("hydra.run.dir=")).split("=")[1].strip('"')
+        (Path(folder) / "result.json").write_text("{}")
+
+    monkeypatch.setattr("subprocess.run", run)
+    places = {"conf": cli.CONF, "here": tmp_path}
+    words = [word.format(**places) for word in given]
+    start("-m", *words, "seed=1", f"hydra.sweep.dir={tmp_path}/sweep")
+    assert [words[len(program()) : -1] for words in started] == [
+        [word.format(**places) for word in expected] + ["seed=1"]
+    ]
 
 
 @pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])

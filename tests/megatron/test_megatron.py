@@ -23,7 +23,6 @@ from lightning_lss.checkpoint.folder import load_folder
 from lightning_lss.megatron.parallelize import (
     DATA,
     TENSOR,
-    check_sizes,
     own_key_value_heads,
     parallelize,
     reduce_gradients,
@@ -259,9 +258,14 @@ def test_key_value_heads_of_a_rank(config, size, heads) -> None:
         ({"seq_len": 17}, "length 17 cannot be split over 2 ranks"),
     ],
 )
-def test_sizes_that_cannot_be_shared_out_are_refused(options, message) -> None:
+def test_sizes_that_cannot_be_shared_out_are_refused(world, options, message) -> None:
+    world.run(2, refuse_sizes, options, message)
+
+
+def refuse_sizes(rank: int, options: dict[str, Any], message: str) -> None:
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=(DATA, TENSOR))
     with pytest.raises(ValueError, match=message):
-        check_sizes(TransformerConfig(**options), 2)
+        parallelize(Transformer(TransformerConfig(**options)), mesh)
 
 
 def fit_refused(rank: int, run: Run) -> str:

@@ -81,7 +81,8 @@ def test_hyperparameters_are_plain_values() -> None:
 
 def test_flops_of_a_batch_are_shared_out() -> None:
     module = LSSTransformer(**SIZES)
-    assert module._training_flops(2, LENGTH) == module.model.config.training_flops(2, LENGTH)
+    module.training_step(default_collate(make_samples(2)), 0)
+    assert module.flops_per_batch == module.model.config.training_flops(2, LENGTH)
 
 
 class WithOwnArgument(LSSTransformer):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_lss.models.lightning_module import LSSTransformer
-from lightning_lss.models.transformer import MLPBlock, SelfAttention, Transformer, TransformerConfig
+from lightning_lss.models.transformer import ExecutionConfig, MLPBlock, SelfAttention, Transformer, TransformerConfig
 from lightning_lss.nn.rotary import RotaryEmbedding
 from lightning_lss.parallel.segment_local import count_parameters
 
@@ -92,7 +92,7 @@ def test_rotary_takes_any_length_and_a_learned_table_only_its_own() -> None:
 
 def test_grouped_query_heads_share_keys_and_values() -> None:
     config = replace(SMALL, num_kv_heads=2)
-    grouped, full = SelfAttention(config, None).double(), SelfAttention(SMALL, None).double()
+    grouped, full = (SelfAttention(sizes, ExecutionConfig(), None).double() for sizes in (config, SMALL))
     full.load_state_dict({name: p for name, p in grouped.state_dict().items() if name != "key_value.weight"}, False)
     by_head = grouped.key_value.weight.unflatten(0, (2, 2, config.head_dim))  # [G, K or V, D, E]
     full.key_value.weight.data = by_head.repeat_interleave(2, 0).flatten(0, 2)
@@ -224,6 +224,8 @@ def test_operations_can_be_counted_on_meta_tensors() -> None:
         ({"positions": "sinusoidal"}, "positions='sinusoidal' is unknown: choose 'learned' or 'rotary'"),
         ({"head_chunks": 3}, "head_chunks=3 must be 'auto' or a divisor of the 4 key/value heads"),
         ({"head_chunks": 2, "keep_gathered": True}, "keep_gathered=True gathers all heads at once"),
+        ({"mlp_tiles": 0}, "mlp_tiles=0 must be a positive integer"),
+        ({"activation_checkpointing": "half"}, "activation_checkpointing='half' is unknown: choose 'none' or 'full'"),
         ({"mlp": "relu"}, "mlp='relu' is unknown: choose 'gelu' or 'swiglu'"),
     ],
 )
