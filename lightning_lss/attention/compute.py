@@ -6,7 +6,7 @@ Tiles of the same rows are joined by their log-sum-exp within the rank. No parti
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,32 @@ from lightning_lss.attention.exchange import heads_first
 from lightning_lss.attention.kernels import KERNELS
 from lightning_lss.attention.spec import AttentionSpec
 from lightning_lss.attention.tiles import Tile
+
+
+class ForwardRows(NamedTuple):
+    """Rows of queries, and the results that the forward pass fills in."""
+
+    q: Tensor  # [B, H, l, D]
+    out: Tensor  # [B, H, l, D], filled in
+    lse: Tensor  # log of the sum of the exponentials of each row's scores, [B, H, l], filled in
+
+
+class BackwardRows(NamedTuple):
+    """Rows of queries, the inputs of their backward pass, and the gradient that it fills in."""
+
+    grad: Tensor  # gradient of the output, [B, H, l, D]
+    q: Tensor  # [B, H, l, D]
+    out: Tensor  # [B, H, l, D]
+    lse: Tensor  # [B, H, l]
+    grad_q: Tensor  # gradient of the queries, [B, H, l, D], filled in
+
+
+Rows = TypeVar("Rows", ForwardRows, BackwardRows)
+
+
+def cut_rows(rows: Rows, heads: slice = slice(None), span: slice = slice(None)) -> Rows:
+    """View some heads of some of the rows."""
+    return type(rows)(*(x[:, heads, span] for x in rows))
 
 
 def empty_rows(q: Tensor) -> Tensor:
@@ -27,14 +53,11 @@ def no_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
-def compute_tiles(rows: Sequence[Tensor], keys_values: Tensor, tiles: Sequence[Tile], spec: AttentionSpec) -> None:
-    """Fill in the output and log-sum-exp over the tiles of K and V [2, B, g, L, D].
-
-    ``rows`` are the queries [B, h, l, D], the output to fill in [B, h, l, D], and the log-sum-exp to fill in [B, h, l].
-    """
+def compute_tiles(rows: ForwardRows, keys_values: Tensor, tiles: Sequence[Tile], spec: AttentionSpec) -> None:
+    """Fill in the output and log-sum-exp of ``rows`` over the tiles of K and V [2, B, g, L, D]."""
     kernel = KERNELS[spec.kernel_name]
     for span, row_tiles in _by_rows(tiles):
-        q, out, lse = (x[:, :, span] for x in rows)
+        q, out, lse = cut_rows(rows, span=span)
         joint: tuple[Tensor, Tensor] | None = None
         keys = kernel.forward_keys(span.stop - span.start)
         for tile in (part for whole in row_tiles for part in whole.cut(keys)):
@@ -47,19 +70,15 @@ def compute_tiles(rows: Sequence[Tensor], keys_values: Tensor, tiles: Sequence[T
 
 
 def compute_tiles_backward(
-    rows: Sequence[Tensor], keys_values: Tensor, by_rank: Tensor, tiles: Sequence[Tile], spec: AttentionSpec
+    rows: BackwardRows, keys_values: Tensor, by_rank: Tensor, tiles: Sequence[Tile], spec: AttentionSpec
 ) -> None:
-    """Fill in the gradients of the queries, and those of K and V in ``by_rank`` [S, l, 2, B, g, D].
-
-    ``rows`` are the gradient of the output, the queries, the output, their log-sum-exp, and the gradient of the queries
-    to fill in, all [B, h, l, D] but for the log-sum-exp [B, h, l].
-    """
+    """Fill in the gradient of the queries in ``rows``, and those of K and V in ``by_rank`` [S, l, 2, B, g, D]."""
     kernel = KERNELS[spec.kernel_name]
     chunks = [heads_first(chunk) for chunk in spec.shard.chunks_in_order(by_rank, 0)]
     sums = list(zip(*chunks))  # of K, of V: the chunks of the sequence in position order
     filled = 0  # positions that have a gradient so far; the last rows come first, since they see the most keys
     for span, row_tiles in reversed(list(_by_rows(tiles))):
-        grad, q, out, lse, grad_q = (x[:, :, span] for x in rows)
+        grad, q, out, lse, grad_q = cut_rows(rows, span=span)
         sum_q: Tensor | None = None
         for tile in (part for whole in row_tiles for part in whole.cut(kernel.backward_keys)):
             k, v = keys_values[..., tile.k_start : tile.k_stop, :]

@@ -1,10 +1,10 @@
-"""Fetch keys and values from the other ranks, and send their gradients back.
+"""Fetch keys and values from the other ranks, send their gradients back, and keep the buffers for both.
 
 In memory a head chunk of K and V is [L, 2, B, g, D]. Every run of positions is then one run of memory, and a segment
 can be received in its final position.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 
 import torch
@@ -13,6 +13,27 @@ from torch import Tensor
 from lightning_lss.attention.spec import AttentionSpec
 from lightning_lss.sequence.collectives import Pending, all_gather, all_to_all_sum, exchange, is_gloo, reduce_scatter
 from lightning_lss.sequence.layout import chunks_per_rank
+
+
+class Buffers:
+    """Buffers used in turn, each allocated when it is first needed.
+
+    With two of them, A and B, one head chunk is computed while the next is in flight::
+
+        head chunk       0    1    2    3
+        gathered into    A    B    A    B
+        in use           .    A    B    A    B
+        in flight        A    B    A    B    .
+
+    The gradients of head chunks are written to two buffers in the same way and sent one head chunk later.
+    """
+
+    def __init__(self, number: int, allocate: Callable[[], Tensor]) -> None:
+        self._in_turn = cycle(allocate() for _ in range(number))
+
+    def next(self) -> Tensor:
+        """Return the buffer whose turn it is."""
+        return next(self._in_turn)
 
 
 def empty_head_chunk(k: Tensor, size: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -30,17 +51,12 @@ def gathered_head_chunks(k: Tensor, v: Tensor, spec: AttentionSpec) -> Iterator[
     """Gather K and V of the whole sequence by head chunk, [2, B, g, L, D]; while one is in use, gather the next.
 
     ``k`` and ``v`` [B, G, l, D] are this rank's segment, and ``spec`` is resolved. A head chunk is valid until the next
-    one is requested. A single one stays valid. Two buffers A and B take turns::
-
-        head chunk       0    1    2    3
-        gathered into    A    B    A    B
-        in use           .    A    B    A    B
-        in flight        A    B    A    B    .
+    one is requested. A single one stays valid.
     """
     own_chunks = [(k[:, heads], v[:, heads]) for heads in spec.split_heads(k.size(1))]
     like, shard, in_place = own_chunks[0][0], spec.shard, _received_in_place(k, spec)
     dtype = k.dtype if in_place else shard.communication_dtype
-    buffers = cycle(empty_head_chunk(like, shard.size, dtype) for _ in range(2 if in_place else 1))
+    buffers = Buffers(2 if in_place else 1, lambda: empty_head_chunk(like, shard.size, dtype))
     ordered = None if in_place else empty_head_chunk(like, shard.size)
 
     def arrived(pending: Pending) -> Tensor:
@@ -50,10 +66,10 @@ def gathered_head_chunks(k: Tensor, v: Tensor, spec: AttentionSpec) -> Iterator[
             received = torch.cat(shard.chunks_in_order(segments, 0), out=ordered)
         return heads_first(received)
 
-    ahead = _gather(*own_chunks[0], next(buffers), spec)
+    ahead = _gather(*own_chunks[0], buffers.next(), spec)
     for following in own_chunks[1:]:
         keys_values = arrived(ahead)
-        ahead = _gather(*following, next(buffers), spec)
+        ahead = _gather(*following, buffers.next(), spec)
         yield keys_values
     keys_values = arrived(ahead)
     del ahead, buffers  # no gather is in flight during the last head chunk

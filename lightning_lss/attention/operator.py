@@ -13,8 +13,7 @@ The operator is one opaque node with known shapes: ``torch.compile(fullgraph=Tru
 selective activation checkpointing can name it.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import cycle
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,7 +21,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lightning_lss.attention import exchange
-from lightning_lss.attention.compute import compute_tiles, compute_tiles_backward, empty_rows, no_autocast
+from lightning_lss.attention.compute import (
+    BackwardRows,
+    ForwardRows,
+    compute_tiles,
+    compute_tiles_backward,
+    cut_rows,
+    empty_rows,
+    no_autocast,
+)
 from lightning_lss.attention.spec import AttentionSpec
 from lightning_lss.attention.tiles import pairs_of_rank
 from lightning_lss.sequence.collectives import Pending, resolve_group
@@ -72,10 +79,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, **fields: Any) -> tuple[Tensor, Tens
     """
     spec = _spec_of(**fields).resolve(q, k)
     out, lse, gathered = _empty_results(q)
-    tiles = spec.tiles(q.size(2))
+    rows, tiles = ForwardRows(q, out, lse), spec.tiles(q.size(2))
     with no_autocast(q.device.type):
         for heads, keys_values in zip(spec.split_heads(q.size(1)), exchange.gathered_head_chunks(k, v, spec)):
-            compute_tiles([x[:, heads] for x in (q, out, lse)], keys_values, tiles, spec)
+            compute_tiles(cut_rows(rows, heads), keys_values, tiles, spec)
             if spec.keep_gathered:
                 gathered = keys_values
     return out, lse, gathered
@@ -102,12 +109,12 @@ def attend_backward(
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
     head_chunks = iter([gathered]) if spec.keep_gathered else exchange.gathered_head_chunks(k, v, spec)
-    grad_q = empty_rows(q)
+    rows = BackwardRows(grad, q, out, lse, empty_rows(q))
     with no_autocast(q.device.type):
-        grads = list(_scattered_head_chunks((grad, q, out, lse, grad_q), head_chunks, k.size(1), spec))
+        grads = list(_scattered_head_chunks(rows, head_chunks, k.size(1), spec))
     del head_chunks  # frees the buffers before the whole gradient is allocated
     whole = grads[0] if len(grads) == 1 else torch.cat(grads, 3)
-    return grad_q, exchange.heads_first(whole.to(q.dtype))
+    return rows.grad_q, exchange.heads_first(whole.to(q.dtype))
 
 
 @attend_backward.register_fake
@@ -116,16 +123,16 @@ def _(grad: Tensor, q: Tensor, k: Tensor, *rest: Any, **fields: Any) -> tuple[Te
 
 
 def _scattered_head_chunks(
-    rows: Sequence[Tensor], gathered: Iterator[Tensor], kv_heads: int, spec: AttentionSpec
+    rows: BackwardRows, gathered: Iterator[Tensor], kv_heads: int, spec: AttentionSpec
 ) -> Iterator[Tensor]:
-    """Compute the gradients of this rank's K and V by head chunk, [l, 2, B, g, D], and fill in that of the queries; for
-    ``rows`` see :func:`compute_tiles_backward`. They are written to two buffers in turn and sent one chunk later."""
-    q, size = rows[1], spec.shard.size
-    tiles, like_keys = spec.tiles(q.size(2)), q[:, spec.split_heads(kv_heads)[0]]
-    buffers = cycle(exchange.empty_head_chunk(like_keys, size).unflatten(0, (size, -1)) for _ in range(2))
+    """Compute the gradients of this rank's K and V by head chunk, [l, 2, B, g, D], and fill in ``rows.grad_q``."""
+    tiles, size = spec.tiles(rows.q.size(2)), spec.shard.size
+    like_keys = rows.q[:, spec.split_heads(kv_heads)[0]]
+    buffers = exchange.Buffers(2, lambda: exchange.empty_head_chunk(like_keys, size).unflatten(0, (size, -1)))
     in_flight: Pending | None = None
-    for heads, by_rank in zip(spec.split_heads(q.size(1)), buffers):
-        compute_tiles_backward([x[:, heads] for x in rows], next(gathered), by_rank, tiles, spec)
+    for heads in spec.split_heads(rows.q.size(1)):
+        keys_values, by_rank = next(gathered), buffers.next()
+        compute_tiles_backward(cut_rows(rows, heads), keys_values, by_rank, tiles, spec)
         if in_flight is not None:
             yield in_flight.wait()
             in_flight = None  # frees the received addends before those of the next are allocated

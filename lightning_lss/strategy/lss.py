@@ -358,11 +358,8 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        states, path, owners = (
-            checkpoint["optimizer_states"],
-            ("optimizer_states",),
-            Owners(self._module, self.optimizers),
-        )
+        states, path = checkpoint["optimizer_states"], ("optimizer_states",)
+        owners = Owners(self._module, self.optimizers)
         if FOLDER_KEY in checkpoint:
             states = read_parts(checkpoint[FOLDER_KEY], states, owners, path)
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": own_parts(states, owners, path)})
