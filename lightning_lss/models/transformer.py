@@ -215,8 +215,7 @@ class Transformer(nn.Module):
         super().__init__()
         execution = execution or ExecutionConfig()
         check_positive(mlp_tiles=execution.mlp_tiles)
-        if execution.head_chunks != "auto":
-            check_head_chunks(execution.head_chunks, config.kv_heads, execution.keep_gathered)
+        check_head_chunks(execution.head_chunks, config.kv_heads, execution.keep_gathered)
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         learned = config.positions == "learned"

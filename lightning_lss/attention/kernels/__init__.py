@@ -46,7 +46,7 @@ def select_kernel(q: Tensor, name: str = "auto") -> Kernel:
         ValueError: if the name is unknown, or the kernel does not support such a tensor.
     """
     if name == "auto":
-        return next(kernel for kernel in KERNELS.values() if _obstacle(kernel.name, q) is None)
+        return KERNELS[next(known for known in KERNELS if _obstacle(known, q) is None)]
     if name not in KERNELS:
         raise ValueError(f"kernel={name!r} is unknown: choose 'auto' or one of {', '.join(map(repr, KERNELS))}.")
     obstacle = _obstacle(name, q)
