@@ -1,7 +1,5 @@
 """Measure a figure: ``python -m benchmarks FIGURE [options]``; ``--help`` after a figure lists its options."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 from argparse import ArgumentParser, Namespace

@@ -1,7 +1,5 @@
 """Time attention alone, forward and backward, on S single-threaded ranks, and check its gradients."""
 
-from __future__ import annotations
-
 import time
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Describe each picture: the columns of a CSV that it shows, and their labels. :mod:`benchmarks.figures` draws it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Time training steps."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

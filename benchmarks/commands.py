@@ -1,7 +1,5 @@
 """Measure each figure: turn the arguments of a command line into rows."""
 
-from __future__ import annotations
-
 import os
 import statistics
 from argparse import Namespace

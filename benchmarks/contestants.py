@@ -4,8 +4,6 @@ A contestant is data; :mod:`benchmarks.training` trains with it and :mod:`benchm
 alone.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Count what a rank receives in a training step, and what one layer adds."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

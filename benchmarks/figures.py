@@ -4,8 +4,6 @@ Bars start at 0 and stand beside each other, so that none hides another. Where a
 is a dot on the bar of the newest one. The distance between dots is the noise of a difference between two bars.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from math import comb, inf
 from pathlib import Path

@@ -15,8 +15,6 @@ Rank 0 of S runs by itself with its real kernels, sizes and memory; collectives 
   :class:`~lightning_lss.LSSStrategy`, for every mode of activation checkpointing: time, utilization, memory.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import itertools

@@ -1,7 +1,5 @@
 """Time the attention of one rank of S against plain attention, for :mod:`benchmarks.gpu`."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Time training steps of one rank of S with the Trainer, for :mod:`benchmarks.gpu`."""
 
-from __future__ import annotations
-
 import statistics
 from typing import Any
 

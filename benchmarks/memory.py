@@ -8,8 +8,6 @@ as soon as they are used. Not counted are a kernel's own buffers, freed before i
 interpreter.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple

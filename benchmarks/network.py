@@ -4,8 +4,6 @@ This needs root and iproute2 (``ip`` and ``tc``). The links are full duplex: a t
 their ends. They meet in a bridge, as in a switch that is never the bottleneck.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import shutil
@@ -47,7 +45,7 @@ class Network:
     megabits: int
     prefix: str = _PREFIX
 
-    def __enter__(self) -> Network:
+    def __enter__(self) -> "Network":
         try:
             self._make()
         except BaseException:

@@ -1,7 +1,5 @@
 """Run and time one rank of S on one device under the Trainer; see :func:`lightning_lss.testing.fake_world.one_rank_of`."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """Two LightningModules as users write them; the planner knows neither."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning.pytorch as pl

@@ -8,8 +8,6 @@ those GPUs can have shared one sequence equally. Here they are four sequence gro
 every size.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, fields

@@ -3,8 +3,6 @@
 python -m benchmarks planner
 """
 
-from __future__ import annotations
-
 import argparse
 import warnings
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Keep the rows of figures: one CSV a figure, with the environment and the commit in every row."""
 
-from __future__ import annotations
-
 import csv
 import os
 import platform

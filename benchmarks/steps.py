@@ -1,7 +1,5 @@
 """Measure whole training steps: step time, scaling, overhead, and slow links."""
 
-from __future__ import annotations
-
 import os
 import statistics
 import tempfile

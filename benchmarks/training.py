@@ -1,7 +1,5 @@
 """Train one contestant: the real Trainer on the same model and the same tokens for everyone."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Sequence
@@ -65,7 +63,7 @@ class Job:
         names = {field.name for field in fields(TransformerConfig)}
         return TransformerConfig(**{name: value for name, value in self.model.items() if name in names})
 
-    def with_model(self, **options: Any) -> Job:
+    def with_model(self, **options: Any) -> "Job":
         """Return the same job with other arguments of the model."""
         return replace(self, model={**self.model, **options})
 

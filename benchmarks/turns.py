@@ -4,8 +4,6 @@ Every contestant runs in the same worker processes, A B A B, so that other load 
 Figures are medians of the ratios within a round.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 import time

@@ -1,7 +1,5 @@
 """Attention in one tile: inputs, the textbook formula, and how results are compared with it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """A training script as a user would start it: python launch_script.py STRATEGY CHECKPOINT."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 

@@ -1,7 +1,5 @@
 """Modules of users, and what they show of a run."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning.pytorch as pl

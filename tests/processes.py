@@ -1,7 +1,5 @@
 """Run Python as a user would, in a process of its own."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -5,8 +5,6 @@ uneven tokens (nn/test_loss.py), the timeout of process groups (sequence/test_gr
 (nn/test_dropout.py).
 """
 
-from __future__ import annotations
-
 import os
 import random
 import threading

@@ -1,7 +1,5 @@
 """Bugs of positional tables that tell their story; see also test_bugs.py."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

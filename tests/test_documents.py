@@ -1,7 +1,5 @@
 """Links in the documents lead somewhere."""
 
-from __future__ import annotations
-
 import re
 
 from tests.processes import ROOT

@@ -3,8 +3,6 @@ that do not depend on the device run on CPU too. Kernels are in attention/test_g
 in attention/test_one_device.py.
 """
 
-from __future__ import annotations
-
 import gc
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Rules of the house that the import contracts in pyproject.toml cannot say."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Runs go through the real Trainer with SGD (Adam would hide a gradient that is wr
 targets are unevenly spread over the segments.
 """
 
-from __future__ import annotations
-
 import itertools
 from functools import cache
 from typing import Any

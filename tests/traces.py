@@ -1,7 +1,5 @@
 """What a trace of torch's profiler says about order and streams."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Runs of the real Trainer inside the ranks of a :class:`lightning_lss.testing.world.World`."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from dataclasses import dataclass, field

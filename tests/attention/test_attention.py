@@ -1,7 +1,5 @@
 """Attention over ranks against attention in one process: output and every gradient."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

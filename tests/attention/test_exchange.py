@@ -1,7 +1,5 @@
 """What is easily right by chance: buffers that take turns, rounding that adds up, options on their way."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

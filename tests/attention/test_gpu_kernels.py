@@ -7,8 +7,6 @@ have different signs, so norms differ by 2 to 4 roundings; 8 leave room. In floa
 in three TF32 passes, which lose some bits: 60 roundings (4e-6) are far below the 5e-4 of plain TF32.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

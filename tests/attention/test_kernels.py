@@ -1,7 +1,5 @@
 """Each kernel against the textbook formula in float64: output, log-sum-exp and every gradient."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -2,8 +2,6 @@
 without a check of their own, and compute with the reference. The numbers of the real ones are in test_gpu_kernels.py.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

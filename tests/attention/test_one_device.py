@@ -2,8 +2,6 @@
 stand-ins for collectives by which one rank runs alone. Device-agnostic: on CPU here, on a GPU where there is one.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

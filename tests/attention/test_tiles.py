@@ -1,7 +1,5 @@
 """The tiles of all ranks, painted on the attention matrix, cover each visible pair once and no hidden one."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The benchmarks' harness: what it counts and tracks against sums done by hand, and its command line on tiny sizes."""
 
-from __future__ import annotations
-
 import csv
 import subprocess
 import sys

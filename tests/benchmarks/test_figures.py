@@ -1,7 +1,5 @@
 """The pictures of the benchmarks: what they draw of a CSV's rows, and that nothing in them is hidden."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import pytest

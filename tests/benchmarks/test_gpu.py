@@ -1,7 +1,5 @@
 """The benchmark of one rank on one device: it runs at tiny sizes, and says what it cannot do."""
 
-from __future__ import annotations
-
 import argparse
 
 import pytest

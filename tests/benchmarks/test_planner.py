@@ -1,7 +1,5 @@
 """The planner's predictions against real ranks, and its study of the paper."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What callbacks log, and the picture of the tiles."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning.pytorch as pl

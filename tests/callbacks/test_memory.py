@@ -1,7 +1,5 @@
 """Which memory is logged, of whom and how often."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

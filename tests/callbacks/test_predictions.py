@@ -1,7 +1,5 @@
 """Predictions on disk: every sample's, from every data replica."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from unittest import mock
 

@@ -1,7 +1,5 @@
 """What stands in TensorBoard about the layout of a run, read from its event files."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Checkpoints that do not know S, and files that are complete or not there."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Checkpoints of sharded models, as files and as folders, on other grids than they were saved on."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

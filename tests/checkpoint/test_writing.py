@@ -1,7 +1,5 @@
 """Writing a checkpoint: left-overs of a crash, background writers, failures, several optimizers."""
 
-from __future__ import annotations
-
 from collections import Counter
 from contextlib import ExitStack, suppress
 from pathlib import Path

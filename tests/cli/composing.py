@@ -1,7 +1,5 @@
 """Configurations as the command line composes them."""
 
-from __future__ import annotations
-
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 

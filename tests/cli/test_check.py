@@ -1,7 +1,5 @@
 """What cannot work is refused with a sentence, before anything is started."""
 
-from __future__ import annotations
-
 import pytest
 
 from lightning_lss.cli.check import check

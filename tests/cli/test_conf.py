@@ -1,7 +1,5 @@
 """Every choice of every configuration group composes, and what it names can be made."""
 
-from __future__ import annotations
-
 import hydra
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """``--help`` shows every group, every key and what each is."""
 
-from __future__ import annotations
-
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf

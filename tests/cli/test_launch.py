@@ -1,7 +1,5 @@
 """Real launches of the command line, away from the repository: ``train.py``, ``python -m lightning_lss.cli``, torchrun."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

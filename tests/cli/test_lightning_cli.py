@@ -1,7 +1,5 @@
 """Lightning's own command line takes the model's and the optimizer's configuration key by key."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import yaml

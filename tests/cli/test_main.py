@@ -1,7 +1,5 @@
 """What the command line does with mistakes, and with ranks that others start; nothing is trained here."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from types import SimpleNamespace

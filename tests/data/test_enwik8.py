@@ -1,7 +1,5 @@
 """enwik8: its splits, its download from a server on this machine, and copies on disk."""
 
-from __future__ import annotations
-
 import hashlib
 import http.server
 import io

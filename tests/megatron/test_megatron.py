@@ -1,7 +1,5 @@
 """Nvidia's sequence parallelism, the baseline: the same training as one process, with the collectives it should have."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """``torch.compile`` of whole models and of single blocks, without a graph break, on split sequences."""
 
-from __future__ import annotations
-
 import shutil
 from copy import deepcopy
 from typing import Any

@@ -1,7 +1,5 @@
 """Options that change how a step is computed and not what: that they do it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch

@@ -1,7 +1,5 @@
 """The LightningModule: its loss, metrics, optimizer and schedule."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The transformer as a model: shapes, what a token may see, initialization, optimizer groups and FLOP count."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Dropout differs by segment and repeats itself on replay; a sequence group shares its other random numbers."""
 
-from __future__ import annotations
-
 import random
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The average over the world of ``token_mean`` is the mean over all tokens, exactly; cross entropy without logits."""
 
-from __future__ import annotations
-
 import math
 import operator
 from functools import reduce

@@ -1,7 +1,5 @@
 """Bits per byte against the formula, in one process and summed over ranks."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The learned table is one table however it is spread."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from typing import Any

@@ -1,8 +1,6 @@
 """Activation checkpointing: the same gradients, fewer activations, and never the quadratic part twice with
 ``selective``."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

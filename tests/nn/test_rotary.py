@@ -1,7 +1,5 @@
 """Rotary embedding turns by global position, whatever the spread."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Sharded parameters (FSDP): memory, checkpoints, and what users' modules do. Parity is in test_parity.py."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning.pytorch as pl

@@ -1,7 +1,5 @@
 """How ranks start and skip together: unequal weights, overflows, buffers."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from typing import Any
 

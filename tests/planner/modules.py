@@ -1,7 +1,5 @@
 """Modules of users, small enough to be traced in a moment."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning.pytorch as pl

@@ -1,7 +1,5 @@
 """Plans: every way to share devices out, what fits, what is recommended, what is refused."""
 
-from __future__ import annotations
-
 import csv
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The arithmetic on traces: parts of parameters, buckets, the longest length."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """One traced step: what it holds, sends and computes, against sums done by hand."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The estimate of a step's time, and figures of hardware."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Traces of other lengths and numbers of ranks, and those on disk."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A batch is cut along the sequence whatever it is packed in, and a sequence group must work on one batch."""
 
-from __future__ import annotations
-
 from collections import UserDict, defaultdict, namedtuple
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple

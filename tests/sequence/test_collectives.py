@@ -1,8 +1,6 @@
 """All-gather and reduce-scatter by rank, in one collective and in messages: every shape, dtype and stride, as adjoints, and
 without a warning."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from typing import Any

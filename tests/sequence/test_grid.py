@@ -1,7 +1,5 @@
 """The grid data x sequence: its ranks on paper, as gloo groups, and at the paper's 3,456 GPUs."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 from typing import Any
 

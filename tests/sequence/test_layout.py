@@ -1,7 +1,5 @@
 """Every position has exactly one holder, and a length that cannot be shared out is refused in helpful words."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

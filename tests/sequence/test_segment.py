@@ -1,7 +1,5 @@
 """Split, gather and positions of a shard, the exact adjoint of the gather, and the modules that take a shard."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Batches that differ within a sequence group are found in every loader, every stage and every run."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

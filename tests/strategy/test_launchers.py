@@ -1,7 +1,5 @@
 """Real launches: Lightning's own subprocesses, spawn, fork, torchrun."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

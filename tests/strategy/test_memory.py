@@ -1,7 +1,5 @@
 """Activation checkpointing and tiles that the strategy applies to a user's own blocks."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from typing import Any

@@ -1,7 +1,5 @@
 """The strategy's names, duties and refusals; whole runs of the Trainer inside test ranks."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """What a step under the Trainer sends: in which dtype, and how often while gradients accumulate."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning.pytorch as pl

@@ -1,7 +1,5 @@
 """The comparison that all others rest on: whatever is wrong with one tensor among many, it is found."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

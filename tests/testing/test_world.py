@@ -1,7 +1,5 @@
 """Ranks that stay alive, ranks that do not exist, and what is counted of them."""
 
-from __future__ import annotations
-
 import os
 import sys
 import threading
