@@ -25,13 +25,18 @@ class PeakMemoryMonitor(pl.Callback):
 
     def __init__(self, most_ranks: int = 64) -> None:
         self.most_ranks = most_ranks
+        self._last_step = 0
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._last_step = trainer.global_step
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
-        # under accumulation several batches end at the same step
-        if trainer.fit_loop._should_accumulate() or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        if step == self._last_step or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
+        self._last_step = step  # under accumulation several batches end at the same step
         device = trainer.strategy.root_device
         gib = torch.tensor(peak_memory(device) / 2**30, device=device)
         peaks = trainer.strategy.all_gather(gib).flatten().tolist()

@@ -118,8 +118,8 @@ def load_folder(folder: Path, owners: Owners | None = None, weights_only: bool |
         )
     if owners is None:
         return read_parts(folder, checkpoint, lambda path: None)
-    left = {"optimizer_states": checkpoint.pop("optimizer_states", []), FOLDER_KEY: str(folder)}
-    return {**read_parts(folder, checkpoint, owners), **left}
+    left = {key: checkpoint.pop(key) for key in ["optimizer_states"] if key in checkpoint}
+    return {**read_parts(folder, checkpoint, owners), **left, FOLDER_KEY: str(folder)}
 
 
 def read_parts(

@@ -65,7 +65,7 @@ def map_tensors(state: Any, convert: Callable[[KeyPath, Tensor], Any], path: Key
 
 def holds_rows(tensor: Tensor, owner: Owner) -> bool:
     """Whether ``tensor`` consists of this rank's rows of a positional table, or of one of its moments."""
-    return isinstance(owner, SegmentPositionalEmbedding) and tensor.shape[:1] == owner.weight.shape[:1]
+    return isinstance(owner, SegmentPositionalEmbedding) and tensor.shape == owner.weight.shape
 
 
 def gather(tensor: Tensor, owner: Owner) -> Tensor:
@@ -83,7 +83,7 @@ def gather(tensor: Tensor, owner: Owner) -> Tensor:
 
 def own_part(tensor: Tensor, owner: Owner) -> Tensor:
     """Invert :func:`gather` without communication: cut a whole tensor to this rank's part."""
-    if isinstance(owner, SegmentPositionalEmbedding) and tensor.shape[:1] == (owner.num_positions,):
+    if isinstance(owner, SegmentPositionalEmbedding) and tensor.shape == (owner.num_positions, owner.dim):
         return owner.own_rows(tensor)
     if isinstance(owner, DTensor) and tensor.shape == owner.shape:
         return distribute_tensor(tensor.detach(), owner.device_mesh, owner.placements, src_data_rank=None)

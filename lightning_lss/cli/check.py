@@ -72,7 +72,8 @@ def _check_split(cfg: DictConfig, strategy: str, world_size: int) -> None:
             )
         return
     size = layouts.resolve_sequence_parallel_size(world_size, cfg.strategy.sequence_parallel_size)
-    layout = cfg.strategy.get("layout", "auto").replace("auto", "zigzag")
+    layout = cfg.strategy.get("layout", "auto")
+    layout = "zigzag" if layout == "auto" else layout
     if strategy.endswith("MegatronStrategy"):
         layouts.check_heads(cfg.model.num_heads, size)
         layout = "contiguous"

@@ -36,6 +36,11 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     warmup_steps: int = 100
 
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2:
+            raise ValueError(f"betas={self.betas} must be two numbers.")
+        object.__setattr__(self, "betas", tuple(self.betas))  # a list in configuration files
+
 
 class LSSTransformer(pl.LightningModule):
     """The LSS Transformer (arXiv 2311.02382): a decoder by default, an encoder with ``causal=False``.

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lss.nn.recompute import outermost, repeated_blocks
@@ -169,15 +170,13 @@ class FullyShard:
         self._root = root
         return root
 
-    def register_hooks(
-        self, optimizers: Iterable[Optimizer], should_sync: Callable[[], bool]
-    ) -> Iterable[RemovableHandle]:
+    def register_hooks(self, should_sync: Callable[[], bool]) -> Iterable[RemovableHandle]:
         """Average the gradients of scalars over the world, since FSDP does not take scalars, and keep the root whole
         between the optimizer steps of manual optimization; return the hooks' handles."""
         assert self._root is not None
         assert dist.group.WORLD is not None
         scalars = [average_over(scalar, dist.group.WORLD, should_sync) for scalar in self._root.scalars]
-        return scalars + self._root.follow_manual_steps(optimizers)
+        return scalars + self._root.follow_manual_steps()
 
     def clipping_group(self, local: SegmentLocal) -> dist.ProcessGroup | None:
         """All ranks, since each holds different parts."""
@@ -304,22 +303,20 @@ class ShardedRoot(nn.Module):
         self.require_backward_grad_sync = last
         _as_fsdp(self).set_requires_all_reduce(last)
 
-    def follow_manual_steps(self, optimizers: Iterable[Optimizer]) -> list[RemovableHandle]:
+    def follow_manual_steps(self) -> list[RemovableHandle]:
         """Keep parameters whole for all passes of a manual step, since only the next step's forward would unshard them,
-        but not during an optimizer step, which changes each rank's parts."""
-        _as_fsdp(self).set_reshard_after_backward(not self.is_manual, recurse=False)
-        if not self.is_manual:
-            return []
-        handles = []
-        for optimizer in optimizers:
-            handles.append(optimizer.register_step_pre_hook(self.reshard_own))
-            handles.append(optimizer.register_step_post_hook(self._unshard_own))
-        return handles
+        and unshard them again after an optimizer step, which changes each rank's parts.
 
-    def _unshard_own(self, *_: Any) -> None:
+        The hook is that of all optimizers, since users may make new ones during the run.
+        """
+        _as_fsdp(self).set_reshard_after_backward(not self.is_manual, recurse=False)
+        return [register_optimizer_step_post_hook(self._renew_own)] if self.is_manual else []
+
+    def _renew_own(self, *_: Any) -> None:
+        self.reshard_own()
         _as_fsdp(self).unshard()
 
-    def reshard_own(self, *_: Any) -> None:
+    def reshard_own(self) -> None:
         """Reshard the parameters that belong to no unit."""
         for owner, name, parameter in self._held_by_root:
             parameter.requires_grad_(getattr(owner, name).requires_grad)  # users freeze those that modules hold

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from lightning.pytorch.plugins import LayerSync
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lss.parallel.fsdp import check_sharding
@@ -47,9 +46,7 @@ class Replicated:
         ignore_in_ddp(module, local.names)
         return module
 
-    def register_hooks(
-        self, optimizers: Iterable[Optimizer], should_sync: Callable[[], bool]
-    ) -> Iterable[RemovableHandle]:
+    def register_hooks(self, should_sync: Callable[[], bool]) -> Iterable[RemovableHandle]:
         """Register the hooks that the training needs beside DistributedDataParallel: none."""
         return []
 

@@ -1,7 +1,7 @@
 """Run one training step of a user's own LightningModule on tensors without contents, as one rank among stand-ins."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -150,7 +150,7 @@ def trace_step(module: pl.LightningModule, batch: Any, rank: Rank) -> Trace:
     """
     if not module.automatic_optimization:
         raise ValueError("A module with automatic_optimization=False cannot be planned: its steps are unknown.")
-    with _group_of(rank) as group, patch.object(ShardingPropagator, _DERIVE_SHAPES, _derive_shapes):
+    with _group_of(rank) as group, _untracked_shapes():
         try:
             return _Step(module, batch, rank, group).run()
         except MissingError as error:
@@ -277,11 +277,15 @@ def _local(tensors: Any) -> list[Tensor]:
     return [x.to_local() if isinstance(x, DTensor) else x for x in tensors if isinstance(x, Tensor)]
 
 
-_DERIVE_SHAPES = "_propagate_tensor_meta_non_cached"
-_original = getattr(ShardingPropagator, _DERIVE_SHAPES)
+@contextmanager
+def _untracked_shapes() -> Iterator[None]:
+    """Let DTensor derive shapes outside of all modes: it runs operators for that, and no rank runs them."""
+    name = "_propagate_tensor_meta_non_cached"
+    derive = getattr(ShardingPropagator, name)
 
+    def derive_untracked(*args: Any) -> Any:
+        with _disable_current_modes():
+            return derive(*args)
 
-def _derive_shapes(propagator: ShardingPropagator, schema: Any) -> Any:
-    """Derive the shapes of a DTensor outside of all modes: DTensor runs operators for it that no rank runs."""
-    with _disable_current_modes():
-        return _original(propagator, schema)
+    with patch.object(ShardingPropagator, name, derive_untracked):
+        yield

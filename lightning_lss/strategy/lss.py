@@ -223,7 +223,7 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         self._parameters.check_optimizers(self.optimizers)
         validation.check_optimizers(self.optimizers, self._model_averaging_period is not None, len(local.parameters))
         handles = local.average_gradients(self._is_last_backward)
-        for handle in (*handles, *self._parameters.register_hooks(self.optimizers, self._is_last_backward)):
+        for handle in (*handles, *self._parameters.register_hooks(self._is_last_backward)):
             self._at_teardown.callback(handle.remove)
         group = self._parameters.clipping_group(local)
         if group is not None:
@@ -251,26 +251,31 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
 
     @override
     def teardown(self) -> None:
-        # The first rank to leave closes its connections, so all wait here until none still waits for data. After a
-        # failure there is no barrier: the other ranks may hang in a collective of the step and never arrive.
-        if not self._failed:
-            if self._start_method != "popen" and self.lightning_module is not None:
-                for table in Owners(self._module).tables.values():  # to be taken over by the parent process
-                    table.become_whole()
-                self._parameters.hand_over(self._module)
-            self.barrier("LSSStrategy.teardown")
-        self._parameters.release()
-        module, optimizers = self._lightning_module, self.optimizers
-        if self._parameters.stay_on_device:
-            self._lightning_module, self.optimizers = None, []  # else Lightning would move them to the CPU
-        try:
-            super().teardown()
-        finally:
-            self._lightning_module = self.model = module
-            self.optimizers = optimizers
+        with self._at_teardown:
+            self._part_from_ranks()
+            self._parameters.release()
+            module, optimizers = self._lightning_module, self.optimizers
+            if self._parameters.stay_on_device:
+                self._lightning_module, self.optimizers = None, []  # else Lightning would move them to the CPU
+            try:
+                super().teardown()
+            finally:
+                self._lightning_module = self.model = module
+                self.optimizers = optimizers
         self._running, self._segment_local = False, None
         if module is not None:
             reset_segments(module)
+
+    def _part_from_ranks(self) -> None:
+        # The first rank to leave closes its connections, so all wait here until none still waits for data. After a
+        # failure there is no barrier: the other ranks may hang in a collective of the step and never arrive.
+        if self._failed:
+            return
+        if self._start_method != "popen" and self.lightning_module is not None:
+            for table in Owners(self._module).tables.values():  # to be taken over by the parent process
+                table.become_whole()
+            self._parameters.hand_over(self._module)
+        self.barrier("LSSStrategy.teardown")
 
     @override
     def on_exception(self, exception: BaseException) -> None:

@@ -12,6 +12,8 @@ from tests.cli.composing import composed
         (["seq_len=4098"], "A sequence of length 4098 cannot be split over 2 ranks"),
         (["devices=3", "sequence_parallel_size=2"], "sequence_parallel_size=2 does not divide the world size 3"),
         (["strategy.layout=spiral"], "layout='spiral' is unknown"),
+        (["strategy.layout=null"], "layout=None is unknown"),
+        (["strategy.layout=autos"], "layout='autos' is unknown"),
         (["strategy=megatron", "devices=4"], "num_heads=2"),
         (["strategy=ddp", "sequence_parallel_size=2"], "use strategy=lss"),
         (["strategy=single", "devices=2"], "strategy=single has one process, not devices=2"),

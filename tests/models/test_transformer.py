@@ -225,6 +225,7 @@ def test_operations_can_be_counted_on_meta_tensors() -> None:
         ({"mlp_tiles": 0}, "mlp_tiles=0 must be a positive integer"),
         ({"activation_checkpointing": "half"}, "activation_checkpointing='half' is unknown: choose 'none' or 'full'"),
         ({"mlp": "relu"}, "mlp='relu' is unknown: choose 'gelu' or 'swiglu'"),
+        ({"betas": [0.9]}, r"betas=\[0\.9\] must be two numbers"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused(options, words) -> None:

@@ -178,6 +178,56 @@ def test_manual_optimization(world: World, kind, units) -> None:
     assert_equal_on_ranks(world.run(4, fit, run), reference, 1e-10)
 
 
+class Decayed(torch.optim.SGD):
+    """Changes parameters after the step of the optimizer that it is derived from."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.mul_(0.9)
+        return loss
+
+
+class StepsOfAllKinds(TwoPlayers):
+    """Takes several steps for each batch, and replaces its optimizers between two of them."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = self.score(batch)
+            self.manual_backward(loss)
+            return loss
+
+        optimizer: Any = self.optimizers()
+        closure()
+        optimizer.step()
+        closure()
+        self.optimizers(use_pl_optimizer=False).step()  # type: ignore[union-attr,call-arg]
+        optimizer.step(closure=closure)
+        closure()
+        optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        torch.optim.SGD(
+            [nn.Parameter(torch.zeros(1))]
+        )  # from now on torch runs hooks in its step, Decayed's inner one too
+        return Decayed(self.parameters(), lr=0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_manual_steps_of_all_kinds(world: World, kind) -> None:
+    trainer = {"precision": "64-true"}
+    reference = world.run(1, fit, Run(module=StepsOfAllKinds, trainer=trainer, steps=12))[0]
+    run = Run(size=2, module=StepsOfAllKinds, trainer=trainer, steps=12, strategy=sharded(kind))
+    assert_equal_on_ranks(world.run(4, fit, run), reference, 1e-10)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_accumulation_over_two_batches_in_flight(world: World, kind) -> None:
     trainer = {"precision": "64-true", "accumulate_grad_batches": 3, "gradient_clip_val": 0.3}
