@@ -103,8 +103,10 @@ def test_the_moments_of_every_optimizer_are_resumed(world, tmp_path, sharding, d
 
 def save_and_load(rank: int, folder: Path) -> Any:
     checkpoint = {"state_dict": {"x": torch.ones(2)}, "callbacks": {"mine": {"seen": Counter(a=2)}}}
-    save_folder(checkpoint, folder, Owners(nn.Linear(1, 1)))
+    owners = Owners(nn.Linear(1, 1))
+    save_folder(checkpoint, folder, owners)
     dist.barrier()  # rank 0 renames the folder last
+    assert "optimizer_states" not in load_folder(folder, owners, weights_only=False)  # as in a file of weights only
     return load_folder(folder, weights_only=False)["callbacks"]["mine"]["seen"]
 
 
