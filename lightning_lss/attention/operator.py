@@ -14,6 +14,7 @@ selective activation checkpointing can name it.
 """
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -42,12 +43,16 @@ _SPEC = (
 """The keyword arguments of the operators: the fields of a spec and of its shard."""
 
 
+_SHARD_FIELDS = tuple(field.name for field in fields(SequenceShard) if field.name != "group")
+_SPEC_FIELDS = tuple(field.name for field in fields(AttentionSpec) if field.name != "shard")
+
+
 def spec_fields(spec: AttentionSpec) -> dict[str, Any]:
     """Return ``spec`` as keyword arguments of the operators; a process group goes by its name in torch."""
     shard = spec.shard
-    fields = {**vars(shard), **vars(spec), "group": shard.require_group().group_name if shard.size > 1 else ""}
-    del fields["shard"]
-    return fields
+    place = {name: getattr(shard, name) for name in _SHARD_FIELDS}  # compilers cannot trace vars in torch 2.11
+    options = {name: getattr(spec, name) for name in _SPEC_FIELDS}
+    return {**place, **options, "group": shard.require_group().group_name if shard.size > 1 else ""}
 
 
 def _spec_of(
@@ -68,7 +73,7 @@ def _empty_results(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor v, *, {_SPEC}) -> (Tensor, Tensor, Tensor)",
 )
-def attend(q: Tensor, k: Tensor, v: Tensor, **fields: Any) -> tuple[Tensor, Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the rows of ``q`` [B, H, l, D] over the whole sequence's keys and values; ``k`` and ``v`` [B, G, l, D]
     are this rank's segment of them. Every rank of the sequence group must call it.
 
@@ -77,7 +82,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, **fields: Any) -> tuple[Tensor, Tens
         the sum of the exponentials of each row's scores [B, H, l], float64 for float64 queries, else float32; K and V
         of the whole sequence [2, B, G, L, D] with ``keep_gathered``, otherwise an empty tensor.
     """
-    spec = _spec_of(**fields).resolve(q, k)
+    spec = _spec_of(**options).resolve(q, k)
     out, lse, gathered = _empty_results(q)
     rows, tiles = ForwardRows(q, out, lse), spec.tiles(q.size(2))
     with no_autocast(q.device.type):
@@ -101,11 +106,11 @@ def _(q: Tensor, k: Tensor, v: Tensor, *, size: int, keep_gathered: bool, **_: A
     f" *, {_SPEC}) -> (Tensor, Tensor)",
 )
 def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, gathered: Tensor, **fields: Any
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, gathered: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of ``q`` [B, H, l, D], and of ``k`` and ``v`` as one tensor [2, B, G, l, D], from that of
     the output and the results of :func:`attend`. Every rank of the sequence group must call it."""
-    spec = _spec_of(**fields).resolve(q, k)
+    spec = _spec_of(**options).resolve(q, k)
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
     head_chunks = iter([gathered]) if spec.keep_gathered else exchange.gathered_head_chunks(k, v, spec)
@@ -118,7 +123,7 @@ def attend_backward(
 
 
 @attend_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, *rest: Any, **fields: Any) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, q: Tensor, k: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
     return empty_rows(q), exchange.heads_first(exchange.empty_head_chunk(q[:, : k.size(1)], 1))
 
 

@@ -1,4 +1,8 @@
-"""Whose the tensors of a checkpoint are, and how they are gathered from all ranks or cut to one rank's part."""
+"""Whose the tensors of a checkpoint are, and how they are gathered from all ranks or cut to one rank's part.
+
+A file is Lightning's own, so it opens without this package. (torch's ``get_optimizer_state_dict`` has names where these
+files have indices, and refuses gradients before the first step.)
+"""
 
 import copy
 from collections.abc import Callable, Iterable

@@ -7,7 +7,8 @@ from torch import Tensor
 def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast tensors, except of float64, to autocast's dtype where autocast is on, as torch's linear layers do."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)  # torch 2.11 cannot trace it
+    if not available or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
