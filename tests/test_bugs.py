@@ -30,6 +30,7 @@ from lightning_lss.testing.compare import assert_equal, assert_equal_on_ranks
 from lightning_lss.testing.world import WorkerError, World
 from tests.training import (
     LENGTH,
+    TABLE,
     Run,
     SGDTransformer,
     fit,
@@ -38,8 +39,6 @@ from tests.training import (
     make_samples,
     make_trainer,
 )
-
-TABLE = "model.positions.weight"
 
 
 def test_gradients_of_positions_are_not_s_times_too_large(world: World) -> None:

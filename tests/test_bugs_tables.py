@@ -14,6 +14,7 @@ from lightning_lss.nn.positions import InitialRows
 from lightning_lss.testing.compare import assert_equal_on_ranks
 from tests.training import (
     LENGTH,
+    TABLE,
     Run,
     fit,
     make_loader,
@@ -21,8 +22,6 @@ from tests.training import (
     make_samples,
     make_trainer,
 )
-
-TABLE = "model.positions.weight"
 
 
 class TableInspector(pl.Callback):

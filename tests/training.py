@@ -20,6 +20,7 @@ from lightning_lss.megatron import MegatronStrategy, MegatronTransformer
 from lightning_lss.nn.loss import IGNORED
 
 VOCAB, LENGTH = 11, 16
+TABLE = "model.positions.weight"  # the name of the positional table
 
 
 def make_samples(count: int, length: int = LENGTH) -> list[dict[str, Tensor]]:

@@ -50,7 +50,7 @@ _SPEC_FIELDS = tuple(field.name for field in fields(AttentionSpec) if field.name
 def spec_fields(spec: AttentionSpec) -> dict[str, Any]:
     """Return ``spec`` as keyword arguments of the operators; a process group goes by its name in torch."""
     shard = spec.shard
-    place = {name: getattr(shard, name) for name in _SHARD_FIELDS}  # compilers cannot trace vars in torch 2.11
+    place = {name: getattr(shard, name) for name in _SHARD_FIELDS}  # torch 2.11 cannot compile vars(...)
     options = {name: getattr(spec, name) for name in _SPEC_FIELDS}
     return {**place, **options, "group": shard.require_group().group_name if shard.size > 1 else ""}
 

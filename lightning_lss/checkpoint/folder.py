@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
-from lightning_lss.checkpoint.state import KeyPath, Owner, Owners, holds_rows, map_tensors, own_part
+from lightning_lss.checkpoint.state import KeyPath, Owner, Owners, map_tensors, own_part
 from lightning_lss.nn.positions import SegmentPositionalEmbedding
 
 FOLDER_KEY = "lightning_lss_folder"
@@ -163,7 +163,7 @@ def _as_stored(tensor: Tensor, owner: Owner) -> Tensor:
 
     A DTensor alone cannot represent a table's rows in two separate places, as in the zigzag layout.
     """
-    if not isinstance(owner, SegmentPositionalEmbedding) or not holds_rows(tensor, owner):
+    if not isinstance(owner, SegmentPositionalEmbedding) or tensor.shape != owner.weight.shape:
         return tensor
     runs, width = owner.row_ranges(), tensor.shape[1:]
     offsets = [(run.start, *(0 for _ in width)) for run in runs]

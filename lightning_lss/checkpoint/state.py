@@ -67,11 +67,6 @@ def map_tensors(state: Any, convert: Callable[[KeyPath, Tensor], Any], path: Key
     return mapped
 
 
-def holds_rows(tensor: Tensor, owner: Owner) -> bool:
-    """Whether ``tensor`` consists of this rank's rows of a positional table, or of one of its moments."""
-    return isinstance(owner, SegmentPositionalEmbedding) and tensor.shape == owner.weight.shape
-
-
 def gather(tensor: Tensor, owner: Owner) -> Tensor:
     """Gather a tensor that is spread over ranks, rows in position order; return any other as it is.
 
@@ -79,7 +74,7 @@ def gather(tensor: Tensor, owner: Owner) -> Tensor:
     """
     if isinstance(tensor, DTensor):
         return tensor.full_tensor().detach()
-    if isinstance(owner, SegmentPositionalEmbedding) and holds_rows(tensor, owner):
+    if isinstance(owner, SegmentPositionalEmbedding) and tensor.shape == owner.weight.shape:
         rows = tensor.detach().to(owner.weight.device)  # weight averaging may keep its copy elsewhere
         return owner.shard.gather(rows, dim=0).to(tensor.device)
     return tensor

@@ -25,24 +25,22 @@ class Difference(NamedTuple):
     """Why they cannot be equal whatever the tolerance, or empty."""
 
 
-def worst_difference(actual: Tensors, expected: Tensors, *, floor: float = FLOOR, dtypes: bool = False) -> Difference:
+def worst_difference(actual: Tensors, expected: Tensors, *, floor: float = FLOOR) -> Difference:
     """Return the largest difference of any tensor from its reference.
 
-    Floating-point tensors are compared in float64; ``dtypes`` asks that their dtypes agree as well. Tensors of integers
-    or booleans must be equal. Raises ``ValueError`` if there are no tensors, ``TypeError`` if something is not a tensor
-    or if tensors by name are compared with tensors in order.
+    Floating-point tensors are compared in float64. Tensors of integers or booleans must be equal. Raises ``ValueError``
+    if there are no tensors, ``TypeError`` if something is not a tensor or if tensors by name are compared with tensors in
+    order.
     """
-    return _differences(actual, expected, floor, dtypes)[0]
+    return _differences(actual, expected, floor)[0]
 
 
-def assert_equal(
-    actual: Tensors, expected: Tensors, tolerance: float, *, floor: float = FLOOR, dtypes: bool = False, what: str = ""
-) -> None:
+def assert_equal(actual: Tensors, expected: Tensors, tolerance: float, *, floor: float = FLOOR, what: str = "") -> None:
     """Raise ``AssertionError`` unless every tensor is within ``tolerance`` of its reference; 0 asks for equal values.
 
     The message starts with ``what``, for example the rank. The other arguments are :func:`worst_difference`'s.
     """
-    found = _differences(actual, expected, floor, dtypes)
+    found = _differences(actual, expected, floor)
     wrong = [x for x in found if not x.error <= tolerance or math.isinf(x.error)]
     if wrong:
         lines = [f"{len(wrong)} of {len(expected)} tensors differ by more than {tolerance:.1e}"]
@@ -59,7 +57,7 @@ def assert_equal_on_ranks(by_rank: Sequence[Tensors], expected: Tensors, toleran
         assert_equal(actual, expected, tolerance, what=f"rank {rank}")
 
 
-def _differences(actual: Tensors, expected: Tensors, floor: float, dtypes: bool) -> list[Difference]:
+def _differences(actual: Tensors, expected: Tensors, floor: float) -> list[Difference]:
     """Compare what has a name on either side, the worst first."""
     if isinstance(actual, Mapping) != isinstance(expected, Mapping):
         raise TypeError("Tensors by name cannot be compared with tensors in order.")
@@ -68,7 +66,7 @@ def _differences(actual: Tensors, expected: Tensors, floor: float, dtypes: bool)
         raise ValueError("There are no tensors to compare.")
     found = []
     for name in dict.fromkeys([*other, *one]):
-        reason = _obstacle(one.get(name), other.get(name), dtypes)
+        reason = _obstacle(one.get(name), other.get(name))
         found.append(Difference(math.inf if reason else _error(one[name], other[name], floor), name, reason))
     return sorted(found, key=lambda difference: -difference.error)
 
@@ -83,14 +81,14 @@ def _by_name(tensors: Tensors) -> dict[str, Tensor]:
     return named
 
 
-def _obstacle(actual: Tensor | None, expected: Tensor | None, dtypes: bool) -> str:
+def _obstacle(actual: Tensor | None, expected: Tensor | None) -> str:
     """Say why the two cannot be equal whatever the tolerance."""
     if actual is None or expected is None:
         return "missing" if actual is None else "not in the reference"
     if actual.shape != expected.shape:
         return f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
     exact = {not (x.is_floating_point() or x.is_complex()) for x in (actual, expected)}
-    if len(exact) == 2 or (dtypes and actual.dtype != expected.dtype):
+    if len(exact) == 2:
         return f"{actual.dtype} instead of {expected.dtype}"
     if exact == {True} and (different := int((actual.cpu() != expected.cpu()).sum())):
         return f"{different} of {actual.numel()} values differ"

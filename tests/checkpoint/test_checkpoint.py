@@ -16,6 +16,7 @@ from lightning_lss.testing.compare import assert_equal, assert_equal_on_ranks
 from lightning_lss.testing.world import World
 from tests.training import (
     LENGTH,
+    TABLE,
     AdamTransformer,
     Run,
     SGDTransformer,
@@ -27,8 +28,6 @@ from tests.training import (
     make_trainer,
     moments,
 )
-
-TABLE = "model.positions.weight"
 
 
 @pytest.mark.parametrize("module", [SGDTransformer, AdamTransformer])
