@@ -17,6 +17,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import LayerSync
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -273,7 +274,8 @@ class ShardedRoot(nn.Module):
         if self.is_manual:
             for method in ("toggle_optimizer", "untoggle_optimizer"):
                 setattr(module, method, self._followed_by_whole_parameters(getattr(module, method)))
-        vars(module)["_sharded_root"] = self  # bypasses nn.Module, which would make it a submodule
+        # Both bypass nn.Module, which would make the root a submodule.
+        vars(module).update(_sharded_root=self, __deepcopy__=self._share_module)
 
     @property
     def is_manual(self) -> bool:
@@ -302,6 +304,16 @@ class ShardedRoot(nn.Module):
     def _set_last(self, last: bool) -> None:
         self.require_backward_grad_sync = last
         _as_fsdp(self).set_requires_all_reduce(last)
+
+    def _share_module(self, memo: dict[int, Any]) -> pl.LightningModule:
+        """Stand in for the module's ``__deepcopy__``, which FSDP does not support: copies of a Trainer share the module."""
+        if not any(isinstance(x, pl.Trainer) for x in memo.values()):
+            raise MisconfigurationException(
+                "A sharded module cannot be copied. Save a checkpoint with trainer.save_checkpoint, and load it into a new module."
+            )
+        rank_zero_warn("The copy of the Trainer shares the sharded module, which cannot be copied.")
+        memo.update({id(x): x for x in (self.module, self, self.mesh, *self.own_parameters)})
+        return self.module
 
     def follow_manual_steps(self) -> list[RemovableHandle]:
         """Keep parameters whole for all passes of a manual step, since only the next step's forward would unshard them,

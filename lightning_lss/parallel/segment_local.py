@@ -140,6 +140,9 @@ class SegmentGradScaler(torch.amp.GradScaler):
         self.load_state_dict(scaler.state_dict())
         self._group = group
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SegmentGradScaler":
+        return SegmentGradScaler(self, self._group)  # process groups cannot be copied
+
     def unscale_(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the scale, and record on all ranks whether any rank has an inf or NaN."""
         super().unscale_(optimizer)

@@ -6,6 +6,7 @@ sequence group, since they share the fastest links.
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,9 @@ class SequenceGrid:
         if not dims:
             raise ValueError("A world of one process has no device mesh.")
         return DeviceMesh.from_group(list(dims.values()), device_type, mesh=grid.squeeze(), mesh_dim_names=tuple(dims))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SequenceGrid":
+        return self  # process groups belong to the process: copies of a strategy share them
 
 
 def build_grid(world_size: int, global_rank: int, size: int, timeout: timedelta | None = None) -> SequenceGrid:
