@@ -26,7 +26,8 @@ def split_batch(batch: Any, shard: SequenceShard, sequence_dims: SequenceDims | 
     """Cut a batch to this rank's segment.
 
     Tensors with two or more dimensions are cut along dimension 1 (``[batch, length, ...]``); others stay whole. All may
-    be nested in dicts, dict-like containers, lists, tuples, namedtuples and dataclasses, which keep their types.
+    be nested in dicts, dict-like containers, lists, tuples, namedtuples and dataclasses, which keep their types. What was
+    cut is contiguous.
 
     Args:
         batch: a batch of the data loader, with whole sequences.
@@ -75,13 +76,23 @@ def _check(leaves: list[tuple[Path, Tensor]], shard: SequenceShard, dims: Sequen
         try:
             check_length(tensor.size(dim), shard.size, shard.layout)
         except ValueError as error:
-            raise ValueError(f"Batch entry {_show(path, tensor)}, dimension {dim}: {error}") from None
+            raise ValueError(
+                f"Batch entry {_show(path, tensor)}, dimension {dim}: {error} If another dimension is the sequence, or none is,"
+                f" {how_to_name(path)}."
+            ) from None
 
 
 def sequence_dim(path: Path, tensor: Tensor, dims: SequenceDims) -> int | None:
     """Find the dimension along which :func:`split_batch` cuts the entry at ``path``; None leaves it whole."""
     default = DEFAULT_DIM if tensor.dim() > DEFAULT_DIM else None
     return next((dims[key] for key in reversed(path) if key in dims), default)
+
+
+def how_to_name(path: Path) -> str:
+    """Say what to write so that the entry at ``path`` is cut along another dimension or not at all."""
+    if not path:  # a batch that is one tensor has no key
+        return "define shard_batch(self, batch, shard) on the LightningModule"
+    return f"write LSSStrategy(sequence_dims={{{path[-1]!r}: dimension or None}})"
 
 
 def _show(path: Path, tensor: Tensor) -> str:
@@ -138,16 +149,21 @@ def batch_digest(batch: Any) -> int:
     return int.from_bytes(digest.digest(), "big") >> 1
 
 
+def is_same_batch(batch: Any, group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Return whether all ranks of ``group`` were given the same batch; every rank must call it."""
+    digest = batch_digest(batch)
+    extremes = torch.tensor([digest, -digest], device=device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    return int(extremes.sum()) == 0  # the highest digest less the lowest
+
+
 def check_same_batch(batch: Any, group: dist.ProcessGroup, device: torch.device) -> None:
     """Compare ``batch`` over the ranks of ``group``; every rank must call it.
 
     Raises:
         ValueError: on every rank, if the batches of any two differ. The message names the likely causes.
     """
-    digest = batch_digest(batch)
-    extremes = torch.tensor([digest, -digest], device=device)
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
-    if extremes.sum() != 0:  # the highest digest less the lowest
+    if not is_same_batch(batch, group, device):
         raise ValueError(
             "The ranks of one sequence group were given different batches, but they must work on segments of the same one. Likely causes:"
             " a DistributedSampler of your own (let Lightning make it, or build it from trainer.distributed_sampler_kwargs); a"

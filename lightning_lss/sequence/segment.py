@@ -55,7 +55,7 @@ class SequenceShard:
         return torch.cat([torch.arange(run.start, run.stop, device=device) for run in runs])
 
     def split(self, x: Tensor, dim: int = 1) -> Tensor:
-        """Cut ``x`` to this rank's segment along ``dim``: [..., L, ...] -> [..., l, ...].
+        """Cut ``x`` to this rank's segment along ``dim``: [..., L, ...] -> [..., l, ...], contiguous where S > 1.
 
         Differentiable; the gradient reaches only the rank's own segment. Raises ``ValueError`` if L cannot be divided
         evenly.
@@ -63,7 +63,7 @@ class SequenceShard:
         if self.size == 1:
             return x
         parts = [x.narrow(dim, run.start, len(run)) for run in self.ranges(x.size(dim))]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim)).contiguous()
 
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
         """Gather the whole sequence in its original order on every rank: [..., l, ...] -> [..., L, ...].

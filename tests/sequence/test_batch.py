@@ -194,6 +194,19 @@ def test_a_name_holds_for_everything_below_and_the_innermost_counts() -> None:
     assert torch.equal(part["sample"].tokens, PIXELS[:, :, L // 2 :])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("memory", ["rows", "columns", "channels last"])
+def test_what_was_cut_can_be_viewed_flat(layout, memory) -> None:
+    images = numbered(2, L, 4, 4)
+    if memory == "columns":
+        images = images.transpose(0, 1).contiguous().transpose(0, 1)
+    elif memory == "channels last":
+        images = images.contiguous(memory_format=torch.channels_last)
+    shard = SequenceShard(1, 2, layout)
+    part = split_batch({"images": images}, shard)["images"]
+    assert torch.equal(part.view(-1), images[:, shard.positions(L // 2)].flatten())
+
+
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +241,15 @@ def test_a_length_that_cannot_be_shared_names_the_entry(length, layout, words) -
 def test_the_length_along_a_named_dimension_is_checked_too() -> None:
     with pytest.raises(ValueError, match=r"Batch entry pixels \(2, 3, 7\), dimension 2: .*length 7"):
         split_batch({"pixels": numbered(2, 3, 7), "tokens": TOKENS}, SHARD, {"pixels": 2})
+
+
+def test_a_length_that_cannot_be_shared_says_how_to_name_another_dimension() -> None:
+    image = numbered(2, 3, L)
+    with pytest.raises(ValueError, match=r"write LSSStrategy\(sequence_dims=\{'pixels': dimension or None\}\)\.$"):
+        split_batch({"more": {"pixels": image}}, SHARD)
+    with pytest.raises(ValueError, match=r"define shard_batch\(self, batch, shard\)") as error:
+        split_batch(image, SHARD)
+    assert "sequence_dims" not in str(error.value)  # a tensor by itself has no key
 
 
 @pytest.mark.parametrize("dim", [3, -4])
