@@ -4,6 +4,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from lightning_lss.megatron.parallelize import TENSOR, reduce_gradients
+from lightning_lss.megatron.parallelize import DATA, TENSOR, reduce_gradients
+from lightning_lss.parallel.broadcast import share_random_state
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
 from lightning_lss.strategy.sequence import SequenceParallel
 
@@ -48,6 +50,12 @@ class MegatronStrategy(SequenceParallel, ModelParallelStrategy):
         mesh = self._device_mesh[TENSOR]
         return SequenceShard(mesh.get_local_rank(), mesh.size(), "contiguous", mesh.get_group())
 
+    @property
+    @override
+    def data_group_of_run(self) -> dist.ProcessGroup | None:
+        mesh = self._device_mesh
+        return mesh[DATA].get_group() if mesh is not None and self.data_parallel_size > 1 else None
+
     @override
     def _configure_launcher(self) -> None:
         self._tensor_parallel_size, self._data_parallel_size = self.sequence_parallel_size, self.data_parallel_size
@@ -63,6 +71,8 @@ class MegatronStrategy(SequenceParallel, ModelParallelStrategy):
                 " strategy='lss', which needs neither."
             )
         super().setup_environment()
+        group = self.shard_of_run.require_group()
+        share_random_state(group, self.root_device)  # loaders that shuffle give the group one batch
 
     @override
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:

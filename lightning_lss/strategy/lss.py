@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -55,7 +56,8 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         layout: ``"contiguous"``, ``"zigzag"`` or ``"auto"``, which is zigzag (balances causal attention).
         sequence_dims: for batch entries by key, the dimension of the sequence, or None to leave an entry whole; see
             :func:`lightning_lss.sequence.batch.split_batch`.
-        check_batches: how many of the first batches of each data loader are compared over a sequence group.
+        check_batches: how many of the first batches of each data loader are compared over a sequence group, in every
+            epoch.
         communication_dtype: ``torch.bfloat16`` or ``torch.float16`` (or its name). Keys, values and gradients are sent
             in it, for half the bytes of float32, and gradients are summed in it. Gradients of positional tables keep
             their dtype. The training then equals that of one device only up to the rounding of ``communication_dtype``.
@@ -148,17 +150,17 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         return self._shard if self._running else WHOLE_SEQUENCE
 
     @property
+    @override
+    def data_group_of_run(self) -> ProcessGroup | None:
+        return self._grid.data_group if self._running and self._grid is not None else None
+
+    @property
     def device_mesh(self) -> DeviceMesh:
         """The process groups as torch's DeviceMesh, with the dimensions ``data`` and ``sequence`` where larger than 1; raises
         ``RuntimeError`` before the first run."""
         if self._grid is None:
             raise RuntimeError("The process groups do not exist yet: the Trainer creates them when it starts a run.")
         return self._grid.device_mesh(self.root_device.type)
-
-    @property
-    def _module(self) -> pl.LightningModule:
-        assert self.lightning_module is not None
-        return self.lightning_module
 
     @property
     def _interrupted(self) -> bool:

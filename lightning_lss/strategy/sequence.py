@@ -1,20 +1,23 @@
 """Common to all Lightning strategies that split a sequence over several ranks: the grid of ranks, and batches."""
 
-from collections import Counter
 from contextlib import ExitStack
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.connectors.data_connector import _auto_add_worker_init_fn
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_lss.sequence.batch import SequenceDims, check_same_batch, split_batch
+from lightning_lss.sequence.batch import SequenceDims, check_same_batch, is_same_batch, split_batch
 from lightning_lss.sequence.layout import resolve_sequence_parallel_size
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
+from lightning_lss.strategy import validation
+from lightning_lss.strategy.order import distribute_samples
 
 
 class SequenceParallel(ParallelStrategy):
@@ -23,7 +26,8 @@ class SequenceParallel(ParallelStrategy):
     Args:
         sequence_parallel_size: S, a divisor of W; ``"auto"`` puts all ranks into one sequence group.
         sequence_dims: see :func:`lightning_lss.sequence.batch.split_batch`.
-        check_batches: how many of the first batches of each data loader are compared over a sequence group.
+        check_batches: how many of the first batches of each data loader are compared over a sequence group, in every
+            epoch.
         **kwargs: arguments of the other strategy.
 
     Raises:
@@ -43,7 +47,8 @@ class SequenceParallel(ParallelStrategy):
         self._requested_size = sequence_parallel_size
         self._sequence_dims = sequence_dims
         self._batches_to_check = check_batches
-        self._batches_checked: Counter[tuple[Any, int]] = Counter()
+        self._batches_seen: dict[tuple[Any, int], tuple[int, int]] = {}  # by stage and loader: the epoch, how many
+        self._distributes_samples = False
         self._at_teardown = ExitStack()
 
     @override
@@ -53,8 +58,23 @@ class SequenceParallel(ParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
-        self._batches_checked.clear()
+        self._batches_seen.clear()
+        self._warned_of_replicas = False
+        self._keep_order()
         super().setup_environment()
+
+    def _keep_order(self) -> None:
+        """Keep Lightning from shuffling loaders; with one data replica, from changing them at all."""
+        trainer = getattr(self.lightning_module, "_trainer", None)
+        if trainer is None or not trainer._accelerator_connector.use_distributed_sampler:
+            return
+        several, fitting = self.data_parallel_size > 1, trainer.state.fn == TrainerFn.FITTING
+        if several and not fitting:
+            return
+        self._distributes_samples = several
+        self._at_teardown.callback(setattr, self, "_distributes_samples", False)
+        self._at_teardown.callback(setattr, trainer._accelerator_connector, "use_distributed_sampler", True)
+        trainer._accelerator_connector.use_distributed_sampler = False
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -104,6 +124,16 @@ class SequenceParallel(ParallelStrategy):
         """The shard that modules run under now: the trivial one outside of a run, when they take whole sequences."""
         return WHOLE_SEQUENCE
 
+    @property
+    def _module(self) -> pl.LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    @property
+    def data_group_of_run(self) -> dist.ProcessGroup | None:
+        """The D ranks that hold the same segment of different batches; None where D = 1, and outside of a run."""
+        return None
+
     # -- batches -------------------------------------------------------------------------------------------------------
 
     @property
@@ -114,6 +144,9 @@ class SequenceParallel(ParallelStrategy):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
+        if self._distributes_samples:
+            overfit_batches = self._module.trainer.overfit_batches  # type: ignore[attr-defined]
+            dataloader = distribute_samples(dataloader, overfit_batches, **self.distributed_sampler_kwargs)
         # Lightning would seed workers by global rank; the first to set `worker_init_fn` wins.
         _auto_add_worker_init_fn(dataloader, self.data_rank)
         return super().process_dataloader(dataloader)
@@ -122,14 +155,29 @@ class SequenceParallel(ParallelStrategy):
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         batch = super().batch_to_device(batch, device, dataloader_idx)
         shard = self.shard_of_run
-        if shard.size == 1:
+        if shard.size == 1 and self.data_group_of_run is None:
             return batch
-        module = self.lightning_module
-        assert module is not None
-        split_by_module = getattr(module, "shard_batch", None)
+        module = self._module
+        split_by_module = getattr(module, "shard_batch", None) if shard.size > 1 else None
         part = split_by_module(batch, shard) if split_by_module else split_batch(batch, shard, self._sequence_dims)
-        loader = (module.trainer.state.stage, dataloader_idx)
-        if self._batches_checked[loader] < self._batches_to_check:
-            self._batches_checked[loader] += 1
-            check_same_batch(batch, shard.require_group(), self.root_device)
+        loader, epoch = (module.trainer.state.stage, dataloader_idx), module.trainer.current_epoch
+        if loader not in self._batches_seen and shard.size > 1 and not split_by_module:
+            validation.warn_of_images(batch, self._sequence_dims)
+        last_epoch, seen = self._batches_seen.get(loader, (epoch, 0))
+        seen = seen if last_epoch == epoch else 0
+        self._batches_seen[loader] = epoch, seen + 1
+        if seen < self._batches_to_check:
+            self._compare(batch, module.trainer)
         return part
+
+    def _compare(self, batch: Any, trainer: pl.Trainer) -> None:
+        """Compare a batch over the sequence group, where it must be the same, and over the data group, where it should
+        not."""
+        shard, data_group = self.shard_of_run, self.data_group_of_run
+        if shard.size > 1:
+            check_same_batch(batch, shard.require_group(), self.root_device)
+        if data_group is None or not trainer.training or self._warned_of_replicas:
+            return  # only in training do all data replicas take the same number of batches
+        if is_same_batch(batch, data_group, self.root_device):
+            self._warned_of_replicas = True
+            validation.warn_of_equal_replicas(self.data_parallel_size)

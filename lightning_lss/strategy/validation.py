@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lightning_lss.nn.positions import SegmentPositionalEmbedding
+from lightning_lss.sequence.batch import SequenceDims, how_to_name, tensors_by_path
 from lightning_lss.sequence.layout import chunks_per_rank
 
 _OTHER_LIGHTNING = (
@@ -132,6 +133,29 @@ def warn_of_unsaved_state(names: Collection[str]) -> None:
             f"Checkpoints will contain only rank 0's values of {', '.join(sorted(names))}: only positional tables"
             " (SegmentPositionalEmbedding) are gathered from all ranks. Save the others in on_save_checkpoint."
         )
+
+
+def warn_of_images(batch: Any, sequence_dims: SequenceDims | None) -> None:
+    """Warn about tensors that look like images and were cut along dimension 1 because nobody said otherwise."""
+    for path, tensor in tensors_by_path(batch):
+        unnamed = (sequence_dims or {}).keys().isdisjoint(path)
+        if unnamed and tensor.dim() >= 4 and tensor.is_floating_point():
+            rank_zero_warn(
+                f"Batch entry {'.'.join(map(str, path)) or 'batch'} {tuple(tensor.shape)} was cut along dimension 1, which was"
+                f" taken for the sequence. For images, dimension 1 is the channels. To say otherwise, {how_to_name(path)}."
+            )
+
+
+def warn_of_equal_replicas(data_parallel_size: int) -> None:
+    """Warn that all data replicas train on the same batch."""
+    rank_zero_warn(
+        f"All {data_parallel_size} data replicas were given the same batch, so each sample is trained on {data_parallel_size}"
+        " times. An IterableDataset must split itself: take every n-th sample from the k-th on, where"
+        " n = trainer.strategy.data_parallel_size and k = trainer.strategy.data_rank. With num_workers > 0 every worker has a copy"
+        " of the dataset: with info = torch.utils.data.get_worker_info(), take n = data_parallel_size * info.num_workers and"
+        " k = data_rank * info.num_workers + info.id. Other datasets are split by Lightning's sampler, unless"
+        " Trainer(use_distributed_sampler=False)."
+    )
 
 
 def warn_of_other_lightning() -> None:
