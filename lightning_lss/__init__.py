@@ -15,6 +15,7 @@ from lightning_lss.nn.metrics import BitsPerByte
 from lightning_lss.nn.positions import SegmentPositionalEmbedding
 from lightning_lss.nn.rotary import RotaryEmbedding
 from lightning_lss.planner import plan
+from lightning_lss.proof.report import InexactError
 from lightning_lss.sequence.segment import SequenceShard, ShardedModule, sequence_shard
 from lightning_lss.strategy.lss import LSSStrategy
 from lightning_lss.strategy.validation import refuse_other_lightning
@@ -23,6 +24,7 @@ from lightning_lss.version import __version__
 __all__ = [
     "__version__",
     "BitsPerByte",
+    "InexactError",
     "LSSAttention",
     "LSSStrategy",
     "LSSTransformer",

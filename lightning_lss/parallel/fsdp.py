@@ -7,7 +7,7 @@ step. Sharded tensors are torch's DTensors. Segment-local parameters are not sha
 
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from typing import Any, Literal
 
@@ -208,6 +208,21 @@ class FullyShard:
         """Make the next ``module.state_dict()`` whole, for the process that spawned this one; every rank must call
         that."""
         module.register_state_dict_post_hook(_make_whole)
+
+    @contextmanager
+    def rehearse(self, module: nn.Module) -> Generator[dict[str, nn.Parameter], None, None]:
+        """Set the gradients of the parameters aside and yield these by name; a step leaves gradients on them."""
+        assert self._root is not None
+        own = dict(zip((name for name, _ in module.named_parameters()), self._root.own_parameters))
+        with ExitStack() as stack:
+            for parameter in own.values():
+                stack.callback(setattr, parameter, "grad", parameter.grad)
+                parameter.grad = None
+            yield {name: x for name, x in own.items() if x.requires_grad}
+
+    def average(self, gradient: Tensor) -> Tensor:
+        """Return the gradient that a rehearsed step has left, which FSDP has averaged."""
+        return gradient
 
     def release(self) -> None:
         """Forget the module at the end of a run."""

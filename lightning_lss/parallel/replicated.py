@@ -1,7 +1,7 @@
 """Whole parameters on every rank; DistributedDataParallel averages their gradients over the world."""
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -61,6 +61,28 @@ class Replicated:
     def keep_for_checkpoint(self, tensor: Tensor) -> Any:
         """Return a tensor that was gathered for a checkpoint, on every rank."""
         return tensor
+
+    @contextmanager
+    def rehearse(self, module: nn.Module) -> Generator[dict[str, nn.Parameter], None, None]:
+        """Give ``module`` stand-ins for the parameters that are trained, in the same memory but without hooks, so that a
+        step leaves gradients on these alone; yield them by name."""
+        stand_ins: dict[nn.Parameter, nn.Parameter] = {}
+        with ExitStack() as stack:
+            for owner in module.modules():
+                for name, parameter in list(owner.named_parameters(recurse=False)):
+                    if parameter.requires_grad:
+                        stand_in = stand_ins.setdefault(parameter, nn.Parameter(parameter.detach()))
+                        stack.callback(setattr, owner, name, parameter)
+                        setattr(owner, name, stand_in)
+            for parameter in stand_ins:  # a step may reach one in another way
+                stack.callback(setattr, parameter, "grad", parameter.grad)
+                parameter.grad = None
+            yield {name: x for name, x in module.named_parameters() if x.requires_grad}
+
+    def average(self, gradient: Tensor) -> Tensor:
+        """Average over the world what a rehearsed step has left on a stand-in."""
+        dist.all_reduce(gradient)
+        return gradient.div_(dist.get_world_size())
 
 
 def ignore_in_ddp(module: nn.Module, names: Iterable[str]) -> None:

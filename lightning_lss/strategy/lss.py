@@ -6,6 +6,7 @@ checkpoints (:mod:`lightning_lss.checkpoint`). Hooks delegate to them.
 
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -34,6 +36,8 @@ from lightning_lss.parallel.broadcast import assign_segments, reset_segments, sh
 from lightning_lss.parallel.fsdp import FullyShard, Sharding
 from lightning_lss.parallel.replicated import Replicated, compress_hook
 from lightning_lss.parallel.segment_local import SegmentLocal, restore_precision_plugin
+from lightning_lss.proof.passes import Rehearsal
+from lightning_lss.proof.report import Report
 from lightning_lss.sequence.batch import SequenceDims
 from lightning_lss.sequence.dtypes import resolve_communication_dtype
 from lightning_lss.sequence.grid import SequenceGrid, build_grid
@@ -42,6 +46,7 @@ from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
 from lightning_lss.strategy import validation
 from lightning_lss.strategy.memory import MemoryOptions
 from lightning_lss.strategy.sequence import SequenceParallel
+from lightning_lss.strategy.verification import Verification, alone, warn_of_unverified
 
 
 class LSSStrategy(SequenceParallel, DDPStrategy):
@@ -84,6 +89,9 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
             and ``nn.Sequential``.
         mlp_tiles: in how many parts along the sequence to compute ``tiled_modules``, each again in the backward pass.
         tiled_modules: names of modules that map [B, l, E] token by token. None takes all that are called ``mlp``.
+        verify: prove every run on its first batch, shortened where the module allows it: the module's own training step,
+            whole on every rank alone and split, must give every parameter the same gradient. A run that is not the
+            training of one device ends with :class:`~lightning_lss.InexactError`, which names the cause.
         **ddp_kwargs: arguments of :class:`~lightning.pytorch.strategies.DDPStrategy` and of torch's
             ``DistributedDataParallel``; with ``sharding``, of the latter only ``broadcast_buffers``.
 
@@ -108,6 +116,7 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         checkpointed_modules: Sequence[str] | None = None,
         mlp_tiles: int = 1,
         tiled_modules: Sequence[str] | None = None,
+        verify: bool = True,
         **ddp_kwargs: Any,
     ) -> None:
         super().__init__(sequence_parallel_size, sequence_dims, check_batches, **ddp_kwargs)
@@ -118,6 +127,7 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         self._layout = "zigzag" if layout == "auto" else layout
         self._communication_dtype = resolve_communication_dtype(communication_dtype)
         self._memory = MemoryOptions(activation_checkpointing, checkpointed_modules, mlp_tiles, tiled_modules)
+        self._verification = Verification(verify)
         self._parameters: Replicated | FullyShard = Replicated()
         if sharding is not None:
             broadcast_buffers = bool(ddp_kwargs.get("broadcast_buffers", True))
@@ -222,6 +232,7 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
             validation.warn_of_unsaved_state(unsaved)
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        self._verification.start(is_split=self._shard.size > 1)
         self._parameters.check_optimizers(self.optimizers)
         validation.check_optimizers(self.optimizers, self._model_averaging_period is not None, len(local.parameters))
         handles = local.average_gradients(self._is_last_backward)
@@ -293,6 +304,44 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         assign_segments(self._module, self._shard, self.root_device)
 
     # -- steps ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def verification(self) -> Report | None:
+        """What the proof of the last run found; None where there was none."""
+        return self._verification.report
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        if self._verification.is_due:
+            self._prove(args[1:])
+        return super().training_step(*args, **kwargs)
+
+    @override
+    def split_batch(self, batch: Any) -> Any:
+        if self._module.trainer.training:
+            self._verification.keep(batch)
+        return super().split_batch(batch)
+
+    def _prove(self, more: tuple[Any, ...]) -> None:
+        assert self._grid is not None
+        module, root = self._module, self.model
+        step = module.training_step
+        if not isinstance(root, DistributedDataParallel):
+            step = partial(self._forward_redirection, root, module, "training_step")
+        rehearsal = Rehearsal(
+            module, step, self._parameters, self._shard, self.precision_plugin, self.root_device,
+            partial(alone, self), self.split_batch, more,
+        )
+        report = self._verification.prove(
+            rehearsal, self._sequence_dims, self._communication_dtype, self._grid.data_group
+        )
+        if report.unverified:
+            warn_of_unverified(module, report.unverified)
+
+    @override
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._verification.ends_manual_step(closure_loss)
+        return super().backward(closure_loss, *args, **kwargs)
 
     def _is_last_backward(self) -> bool:
         return bool(getattr(self.model, "require_backward_grad_sync", True))

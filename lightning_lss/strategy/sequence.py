@@ -158,10 +158,9 @@ class SequenceParallel(ParallelStrategy):
         if shard.size == 1 and self.data_group_of_run is None:
             return batch
         module = self._module
-        split_by_module = getattr(module, "shard_batch", None) if shard.size > 1 else None
-        part = split_by_module(batch, shard) if split_by_module else split_batch(batch, shard, self._sequence_dims)
+        part = self.split_batch(batch)
         loader, epoch = (module.trainer.state.stage, dataloader_idx), module.trainer.current_epoch
-        if loader not in self._batches_seen and shard.size > 1 and not split_by_module:
+        if loader not in self._batches_seen and shard.size > 1 and not hasattr(module, "shard_batch"):
             validation.warn_of_images(batch, self._sequence_dims)
         last_epoch, seen = self._batches_seen.get(loader, (epoch, 0))
         seen = seen if last_epoch == epoch else 0
@@ -169,6 +168,12 @@ class SequenceParallel(ParallelStrategy):
         if seen < self._batches_to_check:
             self._compare(batch, module.trainer)
         return part
+
+    def split_batch(self, batch: Any) -> Any:
+        """Cut a batch to this rank's segment, as the module says or by ``sequence_dims``."""
+        shard = self.shard_of_run
+        by_module = getattr(self._module, "shard_batch", None) if shard.size > 1 else None
+        return by_module(batch, shard) if by_module else split_batch(batch, shard, self._sequence_dims)
 
     def _compare(self, batch: Any, trainer: pl.Trainer) -> None:
         """Compare a batch over the sequence group, where it must be the same, and over the data group, where it should

@@ -1,0 +1,220 @@
+"""Prove on the first batch that a run is the training of one device, or say why it is not."""
+
+import math
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _get_default_store
+
+from lightning_lss.nn.positions import SegmentPositionalEmbedding
+from lightning_lss.proof.causes import BACKWARD, COUNTS, FAILS, NORMALIZATION, POOLING, SPLIT_DIMENSION, SUM, Cause, cause_of
+from lightning_lss.proof.gradients import compare
+from lightning_lss.proof.operations import Comparison, Fault, Record
+from lightning_lss.proof.passes import Rehearsal
+from lightning_lss.proof.report import Report
+from lightning_lss.proof.shorten import sequence_length, short_length, shortened
+from lightning_lss.sequence.batch import SequenceDims, map_tensors, tensors_by_path
+from lightning_lss.sequence.segment import segment_modules
+
+LONGEST = 2048
+"""Longer sequences are never computed whole: on one device attention scores alone may need L^2 numbers a head."""
+
+TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+"""Rounding grows with the depth of a model and the length of its sums. Sound modules stay far below (README of the tests);
+wrong ones are off by 0.15 and more."""
+
+
+class FirstBatch:
+    """The proof of a run on its first batch; every rank of the world must use it.
+
+    Args:
+        rehearsal: how to run the module's step.
+        batch: whole, as the data loader gives it.
+        dims: see :func:`lightning_lss.sequence.batch.split_batch`.
+        dtype: the least precise one that the step computes or sends in.
+        data_group: the ranks that hold the same segment of other batches; all then prove on the batch of the first.
+    """
+
+    def __init__(
+        self,
+        rehearsal: Rehearsal,
+        batch: Any,
+        dims: SequenceDims | None,
+        dtype: torch.dtype,
+        data_group: dist.ProcessGroup | None,
+    ) -> None:
+        self.rehearsal, self.dims, self.shard = rehearsal, dims or {}, rehearsal.shard
+        self.tolerance, self.data_group = TOLERANCES[dtype], data_group
+        self.batch, self.length = batch, sequence_length(batch, self.dims)
+        if data_group is not None:
+            self.length = _of_first(self.length, data_group)
+
+    def prove(self) -> Report:
+        """Compare a few positions of the batch; where these do not agree, or the module cannot run on them, all of them."""
+        reports = []
+        for length in self._lengths():
+            report = self._compare(length)
+            if report.exact:
+                return report
+            reports.append(report)
+        wrong = [report for report in reports if not report.unverified]
+        return self._explained(wrong[-1]) if wrong else reports[-1]
+
+    def _lengths(self) -> Iterator[int]:
+        short = short_length(self.length, self.shard.size, self.shard.layout)
+        if short < self.length:
+            yield short
+        if self.length <= LONGEST or short >= self.length:
+            yield self.length
+
+    def _report(self, length: int, **found: Any) -> Report:
+        return Report(length, self.length, self.shard.size, self.tolerance, **found)
+
+    def _compare(self, length: int) -> Report:
+        share, batch = length / max(self.length, 1), self._part(length)
+        if unknown := _unknown_tables(self.rehearsal.module):
+            return self._report(length, unverified=f"{unknown} has parameters of one segment only")
+        whole, failure = None, ""
+        try:
+            whole = self.rehearsal.run(batch, whole=True, share=share)
+        except Exception as error:
+            failure = _in_a_line(error)
+        if whole is not None and not whole.gradients:
+            failure = "its loss has no gradients"
+        elif whole is not None and not all(x.isfinite().all() for x in (whole.loss, *whole.gradients.values())):
+            failure = "its loss or its gradients are not finite"
+        if self._on_any_rank(bool(failure)):
+            return self._report(length, unverified=f"on one device the step does not run: {failure or 'see other ranks'}")
+        assert whole is not None
+        try:
+            split = self.rehearsal.run(batch, whole=False, share=share)
+        except Exception as error:
+            if not self._all_failed(f"{length}"):
+                raise
+            return self._report(length, failure=_in_a_line(error))
+        average = self.rehearsal.parameters.average
+        errors = compare(split.gradients, whole.gradients, self.rehearsal.module, self.shard, average)
+        return self._report(length, gradients=errors, losses=(whole.loss.item(), _mean(split.loss)))
+
+    def _part(self, length: int) -> Any:
+        batch = shortened(self.batch, self.length, length, self.dims) if length < self.length else self.batch
+        return batch if self.data_group is None else _of_first(batch, self.data_group, self.rehearsal.device)
+
+    def _on_any_rank(self, fact: bool) -> bool:
+        found = torch.tensor(float(fact), device=self.rehearsal.device)
+        dist.all_reduce(found)
+        return bool(found > 0)
+
+    def _all_failed(self, tag: str) -> bool:
+        """Whether all ranks of the sequence group have failed, so that they can go on together; where one fails alone, the
+        others wait for it in attention."""
+        store, prefix = _get_default_store(), f"lightning_lss/proof/{tag}"
+        ranks = dist.get_process_group_ranks(self.shard.require_group())
+        store.set(f"{prefix}/{dist.get_rank()}", "failed")
+        try:
+            store.wait([f"{prefix}/{rank}" for rank in ranks], timedelta(seconds=20))
+        except RuntimeError:
+            return False
+        return True
+
+    # -- why -----------------------------------------------------------------------------------------------------------
+
+    def _explained(self, report: Report) -> Report:
+        """Find the operations that are at fault, with their causes."""
+        batch, share = self._part(report.length), report.length / max(self.length, 1)
+        module, record = self.rehearsal.module, Record(self.rehearsal.module)
+        self.rehearsal.run(batch, whole=True, share=share, watch=record)
+        inputs = _names(batch)
+        comparison = Comparison(module, record, self.shard, report.length, inputs, self.tolerance)
+        repaired = None
+        try:
+            on_batch = lambda part: comparison.names.update(_names(part))  # noqa: E731
+            repaired = self.rehearsal.run(batch, whole=False, share=share, watch=comparison, on_batch=on_batch).loss
+        except Exception:
+            if not self._all_failed(f"why/{report.length}"):
+                raise
+        faults, report.modules = self._of_all_ranks(comparison)
+        found = [(fault, cause_of(fault, set(inputs.values()), self.shard.size)) for fault in faults]
+        report.faults = _first_of_each(found)
+        known = all(math.isfinite(fault.error) for fault, _ in report.faults)
+        if repaired is not None and known:
+            report.causes = _causes_of_loss(report.losses[0], _mean(repaired), self.tolerance, self.shard.size)
+        if not (report.faults or report.causes):
+            report.causes = [self._cause_of_failure(batch) if report.failure else BACKWARD]
+        return report
+
+    def _of_all_ranks(self, comparison: Comparison) -> tuple[list[Fault], dict[str, float]]:
+        """Join what the ranks have found: one may be right by chance, as the first is about its positions."""
+        found: list[Any] = [None] * self.shard.size
+        dist.all_gather_object(found, (comparison.faults, comparison.errors), group=self.shard.require_group())
+        worst: dict[Any, Fault] = {}
+        errors: dict[str, float] = {}
+        for faults, of_modules in found:
+            for fault in faults:
+                key = (fault.order, fault.operation, fault.file, fault.line)
+                if key not in worst or fault.error > worst[key].error:
+                    worst[key] = fault
+            for name, error in of_modules.items():
+                errors[name] = max(error, errors.get(name, 0.0))
+        return sorted(worst.values(), key=lambda fault: fault.order), errors
+
+    def _cause_of_failure(self, batch: Any) -> Cause:
+        """Name the entry that is least likely to have its sequence where it was cut."""
+        cut = {".".join(map(str, path)): x for path, x in tensors_by_path(batch) if x.dim() > 1}
+        images = [name for name, x in cut.items() if x.dim() >= 4 and x.is_floating_point()]
+        if not images:
+            return FAILS
+        return Cause(*(text.format(name=images[0] or "batch") for text in SPLIT_DIMENSION))
+
+
+def _names(batch: Any) -> dict[int, str]:
+    """Name the entries of a batch by their storage."""
+    return {x.untyped_storage().data_ptr(): ".".join(map(str, path)) or "batch" for path, x in tensors_by_path(batch)}
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def _mean(loss: Tensor) -> float:
+    """Average a loss over the world."""
+    mean = loss.detach().double().reshape(()) / dist.get_world_size()
+    dist.all_reduce(mean)
+    return mean.item()
+
+
+def _of_first(x: Any, group: dist.ProcessGroup, device: torch.device | None = None) -> Any:
+    """Return what the first rank of ``group`` has, with its tensors on ``device``."""
+    found = [map_tensors(x, lambda _, tensor: tensor.cpu())]
+    dist.broadcast_object_list(found, group=group, group_src=0)
+    return map_tensors(found[0], lambda _, tensor: tensor.to(device))
+
+
+def _unknown_tables(module: nn.Module) -> str:
+    """Name a module with segment-local parameters of an unknown kind, or nothing."""
+    found = (x for x in segment_modules(module) if x.segment_local and not isinstance(x, SegmentPositionalEmbedding))
+    return next((type(x).__name__ for x in found), "")
+
+
+def _causes_of_loss(whole: float, mean: float, tolerance: float, size: int) -> list[Cause]:
+    """Return why the ranks' losses do not average to the whole one, where the operations before it are right."""
+    if abs(mean - whole) <= min(tolerance, 1e-5) * abs(whole):
+        return []
+    times = mean / whole if whole else math.inf
+    if min(abs(times * size - 1), abs(times / size - 1)) < 1e-3:
+        return [Cause(SUM.what.format(times=times), SUM.write)]
+    return [COUNTS]
+
+
+def _first_of_each(found: list[tuple[Fault, Cause]]) -> list[tuple[Fault, Cause]]:
+    """Keep the first fault of each cause. A mean that is part of a normalization is not pooling."""
+    normalizes = {fault.module for fault, cause in found if cause.what == NORMALIZATION.what}
+    kept: dict[str, tuple[Fault, Cause]] = {}
+    for fault, cause in found:
+        if not (cause.what == POOLING.what and fault.module in normalizes):
+            kept.setdefault(cause.what, (fault, cause))
+    return list(kept.values())

@@ -1,0 +1,46 @@
+"""Shorten a batch along the sequence, so that one device can compute all of it in a moment."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lss.sequence.batch import DEFAULT_DIM, Path, SequenceDims, map_tensors, sequence_dim, tensors_by_path
+from lightning_lss.sequence.layout import chunks_per_rank
+
+POSITIONS = 512
+"""To how many positions a batch is shortened: enough for several chunks on each of many ranks, and little work."""
+
+
+def sequence_length(batch: Any, dims: SequenceDims) -> int:
+    """Return the length of the longest sequence in ``batch``, 0 if it has none."""
+    return max((x.size(dim) for path, x in tensors_by_path(batch) if (dim := _dim(path, x, dims)) is not None), default=0)
+
+
+def short_length(length: int, size: int, layout: str) -> int:
+    """Return how many of ``length`` positions to take for ``size`` ranks: no more than one of them holds in a training step,
+    where that can be divided among all, so that no rank needs more memory than for such a step."""
+    unit = size * chunks_per_rank(size, layout)
+    return max(min(POSITIONS, length // size) // unit, 1) * unit
+
+
+def shortened(batch: Any, length: int, short: int, dims: SequenceDims) -> Any:
+    """Keep ``short`` of ``length`` positions: the first half of them from the start and the other from the end, since the
+    ends are where batches differ (padding, class tokens, masked targets). Sequences of other lengths are shortened in
+    proportion."""
+
+    def cut(path: Path, x: Tensor) -> Tensor:
+        dim = _dim(path, x, dims)
+        if dim is None:
+            return x
+        kept = x.size(dim) * short // length
+        head = kept - kept // 2
+        return torch.cat([x.narrow(dim, 0, head), x.narrow(dim, x.size(dim) - kept // 2, kept // 2)], dim)
+
+    return map_tensors(batch, cut)
+
+
+def _dim(path: Path, x: Tensor, dims: SequenceDims) -> int | None:
+    """Return the dimension of the sequence of an entry, where it has it."""
+    dim = sequence_dim(path, x, dims)
+    return dim if dim is not None and -x.dim() <= dim < x.dim() else None
