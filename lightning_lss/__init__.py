@@ -19,6 +19,7 @@ from lightning_lss.proof.report import InexactError
 from lightning_lss.sequence.segment import SequenceShard, ShardedModule, sequence_shard
 from lightning_lss.strategy.lss import LSSStrategy
 from lightning_lss.strategy.validation import refuse_other_lightning
+from lightning_lss.verifier import verify
 from lightning_lss.version import __version__
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "plan",
     "sequence_shard",
     "token_mean",
+    "verify",
 ]
 
 LSSStrategy.register_strategies(StrategyRegistry)

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -218,6 +219,9 @@ class FullyShard:
             for parameter in own.values():
                 stack.callback(setattr, parameter, "grad", parameter.grad)
                 parameter.grad = None
+            stack.callback(self._root.forget_pass)
+            stack.callback(self._root.set_last, self._root.require_backward_grad_sync)
+            self._root.set_last(True)  # the first step of an accumulation would not be summed
             yield {name: x for name, x in own.items() if x.requires_grad}
 
     def average(self, gradient: Tensor) -> Tensor:
@@ -310,13 +314,14 @@ class ShardedRoot(nn.Module):
         They are still reduced to each rank's part in every backward. (FSDP could keep them whole instead: less traffic,
         but the memory that sharding saves.)
         """
-        self._set_last(False)
+        self.set_last(False)
         try:
             yield
         finally:
-            self._set_last(True)
+            self.set_last(True)
 
-    def _set_last(self, last: bool) -> None:
+    def set_last(self, last: bool) -> None:
+        """Say whether gradients are summed over the copies of ``"hybrid"`` in the next backward."""
         self.require_backward_grad_sync = last
         _as_fsdp(self).set_requires_all_reduce(last)
 
@@ -348,6 +353,20 @@ class ShardedRoot(nn.Module):
         for owner, name, parameter in self._held_by_root:
             parameter.requires_grad_(getattr(owner, name).requires_grad)  # users freeze those that modules hold
         _as_fsdp(self).reshard()
+
+    def forget_pass(self) -> None:
+        """Reshard all parameters, also after a pass that raised or had no backward."""
+        for state in fully_shard.state(self)._state_ctx.all_states:  # type: ignore[attr-defined]
+            state._training_state = TrainingState.IDLE
+            for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:  # torch 2.13, 2.11
+                group._training_state = TrainingState.IDLE
+                group._post_forward_indices.clear()
+                group._partial_reduce_output = None
+                group.reshard()
+            state._comm_ctx.post_forward_order.clear()
+            state._state_ctx.iter_forward_root = None
+            state._state_ctx.post_backward_final_callback_queued = False
+        self.reshard_own()
 
     def _followed_by_whole_parameters(self, toggle: Callable[..., None]) -> Callable[..., None]:
         """Make ``toggle`` also freeze or unfreeze the whole parameters that modules hold; Lightning's acts on those of

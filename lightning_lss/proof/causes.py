@@ -117,15 +117,15 @@ _BY_OPERATION = {name: cause for cause, names in _OPERATIONS.items() for name in
 _SELECTIONS = {"getitem", "narrow", "select", "index_select", "chunk", "split", "take_along_dim", "gather", "unbind"}
 
 
-def cause_of(fault: Fault, inputs: Collection[str], size: int) -> Cause:
-    """Return the cause of a fault in a step on ``size`` ranks; ``inputs`` are the names of the batch entries."""
-    cause = _cause_of(fault, inputs, size)
+def cause_of(fault: Fault, inputs: Collection[str]) -> Cause:
+    """Return the cause of a fault; ``inputs`` are the names of the batch entries."""
+    cause = _cause_of(fault, inputs)
     name = next((x.name for x in fault.arguments if x.name), "the table")
     fill = {"name": name, "operation": fault.operation.strip("_")}
     return Cause(*(text.format(**fill) for text in cause))
 
 
-def _cause_of(fault: Fault, inputs: Collection[str], size: int) -> Cause:
+def _cause_of(fault: Fault, inputs: Collection[str]) -> Cause:
     name, arguments = fault.operation.strip("_"), fault.arguments
     unsplit = [x for x in arguments if x.name in inputs and x.shape == x.whole_shape]
     if unsplit and (fault.message or name in _SELECTIONS):

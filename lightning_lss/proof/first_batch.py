@@ -11,7 +11,17 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_lss.nn.positions import SegmentPositionalEmbedding
-from lightning_lss.proof.causes import BACKWARD, COUNTS, FAILS, NORMALIZATION, POOLING, SPLIT_DIMENSION, SUM, Cause, cause_of
+from lightning_lss.proof.causes import (
+    BACKWARD,
+    COUNTS,
+    FAILS,
+    NORMALIZATION,
+    POOLING,
+    SPLIT_DIMENSION,
+    SUM,
+    Cause,
+    cause_of,
+)
 from lightning_lss.proof.gradients import compare
 from lightning_lss.proof.operations import Comparison, Fault, Record
 from lightning_lss.proof.passes import Rehearsal
@@ -62,7 +72,7 @@ class FirstBatch:
                 return report
             reports.append(report)
         wrong = [report for report in reports if not report.unverified]
-        return self._explained(wrong[-1]) if wrong else reports[-1]
+        return self.inspect(wrong[-1]) if wrong else reports[-1]
 
     def _lengths(self) -> Iterator[int]:
         short = short_length(self.length, self.shard.size, self.shard.layout)
@@ -75,7 +85,7 @@ class FirstBatch:
         return Report(length, self.length, self.shard.size, self.tolerance, **found)
 
     def _compare(self, length: int) -> Report:
-        share, batch = length / max(self.length, 1), self._part(length)
+        share, batch = length / max(self.length, 1), self.part(length)
         if unknown := _unknown_tables(self.rehearsal.module):
             return self._report(length, unverified=f"{unknown} has parameters of one segment only")
         whole, failure = None, ""
@@ -88,7 +98,9 @@ class FirstBatch:
         elif whole is not None and not all(x.isfinite().all() for x in (whole.loss, *whole.gradients.values())):
             failure = "its loss or its gradients are not finite"
         if self._on_any_rank(bool(failure)):
-            return self._report(length, unverified=f"on one device the step does not run: {failure or 'see other ranks'}")
+            return self._report(
+                length, unverified=f"on one device the step does not run: {failure or 'see other ranks'}"
+            )
         assert whole is not None
         try:
             split = self.rehearsal.run(batch, whole=False, share=share)
@@ -100,7 +112,8 @@ class FirstBatch:
         errors = compare(split.gradients, whole.gradients, self.rehearsal.module, self.shard, average)
         return self._report(length, gradients=errors, losses=(whole.loss.item(), _mean(split.loss)))
 
-    def _part(self, length: int) -> Any:
+    def part(self, length: int) -> Any:
+        """Return the batch that is compared, of ``length`` positions; every rank must call it."""
         batch = shortened(self.batch, self.length, length, self.dims) if length < self.length else self.batch
         return batch if self.data_group is None else _of_first(batch, self.data_group, self.rehearsal.device)
 
@@ -123,29 +136,36 @@ class FirstBatch:
 
     # -- why -----------------------------------------------------------------------------------------------------------
 
-    def _explained(self, report: Report) -> Report:
-        """Find the operations that are at fault, with their causes."""
-        batch, share = self._part(report.length), report.length / max(self.length, 1)
-        module, record = self.rehearsal.module, Record(self.rehearsal.module)
-        self.rehearsal.run(batch, whole=True, share=share, watch=record)
-        inputs = _names(batch)
-        comparison = Comparison(module, record, self.shard, report.length, inputs, self.tolerance)
-        repaired = None
-        try:
-            on_batch = lambda part: comparison.names.update(_names(part))  # noqa: E731
-            repaired = self.rehearsal.run(batch, whole=False, share=share, watch=comparison, on_batch=on_batch).loss
-        except Exception:
-            if not self._all_failed(f"why/{report.length}"):
-                raise
-        faults, report.modules = self._of_all_ranks(comparison)
-        found = [(fault, cause_of(fault, set(inputs.values()), self.shard.size)) for fault in faults]
+    def inspect(self, report: Report) -> Report:
+        """Find the outputs of modules that differ, the operations at fault, and their causes; every rank must call it."""
+        record = Record()
+        self._watch(report, record, whole=True)
+        _, report.modules = self._of_all_ranks(self._compared(report, record, repairs=False)[0])
+        if report.exact:
+            return report
+        comparison, repaired = self._compared(report, record, repairs=True)
+        faults, _ = self._of_all_ranks(comparison)
+        found = [(fault, cause_of(fault, comparison.inputs)) for fault in faults]
         report.faults = _first_of_each(found)
-        known = all(math.isfinite(fault.error) for fault, _ in report.faults)
-        if repaired is not None and known:
+        if repaired is not None and all(math.isfinite(fault.error) for fault in faults):
             report.causes = _causes_of_loss(report.losses[0], _mean(repaired), self.tolerance, self.shard.size)
         if not (report.faults or report.causes):
-            report.causes = [self._cause_of_failure(batch) if report.failure else BACKWARD]
+            report.causes = [_cause_of_failure(self.part(report.length)) if report.failure else BACKWARD]
         return report
+
+    def _compared(self, report: Report, record: Record, repairs: bool) -> tuple[Comparison, Tensor | None]:
+        """Compare the split step with the whole one, and return its loss, unless it fails."""
+        comparison = Comparison(record, self.shard, report.length, self.tolerance, repairs)
+        try:
+            return comparison, self._watch(report, comparison, whole=False)
+        except Exception:
+            if not (report.failure or comparison.faults) or not self._all_failed(f"{repairs}/{report.length}"):
+                raise
+        return comparison, None
+
+    def _watch(self, report: Report, watch: Record, whole: bool) -> Tensor:
+        share = report.length / max(self.length, 1)
+        return self.rehearsal.run(self.part(report.length), whole, share, watch).loss
 
     def _of_all_ranks(self, comparison: Comparison) -> tuple[list[Fault], dict[str, float]]:
         """Join what the ranks have found: one may be right by chance, as the first is about its positions."""
@@ -162,18 +182,12 @@ class FirstBatch:
                 errors[name] = max(error, errors.get(name, 0.0))
         return sorted(worst.values(), key=lambda fault: fault.order), errors
 
-    def _cause_of_failure(self, batch: Any) -> Cause:
-        """Name the entry that is least likely to have its sequence where it was cut."""
-        cut = {".".join(map(str, path)): x for path, x in tensors_by_path(batch) if x.dim() > 1}
-        images = [name for name, x in cut.items() if x.dim() >= 4 and x.is_floating_point()]
-        if not images:
-            return FAILS
-        return Cause(*(text.format(name=images[0] or "batch") for text in SPLIT_DIMENSION))
 
-
-def _names(batch: Any) -> dict[int, str]:
-    """Name the entries of a batch by their storage."""
-    return {x.untyped_storage().data_ptr(): ".".join(map(str, path)) or "batch" for path, x in tensors_by_path(batch)}
+def _cause_of_failure(batch: Any) -> Cause:
+    """Name the entry that is least likely to have its sequence where it was cut."""
+    cut = {name: x for x, name in ((x, ".".join(map(str, path))) for path, x in tensors_by_path(batch)) if x.dim() > 1}
+    images = [name for name, x in cut.items() if x.dim() >= 4 and x.is_floating_point()]
+    return Cause(*(text.format(name=images[0] or "batch") for text in SPLIT_DIMENSION)) if images else FAILS
 
 
 def _in_a_line(error: Exception) -> str:

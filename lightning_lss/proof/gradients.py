@@ -73,7 +73,7 @@ def _squares(own: Tensor | None, reference: Tensor | None, like: Tensor, is_loca
         zero = torch.zeros((), dtype=torch.float64, device=like.device)
         return zero if x is None else torch.linalg.vector_norm(x, dtype=_wide(x)).double() ** 2
 
-    own, reference, like = (x.to_local() if isinstance(x, DTensor) else x for x in (own, reference, like))
+    own, reference = (x.to_local() if isinstance(x, DTensor) else x for x in (own, reference))
     some = own if own is not None else reference
     count = torch.tensor(0 if some is None else some.numel(), dtype=torch.float64, device=like.device)
     if own is not None and reference is not None:

@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
+import lightning
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_lss.sequence.batch import tensors_by_path
 from lightning_lss.sequence.segment import SequenceShard
 
 
@@ -70,6 +72,8 @@ _LIBRARIES = tuple(
     for root in {os.path.dirname(os.path.dirname(torch.__file__)), sysconfig.get_path("stdlib")}
     for name in ("torch", "einops", "opt_einsum", "contextlib", "functools")
 )
+_LIGHTNING = os.path.dirname(lightning.__file__) + os.sep
+_DEMOS = os.path.join(_LIGHTNING, "pytorch", "demos") + os.sep
 _OWN = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _MODELS = tuple(os.path.join(_OWN, name) + os.sep for name in ("models",))
 _UNSEEN = {"__get__", "__set__", "backward", "requires_grad_", "detach_", "register_hook", "tolist", "item", "numpy"}
@@ -81,7 +85,7 @@ def _place(depth: int) -> tuple[str, int] | None:
     frame = sys._getframe(depth)
     while frame is not None:
         file = frame.f_code.co_filename
-        if not file.startswith(_LIBRARIES):
+        if not file.startswith(_LIBRARIES) and (not file.startswith(_LIGHTNING) or file.startswith(_DEMOS)):
             is_own = file.startswith(_OWN) and not file.startswith(_MODELS)
             return None if is_own else (file, frame.f_lineno)
         frame = frame.f_back  # type: ignore[assignment]
@@ -91,15 +95,24 @@ def _place(depth: int) -> tuple[str, int] | None:
 class Record(TorchFunctionMode):
     """Record the results of all operations that the user's code runs within."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.calls: dict[tuple[Any, ...], _Call] = {}
         self.outputs: dict[tuple[str, int], list[Tensor]] = {}
         """Results of modules, by name and number of the call."""
-        self._names = {id(part): name or type(module).__name__ for name, part in module.named_modules()}
-        self._path: list[str] = [type(module).__name__]
-        self._count: Counter[Any] = Counter()
         self._hooks = ExitStack()
+
+    def start(self, module: nn.Module, batch: Any) -> None:
+        """Begin with a step of ``module`` on ``batch``."""
+        self._module, self._count = module, Counter[Any]()
+        self._names = {id(part): name or type(module).__name__ for name, part in module.named_modules()}
+        self._path = [type(module).__name__]
+        self._entries = {_storage(x): ".".join(map(str, path)) or "batch" for path, x in tensors_by_path(batch)}
+
+    @property
+    def inputs(self) -> set[str]:
+        """Names of the batch entries."""
+        return set(self._entries.values())
 
     def __enter__(self) -> "Record":
         before = register_module_forward_pre_hook(lambda part, _: self._path.append(self._names.get(id(part), "")))
@@ -141,32 +154,17 @@ class Record(TorchFunctionMode):
 
 
 class Comparison(Record):
-    """Compare the operations that are run within with those of ``record``, and go on with this rank's part of its results."""
+    """Compare the operations that are run within with those of ``record``, and with ``repairs`` go on with this rank's part of its
+    results."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        record: Record,
-        shard: SequenceShard,
-        length: int,
-        names: dict[int, str],
-        tolerance: float,
-    ) -> None:
-        super().__init__(module)
-        self._module = module
+    def __init__(self, record: Record, shard: SequenceShard, length: int, tolerance: float, repairs: bool) -> None:
+        super().__init__()
+        self._repairs = repairs
         self.faults: list[Fault] = []
         self.errors: dict[str, float] = {}
         """The largest error of each module's output."""
-        self.names = dict(names)
-        """Of batch entries, parameters and buffers, by their storage."""
         self._record, self._shard, self._length, self._tolerance = record, shard, length, tolerance
         self._tainted: dict[int, Tensor] = {}  # what depends on a result of no known shape
-
-    def __enter__(self) -> "Comparison":
-        own = (*self._module.named_parameters(), *self._module.named_buffers())
-        self.names.update((x.untyped_storage().data_ptr(), name) for name, x in own)
-        super().__enter__()
-        return self
 
     def _see_output(self, key: tuple[str, int], tensors: list[Tensor]) -> None:
         for x, reference in zip(tensors, self._record.outputs.get(key, [])):
@@ -179,9 +177,9 @@ class Comparison(Record):
         tainted = any(id(x) in self._tainted for x in arguments)
         try:
             result = call()
-        except Exception as error:
+        except Exception as failure:
             if not tainted:
-                self._find(key, arguments, known, torch.empty(0), None, float("inf"), str(error))
+                self._find(key, arguments, known, torch.empty(0), None, float("inf"), str(failure))
             raise
         tensors = _tensors(result)
         if known is None or len(known.results) != len(tensors):
@@ -199,9 +197,11 @@ class Comparison(Record):
                 self._taint([x])
             elif error > self._tolerance:
                 parts[id(x)] = part.to(x.dtype)
-        if not parts:
+        if not parts or not self._repairs:
             return result
-        in_place = key[0].endswith("_") and not key[0].endswith("__") or key[0].startswith("__i") and key[0] != "__invert__"
+        in_place = (key[0].endswith("_") and not key[0].endswith("__")) or (
+            key[0].startswith("__i") and key[0] != "__invert__"
+        )
         if in_place:
             with torch.no_grad():
                 for x in tensors:
@@ -249,14 +249,23 @@ class Comparison(Record):
         message: str = "",
     ) -> None:
         shapes = known.shapes if known is not None and len(known.shapes) == len(arguments) else [None] * len(arguments)
+        own = (*self._module.named_parameters(), *self._module.named_buffers())
+        names = self._record._entries | self._entries | {_storage(x): name for name, x in own}
         given = tuple(
-            Argument(tuple(x.shape), shape, x.is_floating_point(), self.names.get(x.untyped_storage().data_ptr(), ""))
+            Argument(tuple(x.shape), shape, x.is_floating_point(), names.get(_storage(x), ""))
             for x, shape in zip(arguments, shapes)
         )
         order = known.order if known is not None else len(self._record.calls)
         whole_shape = () if reference is None else tuple(reference.shape)
-        fault = Fault(order, key[0], self._path[-1], key[1], key[2], given, tuple(result.shape), whole_shape, error, message)
+        fault = Fault(
+            order, key[0], self._path[-1], key[1], key[2], given, tuple(result.shape), whole_shape, error, message
+        )
         self.faults.append(fault)
+
+
+def _storage(x: Tensor) -> int:
+    """Identify the memory of a tensor, also of a rank's part of a sharded one."""
+    return getattr(x, "_local_tensor", x).untyped_storage().data_ptr()
 
 
 def _error(x: Tensor, reference: Tensor) -> float:
@@ -266,7 +275,11 @@ def _error(x: Tensor, reference: Tensor) -> float:
     x, reference = x.detach().to(wide), reference.to(wide)
     same = (x == reference) | (x.isnan() & reference.isnan())  # masks hold infinities
     difference = torch.where(same, 0, x - reference).norm()
-    return float(difference / torch.where(reference.isfinite(), reference, 0).norm().clamp(min=1e-30)) if x.numel() else 0.0
+    return (
+        float(difference / torch.where(reference.isfinite(), reference, 0).norm().clamp(min=1e-30))
+        if x.numel()
+        else 0.0
+    )
 
 
 def _tensors(x: Any) -> list[Tensor]:

@@ -15,6 +15,7 @@ from torch.distributed.distributed_c10d import _update_default_pg
 from lightning_lss.nn.positions import SegmentPositionalEmbedding
 from lightning_lss.parallel.fsdp import FullyShard
 from lightning_lss.parallel.replicated import Replicated
+from lightning_lss.proof.operations import Record
 from lightning_lss.proof.untouched import evaluate, untouched
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard, segment_modules
 
@@ -49,15 +50,15 @@ class Rehearsal:
         batch: Any,
         whole: bool,
         share: float = 1.0,
-        watch: AbstractContextManager[Any] | None = None,
-        on_batch: Callable[[Any], object] = lambda part: None,
+        watch: Record | None = None,
     ) -> "Pass":
         """Run the step on ``batch``, whole or split, and take its loss and gradients.
 
         ``share`` says what part of its positions a positional table lends to the batch. With ``watch`` there is no
-        backward: the step runs within it. ``on_batch`` is called with what the step gets.
+        backward: the step runs within it.
         """
         module = self.module
+        self.parameters.reshard()
         with ExitStack() as stack:
             stack.enter_context(untouched(module, self.parameters.parameters(module), self.device))
             evaluate(module)
@@ -66,11 +67,12 @@ class Rehearsal:
             if whole:
                 stack.enter_context(_alone(module, self.alone()))
             part = batch if whole else self.split_batch(batch)
-            on_batch(part)
+            if watch is not None:
+                watch.start(module, part)
             loss = self._loss(part, watch)
             return Pass(loss, _gradients({**leaves, **tables}) if watch is None else {})
 
-    def _loss(self, batch: Any, watch: AbstractContextManager[Any] | None) -> Tensor:
+    def _loss(self, batch: Any, watch: Record | None) -> Tensor:
         self.in_step, self._losses = True, list[Tensor]()
         self._backward = watch is None
         try:

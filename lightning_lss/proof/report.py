@@ -1,12 +1,26 @@
 """What a proof found, as data and in words."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_lss.proof.causes import Cause
 from lightning_lss.proof.gradients import GradientError
 from lightning_lss.proof.operations import Fault
+
+
+class Leak(NamedTuple):
+    """Which outputs move when one position of a batch entry changes."""
+
+    entry: str
+    position: int
+    module: str
+    """Whose output it is: the last with the whole sequence."""
+    on_one: list[int]
+    """Positions that move on one rank."""
+    on_all: list[int]
+    """Positions that move where the sequence is split."""
 
 
 @dataclass
@@ -20,8 +34,11 @@ class Report:
         tolerance: the largest relative error that rounding explains.
         gradients: every trained parameter, the worst first.
         losses: of the whole batch, and the mean of the ranks' losses.
+        causes: what is wrong with the loss, or the step as a whole.
         faults: operations whose results differ, in the order of the step, each with its cause.
-        modules: the largest relative error of each module's output, in the order of the step.
+        modules: the largest relative error of each module's output, in the order of the step; filled in for a run that is
+            not exact, and by :func:`lightning_lss.verify`.
+        leaks: what one token reaches; filled in by :func:`lightning_lss.verify`.
         failure: the exception that the step raised on a segment, or empty.
         unverified: why nothing could be compared, or empty.
     """
@@ -35,6 +52,7 @@ class Report:
     faults: list[tuple[Fault, Cause]] = field(default_factory=list)
     causes: list[Cause] = field(default_factory=list)
     modules: dict[str, float] = field(default_factory=dict)
+    leaks: list[Leak] = field(default_factory=list)
     failure: str = ""
     unverified: str = ""
 
@@ -45,6 +63,10 @@ class Report:
 
     def __str__(self) -> str:
         """Say in words why the run is not the training of one device."""
+        if self.exact:
+            return f"exact: {len(self.gradients)} gradients within {self.gradients[0].error:.1e} of those of one device"
+        if self.unverified:
+            return f"not proved: {self.unverified}"
         return "\n".join([self._finding(), *self._explanations(), _OFF])
 
     def _finding(self) -> str:
@@ -53,14 +75,16 @@ class Report:
         if self.failure:
             return f"{start}the step fails on a segment, though not on the whole: {self.failure}"
         wrong = [x for x in self.gradients if x.error > self.tolerance]
+        differs = ((name, error) for name, error in self.modules.items() if error > self.tolerance)
+        module = next((f" The first output that differs is that of {x} (off by {error:.2g})." for x, error in differs), "")
         return (
             f"{start}the gradients of {len(wrong)} of {len(self.gradients)} parameters over {self.size} ranks are not those"
             f" of one device, the most that of {wrong[0].name} (relative error {wrong[0].error:.2g}; rounding explains"
-            f" {self.tolerance:.0e})."
+            f" {self.tolerance:.0e}).{module}"
         )
 
     def _explanations(self) -> list[str]:
-        lines = []
+        lines: list[str] = []
         for fault, cause in self.faults:
             lines += [f"{self._start(bool(lines))}{_located(fault)}", f"  {cause.what}", f"  Write: {cause.write}"]
         for cause in self.causes:

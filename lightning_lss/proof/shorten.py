@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lss.sequence.batch import DEFAULT_DIM, Path, SequenceDims, map_tensors, sequence_dim, tensors_by_path
+from lightning_lss.sequence.batch import Path, SequenceDims, map_tensors, sequence_dim, tensors_by_path
 from lightning_lss.sequence.layout import chunks_per_rank
 
 POSITIONS = 512
@@ -14,7 +14,10 @@ POSITIONS = 512
 
 def sequence_length(batch: Any, dims: SequenceDims) -> int:
     """Return the length of the longest sequence in ``batch``, 0 if it has none."""
-    return max((x.size(dim) for path, x in tensors_by_path(batch) if (dim := _dim(path, x, dims)) is not None), default=0)
+    return max(
+        (x.size(dim) for path, x in tensors_by_path(batch) if (dim := sequence_dim_of(path, x, dims)) is not None),
+        default=0,
+    )
 
 
 def short_length(length: int, size: int, layout: str) -> int:
@@ -30,7 +33,7 @@ def shortened(batch: Any, length: int, short: int, dims: SequenceDims) -> Any:
     proportion."""
 
     def cut(path: Path, x: Tensor) -> Tensor:
-        dim = _dim(path, x, dims)
+        dim = sequence_dim_of(path, x, dims)
         if dim is None:
             return x
         kept = x.size(dim) * short // length
@@ -40,7 +43,7 @@ def shortened(batch: Any, length: int, short: int, dims: SequenceDims) -> Any:
     return map_tensors(batch, cut)
 
 
-def _dim(path: Path, x: Tensor, dims: SequenceDims) -> int | None:
-    """Return the dimension of the sequence of an entry, where it has it."""
+def sequence_dim_of(path: Path, x: Tensor, dims: SequenceDims) -> int | None:
+    """Return the dimension of the sequence of a batch entry; None for one that is left whole or does not have it."""
     dim = sequence_dim(path, x, dims)
     return dim if dim is not None and -x.dim() <= dim < x.dim() else None

@@ -5,6 +5,7 @@ import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager, nullcontext
+from types import CellType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,7 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @contextmanager
-def untouched(module: pl.LightningModule, parameters: Iterable[Tensor], device: torch.device) -> Generator[None, None, None]:
+def untouched(
+    module: pl.LightningModule, parameters: Iterable[Tensor], device: torch.device
+) -> Generator[None, None, None]:
     """Restore everything that steps of ``module`` change: its attributes and buffers, ``parameters`` that are written to,
     the generators of random numbers. Within, nothing is logged."""
     trainer = module.trainer
@@ -68,9 +71,13 @@ class _Restored(ExitStack):
         self._keep(module)
 
     def _keep(self, x: Any) -> None:
-        if isinstance(x, self._LEAVES) or callable(x) and not isinstance(x, nn.Module) or id(x) in self._seen:
+        if isinstance(x, self._LEAVES) or id(x) in self._seen:
             return
         self._seen[id(x)] = x
+        if callable(x) and not isinstance(x, nn.Module):
+            for part in _held_by(x):
+                self._keep(part)
+            return
         if isinstance(x, nn.Parameter):
             self.callback(x.requires_grad_, x.requires_grad)
         elif isinstance(x, Tensor):
@@ -98,16 +105,25 @@ class _Restored(ExitStack):
         self.callback(x.clear)
 
 
+def _held_by(function: Any) -> list[Any]:
+    """What a hook on a module holds: the object that it is a method of, and variables of the function that it was
+    defined in."""
+    owner = getattr(function, "__self__", None)
+    cells = getattr(function, "__closure__", None) or ()
+    held = [cell.cell_contents for cell in cells if cell != CellType()]
+    return [*held, vars(owner) if isinstance(owner, pl.Callback) else owner]
+
+
 def _restorer_of_generator(x: Any) -> Callable[[], object] | None:
     if isinstance(x, torch.Generator):
         state = x.get_state()
         return lambda: x.set_state(state)
     if isinstance(x, np.random.Generator):
-        state = x.bit_generator.state
-        return lambda: setattr(x.bit_generator, "state", state)
+        bits = x.bit_generator.state
+        return lambda: setattr(x.bit_generator, "state", bits)
     if isinstance(x, np.random.RandomState):
-        numbers = x.get_state()
-        return lambda: x.set_state(numbers)
+        words: Any = x.get_state()
+        return lambda: x.set_state(words)
     if isinstance(x, random.Random):
         place = x.getstate()
         return lambda: x.setstate(place)

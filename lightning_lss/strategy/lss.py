@@ -36,6 +36,7 @@ from lightning_lss.parallel.broadcast import assign_segments, reset_segments, sh
 from lightning_lss.parallel.fsdp import FullyShard, Sharding
 from lightning_lss.parallel.replicated import Replicated, compress_hook
 from lightning_lss.parallel.segment_local import SegmentLocal, restore_precision_plugin
+from lightning_lss.proof.first_batch import FirstBatch
 from lightning_lss.proof.passes import Rehearsal
 from lightning_lss.proof.report import Report
 from lightning_lss.sequence.batch import SequenceDims
@@ -46,7 +47,7 @@ from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
 from lightning_lss.strategy import validation
 from lightning_lss.strategy.memory import MemoryOptions
 from lightning_lss.strategy.sequence import SequenceParallel
-from lightning_lss.strategy.verification import Verification, alone, warn_of_unverified
+from lightning_lss.strategy.verification import Verification, alone
 
 
 class LSSStrategy(SequenceParallel, DDPStrategy):
@@ -323,20 +324,20 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         return super().split_batch(batch)
 
     def _prove(self, more: tuple[Any, ...]) -> None:
+        self._verification.prove(self._first_batch(more))
+
+    def _first_batch(self, more: tuple[Any, ...]) -> FirstBatch:
         assert self._grid is not None
-        module, root = self._module, self.model
+        assert self.model is not None
+        module, root, parameters = self._module, self.model, self._parameters
         step = module.training_step
-        if not isinstance(root, DistributedDataParallel):
+        if not isinstance(root, DistributedDataParallel):  # that would average the gradients of the whole batch as well
             step = partial(self._forward_redirection, root, module, "training_step")
-        rehearsal = Rehearsal(
-            module, step, self._parameters, self._shard, self.precision_plugin, self.root_device,
-            partial(alone, self), self.split_batch, more,
-        )
-        report = self._verification.prove(
+        run = (self._shard, self.precision_plugin, self.root_device, partial(alone, self), self.split_batch)
+        rehearsal = Rehearsal(module, step, parameters, *run, more)
+        return self._verification.first_batch(
             rehearsal, self._sequence_dims, self._communication_dtype, self._grid.data_group
         )
-        if report.unverified:
-            warn_of_unverified(module, report.unverified)
 
     @override
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:

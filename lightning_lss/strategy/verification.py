@@ -1,6 +1,6 @@
 """When a strategy proves its runs, and what it does with the verdict; the proof itself is in :mod:`lightning_lss.proof`."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -44,25 +44,30 @@ class Verification:
         if self._due:
             self._batch = batch
 
-    def prove(
+    def first_batch(
         self,
         rehearsal: Rehearsal,
         dims: SequenceDims | None,
         communication_dtype: torch.dtype | None,
         data_group: ProcessGroup | None,
-    ) -> Report:
-        """Prove the kept batch. Raises :class:`~lightning_lss.InexactError` on every rank if the step is not that of one
-        device; the report says why if nothing could be proved."""
+    ) -> FirstBatch:
+        """Return the proof of the kept batch, which is then no longer due."""
         self._due, batch, self._batch = False, self._batch, None
         dtype = least_precise(rehearsal.module, rehearsal.precision, communication_dtype)
         self._rehearsal = rehearsal
-        try:
-            self.report = report = FirstBatch(rehearsal, batch, dims, dtype, data_group).prove()
-        finally:
-            self._rehearsal = None
-        if not (report.exact or report.unverified):
+        return FirstBatch(rehearsal, batch, dims, dtype, data_group)
+
+    def prove(self, first: FirstBatch) -> None:
+        """Prove a run, or warn where nothing can be compared.
+
+        Raises:
+            InexactError: on every rank, if the step is not that of one device.
+        """
+        self.report = report = first.prove()
+        if report.unverified:
+            warn_of_unverified(first.rehearsal.module, report.unverified)
+        elif not report.exact:
             raise InexactError(report)
-        return report
 
     def ends_manual_step(self, loss: torch.Tensor) -> None:
         """End a rehearsed step at its first manual backward."""
@@ -70,9 +75,7 @@ class Verification:
             self._rehearsal.end_manual_step(loss)
 
 
-def least_precise(
-    module: nn.Module, precision: Precision, communication_dtype: torch.dtype | None
-) -> torch.dtype:
+def least_precise(module: nn.Module, precision: Precision, communication_dtype: torch.dtype | None) -> torch.dtype:
     """Return the least precise dtype that a step of ``module`` computes or sends in."""
     named = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(str(precision.precision))
     dtypes = {x.dtype for x in module.parameters() if x.requires_grad and x.is_floating_point()}
@@ -92,7 +95,7 @@ def alone(strategy: ParallelStrategy) -> Generator[None, None, None]:
         "num_nodes": 1,
     }
     with ExitStack() as stack:
-        for name, value in facts.items():
+        for name in facts:
             stack.callback(setattr, strategy, name, getattr(strategy, name))
         for name, value in facts.items():
             setattr(strategy, name, value)

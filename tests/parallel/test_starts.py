@@ -123,5 +123,5 @@ def validate_unequally(rank: int, run: Run) -> bool:
 
 @pytest.mark.parametrize("sharding", [None, "hybrid"])
 def test_replicas_may_validate_different_numbers_of_batches(world, sharding) -> None:
-    run = Run(size=2, module=Normed, strategy={"sharding": sharding}, steps=2)
+    run = Run(size=2, module=Normed, strategy={"sharding": sharding, "verify": False}, steps=2)
     assert world.run(4, validate_unequally, run, timeout=40) == [True] * 4

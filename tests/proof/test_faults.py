@@ -1,0 +1,68 @@
+"""What users do to a model is refused before the first step, and the cause is named; what is right is not refused."""
+
+import warnings
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_lss import InexactError
+from tests.proof.faulty import FAULTS, Right, make_batch
+from tests.training import Run, make_trainer
+
+
+def verdict(rank: int, module: type[pl.LightningModule], run: Run, length: int = 16) -> str:
+    """Train; return what refused the run, and check that nothing was trained."""
+    warnings.filterwarnings("ignore")
+    torch.manual_seed(0)
+    model, trainer = module(), make_trainer(rank, run)
+    before = [x.detach().clone() for x in model.parameters()]
+    try:
+        trainer.fit(model, DataLoader([make_batch(length)] * run.steps, batch_size=None, shuffle=False))
+    except InexactError as error:
+        assert trainer.global_step == 0
+        assert all(torch.equal(x, y) for x, y in zip(before, model.parameters()))
+        return str(error)
+    report = trainer.strategy.verification
+    return "" if report is not None and report.exact else f"not proved: {report}"
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("module", FAULTS)
+def test_a_fault_is_named_on_every_rank(world, module, layout) -> None:
+    found = world.run(2, verdict, module, Run(size=2, layout=layout, steps=1))
+    assert found[0] == found[1]
+    first = found[0].partition("First: ")[2].partition("Also: ")[0]
+    assert FAULTS[module] in first, found[0]
+    assert "Write: " in first
+
+
+def test_two_faults_are_both_named(world) -> None:
+    found = world.run(2, verdict, Two, Run(size=2, steps=1))[0]
+    assert FAULTS[Two.__mro__[1]] in found.partition("Also: ")[0]
+    assert "Also: " in found
+
+
+class Two(list(FAULTS)[0], list(FAULTS)[10]):  # type: ignore[misc]
+    """Own positions and another attention."""
+
+
+@pytest.mark.parametrize("trainer", [{}, {"precision": "bf16-mixed"}, {"precision": "64-true"}], ids=str)
+def test_a_right_module_passes(world, trainer) -> None:
+    assert world.run(2, verdict, Right, Run(size=2, steps=1, trainer=trainer)) == ["", ""]
+
+
+@pytest.mark.parametrize("strategy", [{"sharding": "fsdp"}, {"sharding": "hybrid"}, {}], ids=str)
+def test_faults_are_found_with_replicas_and_sharded_parameters(world, strategy) -> None:
+    run = Run(size=2, steps=1, strategy=strategy)
+    for module in (list(FAULTS)[0], list(FAULTS)[7]):
+        found = world.run(4, verdict, module, run)
+        assert FAULTS[module] in found[0], found[0]
+        assert len(set(found)) == 1
+    assert world.run(4, verdict, Right, run) == [""] * 4
+
+
+def test_a_long_batch_is_shortened(world) -> None:
+    found = world.run(2, verdict, list(FAULTS)[0], Run(size=2, steps=1), 4096)[0]
+    assert "shortened to 512 of 4096 positions" in found
