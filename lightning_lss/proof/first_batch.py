@@ -22,12 +22,14 @@ from lightning_lss.proof.causes import (
     Cause,
     cause_of,
 )
+from lightning_lss.proof.counts import ignored_values, is_uneven
 from lightning_lss.proof.gradients import compare
 from lightning_lss.proof.operations import Comparison, Fault, Record
 from lightning_lss.proof.passes import Rehearsal
 from lightning_lss.proof.report import Report
 from lightning_lss.proof.shorten import sequence_length, short_length, shortened
 from lightning_lss.sequence.batch import SequenceDims, map_tensors, tensors_by_path
+from lightning_lss.sequence.layout import chunks_per_rank
 from lightning_lss.sequence.segment import segment_modules
 
 LONGEST = 2048
@@ -74,6 +76,10 @@ class FirstBatch:
         wrong = [report for report in reports if not report.unverified]
         return self.inspect(wrong[-1]) if wrong else reports[-1]
 
+    @property
+    def _chunks(self) -> int:
+        return self.shard.size * chunks_per_rank(self.shard.size, self.shard.layout)
+
     def _lengths(self) -> Iterator[int]:
         short = short_length(self.length, self.shard.size, self.shard.layout)
         if short < self.length:
@@ -110,11 +116,18 @@ class FirstBatch:
             return self._report(length, failure=_in_a_line(error))
         average = self.rehearsal.parameters.average
         errors = compare(split.gradients, whole.gradients, self.rehearsal.module, self.shard, average)
-        return self._report(length, gradients=errors, losses=(whole.loss.item(), _mean(split.loss)))
+        report = self._report(length, gradients=errors, losses=(whole.loss.item(), _mean(split.loss)))
+        report.ignored = ignored_values(whole.means, split.means, self.shard.size)
+        # the shortened batch may have as many in every segment, by chance
+        uneven = is_uneven(self.batch, report.ignored, self.shard, self.dims)
+        report.is_uneven = self._on_any_rank(uneven)
+        return report
 
     def part(self, length: int) -> Any:
         """Return the batch that is compared, of ``length`` positions; every rank must call it."""
-        batch = shortened(self.batch, self.length, length, self.dims) if length < self.length else self.batch
+        batch = (
+            shortened(self.batch, self.length, length, self.dims, self._chunks) if length < self.length else self.batch
+        )
         return batch if self.data_group is None else _of_first(batch, self.data_group, self.rehearsal.device)
 
     def _on_any_rank(self, fact: bool) -> bool:
@@ -148,7 +161,11 @@ class FirstBatch:
         found = [(fault, cause_of(fault, comparison.inputs)) for fault in faults]
         report.faults = _first_of_each(found)
         if repaired is not None and all(math.isfinite(fault.error) for fault in faults):
-            report.causes = _causes_of_loss(report.losses[0], _mean(repaired), self.tolerance, self.shard.size)
+            report.causes = (
+                [COUNTS]
+                if report.is_uneven
+                else _causes_of_loss(report.losses[0], _mean(repaired), self.tolerance, self.shard.size)
+            )
         if not (report.faults or report.causes):
             report.causes = [_cause_of_failure(self.part(report.length)) if report.failure else BACKWARD]
         return report

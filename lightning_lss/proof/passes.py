@@ -1,7 +1,7 @@
 """Run the user's own training step on one batch, whole on every rank alone or split, and take its gradients."""
 
 from collections.abc import Callable, Generator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.distributed.distributed_c10d import _update_default_pg
 from lightning_lss.nn.positions import SegmentPositionalEmbedding
 from lightning_lss.parallel.fsdp import FullyShard
 from lightning_lss.parallel.replicated import Replicated
+from lightning_lss.proof.counts import Means, PlainMeans
 from lightning_lss.proof.operations import Record
 from lightning_lss.proof.untouched import evaluate, untouched
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard, segment_modules
@@ -70,13 +71,15 @@ class Rehearsal:
             if watch is not None:
                 watch.start(module, part)
             loss = self._loss(part, watch)
-            return Pass(loss, _gradients({**leaves, **tables}) if watch is None else {})
+            return Pass(loss, _gradients({**leaves, **tables}) if watch is None else {}, self._means)
 
     def _loss(self, batch: Any, watch: Record | None) -> Tensor:
         self.in_step, self._losses = True, list[Tensor]()
         self._backward = watch is None
         try:
-            with torch.enable_grad(), self.precision.train_step_context(), watch or nullcontext():
+            means = PlainMeans()
+            self._means = means.calls
+            with torch.enable_grad(), self.precision.train_step_context(), watch or means:
                 output = self.call(batch, *self.more)
         except BackwardDone:
             return self._losses[0]
@@ -115,6 +118,8 @@ class Pass:
     loss: Tensor
     gradients: dict[str, Tensor]
     """By the name of the parameter, before they are averaged over the ranks."""
+    means: Means
+    """Losses that are plain means, see :mod:`lightning_lss.proof.counts`."""
 
 
 def _gradients(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -39,6 +39,8 @@ class Report:
         modules: the largest relative error of each module's output, in the order of the step; filled in for a run that is
             not exact, and by :func:`lightning_lss.verify`.
         leaks: what one token reaches; filled in by :func:`lightning_lss.verify`.
+        ignored: target values that do not count in a loss that is a plain mean over the tokens of a segment.
+        is_uneven: whether segments have different numbers of them.
         failure: the exception that the step raised on a segment, or empty.
         unverified: why nothing could be compared, or empty.
     """
@@ -53,13 +55,17 @@ class Report:
     causes: list[Cause] = field(default_factory=list)
     modules: dict[str, float] = field(default_factory=dict)
     leaks: list[Leak] = field(default_factory=list)
+    ignored: set[int] = field(default_factory=set)
+    is_uneven: bool = False
     failure: str = ""
     unverified: str = ""
 
     @property
     def exact(self) -> bool:
         """Whether all gradients agree."""
-        return not (self.failure or self.unverified) and all(x.error <= self.tolerance for x in self.gradients)
+        return not (self.failure or self.unverified or self.is_uneven) and all(
+            x.error <= self.tolerance for x in self.gradients
+        )
 
     def __str__(self) -> str:
         """Say in words why the run is not the training of one device."""
@@ -75,8 +81,12 @@ class Report:
         if self.failure:
             return f"{start}the step fails on a segment, though not on the whole: {self.failure}"
         wrong = [x for x in self.gradients if x.error > self.tolerance]
+        if not wrong:
+            return f"{start}segments have different numbers of targets that count."
         differs = ((name, error) for name, error in self.modules.items() if error > self.tolerance)
-        module = next((f" The first output that differs is that of {x} (off by {error:.2g})." for x, error in differs), "")
+        module = next(
+            (f" The first output that differs is that of {x} (off by {error:.2g})." for x, error in differs), ""
+        )
         return (
             f"{start}the gradients of {len(wrong)} of {len(self.gradients)} parameters over {self.size} ranks are not those"
             f" of one device, the most that of {wrong[0].name} (relative error {wrong[0].error:.2g}; rounding explains"

@@ -27,18 +27,19 @@ def short_length(length: int, size: int, layout: str) -> int:
     return max(min(POSITIONS, length // size) // unit, 1) * unit
 
 
-def shortened(batch: Any, length: int, short: int, dims: SequenceDims) -> Any:
-    """Keep ``short`` of ``length`` positions: the first half of them from the start and the other from the end, since the
-    ends are where batches differ (padding, class tokens, masked targets). Sequences of other lengths are shortened in
+def shortened(batch: Any, length: int, short: int, dims: SequenceDims, chunks: int) -> Any:
+    """Keep ``short`` of ``length`` positions: of each of ``chunks`` equal runs the first and the last, so that every rank keeps
+    positions of its own, with their padding and masked targets. Sequences of other lengths are shortened in
     proportion."""
 
     def cut(path: Path, x: Tensor) -> Tensor:
         dim = sequence_dim_of(path, x, dims)
         if dim is None:
             return x
-        kept = x.size(dim) * short // length
-        head = kept - kept // 2
-        return torch.cat([x.narrow(dim, 0, head), x.narrow(dim, x.size(dim) - kept // 2, kept // 2)], dim)
+        run, kept = x.size(dim) // chunks, x.size(dim) * short // length // chunks
+        ends = [(start, kept - kept // 2) for start in range(0, run * chunks, run)]
+        ends += [(start + run - kept // 2, kept // 2) for start in range(0, run * chunks, run)]
+        return torch.cat([x.narrow(dim, start, count) for start, count in sorted(ends)], dim)
 
     return map_tensors(batch, cut)
 

@@ -320,7 +320,7 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
     @override
     def split_batch(self, batch: Any) -> Any:
         if self._module.trainer.training:
-            self._verification.keep(batch)
+            self._verification.keep(batch, self._shard, self._sequence_dims)
         return super().split_batch(batch)
 
     def _prove(self, more: tuple[Any, ...]) -> None:

@@ -12,11 +12,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from lightning_lss.proof.causes import COUNTS
+from lightning_lss.proof.counts import is_uneven
 from lightning_lss.proof.first_batch import FirstBatch
 from lightning_lss.proof.passes import Rehearsal
 from lightning_lss.proof.report import InexactError, Report
 from lightning_lss.sequence.batch import SequenceDims
-from lightning_lss.sequence.segment import WHOLE_SEQUENCE
+from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
 
 
 class Verification:
@@ -32,17 +34,26 @@ class Verification:
 
     def start(self, is_split: bool) -> None:
         """Prove the next training batch of a run, or of one whose parameters have changed, if it is split at all."""
-        self._due, self._batch = self.wanted and is_split, None
+        self._due, self._batch, self.report = self.wanted and is_split, None, None
 
     @property
     def is_due(self) -> bool:
         """Whether the next training step is to be proved."""
         return self._due
 
-    def keep(self, batch: Any) -> None:
-        """Remember the whole batch of the step that is to be proved."""
+    def keep(self, batch: Any, shard: SequenceShard, dims: SequenceDims | None) -> None:
+        """Remember the whole batch of the step that is to be proved, and look at those after it.
+
+        Raises:
+            InexactError: if the loss is a plain mean, and ``batch`` is the first whose segments count different numbers of
+                targets.
+        """
         if self._due:
             self._batch = batch
+        elif (
+            self.report is not None and self.report.ignored and is_uneven(batch, self.report.ignored, shard, dims or {})
+        ):
+            raise InexactError(f"{COUNTS.what}\nThis batch is the first where they differ.\n  Write: {COUNTS.write}")
 
     def first_batch(
         self,

@@ -18,7 +18,11 @@ class Right(pl.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.qkv, self.out = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, VOCAB)
+        self.embed, self.qkv, self.out = (
+            nn.Embedding(VOCAB, WIDTH),
+            nn.Linear(WIDTH, 3 * WIDTH),
+            nn.Linear(WIDTH, VOCAB),
+        )
         self.rotary, self.attention = RotaryEmbedding(WIDTH // HEADS), LSSAttention(causal=True)
 
     def mix(self, x: Tensor) -> Tensor:
