@@ -220,7 +220,10 @@ class FullyShard:
     def before_backward(self, loss: Tensor) -> None:
         """Have the root's gradients reduced at the end of a manual backward from ``loss``, which its forward did not
         return."""
-        if self._root is not None and self._root.is_manual:
+        if self._root is None:
+            return
+        self._root.share_requires_grad()
+        if self._root.is_manual:
             fully_shard.state(self._root)._register_pre_backward_hook(loss)  # type: ignore[attr-defined]
 
     def reshard(self) -> None:

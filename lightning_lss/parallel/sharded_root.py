@@ -93,7 +93,9 @@ class ShardedRoot(nn.Module):
         self._check_accumulation()
         if self.broadcast_buffers and self.module.training:  # Lightning restores ``training`` after a validation
             broadcast_from_first(self.shared_buffers)
-        return self.module(*args, **kwargs)
+        output = self.module(*args, **kwargs)
+        self.share_requires_grad()  # before FSDP takes whole parameters out of modules
+        return output
 
     @contextmanager
     def no_sync(self) -> Generator[None, None, None]:

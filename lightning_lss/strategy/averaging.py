@@ -126,3 +126,14 @@ class GradientAveraging(DDPStrategy):
         super().post_backward(closure_loss)
         if self._members is not None:
             self._members.check_gradients(self._parameters.members(self._module), self.optimizers)
+
+    @override
+    def on_validation_end(self) -> None:
+        self._parameters.reshard()
+
+    on_test_end = on_predict_end = on_validation_end
+
+    def gradient_norm(self) -> Tensor:
+        """2-norm of the gradients of the whole model; every rank must call it, during a run."""
+        assert self._segment_local is not None
+        return self._segment_local.total_norm(self._parameters.parameters(self._module))

@@ -318,17 +318,6 @@ class LSSStrategy(SequenceParallel, GradientAveraging):
         self._verification.ends_manual_step(closure_loss)
         return super().backward(closure_loss, *args, **kwargs)
 
-    @override
-    def on_validation_end(self) -> None:
-        self._parameters.reshard()
-
-    on_test_end = on_predict_end = on_validation_end
-
-    def gradient_norm(self) -> Tensor:
-        """2-norm of the gradients of the whole model; every rank must call it, during a run."""
-        assert self._segment_local is not None
-        return self._segment_local.total_norm(self._parameters.parameters(self._module))
-
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     @property

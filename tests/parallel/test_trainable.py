@@ -215,6 +215,22 @@ class ByHand(TableLater):
         return [torch.optim.SGD(part, lr=0.5, momentum=0.9) for part in parts]
 
 
+class ByHandAlone(TableLater):
+    """Manual optimization with one optimizer, which steps by whatever has a gradient."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+        if batch_idx == 2:  # for the next; modules hold whole parameters here, beside the sharded ones of optimizers
+            self.head.bias.requires_grad_(self.current_epoch == 1)
+
+
 FSDP = {"sharding": "fsdp", "sharding_units": [nn.Linear]}  # norm, embedding and scalars belong to the root
 UNUSED = {"find_unused_parameters": True}
 CASES: list[tuple[type[Tuned], int, int, dict[str, Any]]] = [
@@ -246,6 +262,9 @@ CASES: list[tuple[type[Tuned], int, int, dict[str, Any]]] = [
     (FrozenInTheMidst, 2, 4, FSDP),
     (ByHand, 1, 2, UNUSED),
     (ByHand, 1, 4, {"sharding": "fsdp"}),
+    (ByHandAlone, 1, 2, {}),
+    (ByHandAlone, 1, 2, {"static_graph": True}),
+    (ByHandAlone, 1, 4, {"sharding": "fsdp"}),
 ]
 
 
