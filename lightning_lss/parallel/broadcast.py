@@ -8,7 +8,7 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import Tensor, nn
 
 from lightning_lss.nn.positions import SegmentPositionalEmbedding
-from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard, segment_modules
+from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard, ShardedModule, segment_modules
 
 
 def broadcast_from_first(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
@@ -36,13 +36,13 @@ def share_random_state(group: dist.ProcessGroup, device: torch.device) -> None:
         torch.cuda.set_rng_state(state.cpu(), device)
 
 
-def assign_segments(root: nn.Module, shard: SequenceShard, device: torch.device) -> None:
-    """Set the shard of every :class:`~lightning_lss.ShardedModule` below ``root``; every rank must call it.
+def assign_segments(modules: Iterable[ShardedModule], shard: SequenceShard, device: torch.device) -> None:
+    """Set the shard of every module among ``modules``; every rank must call it with the same ones.
 
     A positional table starts from rank 0's rows, as DDP starts from rank 0's weights; a table without rows yet starts
     from rank 0's seed.
     """
-    modules = [module for module in segment_modules(root) if module.shard != shard]
+    modules = [module for module in modules if module.shard != shard]
     tables = [module for module in modules if isinstance(module, SegmentPositionalEmbedding)]
     tables = [table for table in tables if table.shard.size == 1]  # tables of an earlier run have their rows already
     whole = [None if table.is_deferred else table.weight.detach() for table in tables]

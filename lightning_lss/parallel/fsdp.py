@@ -8,30 +8,28 @@ step. Sharded tensors are torch's DTensors. Segment-local parameters are not sha
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import wraps
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import LayerSync
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lss.nn.recompute import outermost, repeated_blocks
-from lightning_lss.parallel.broadcast import broadcast_from_first
+from lightning_lss.parallel.members import Members
 from lightning_lss.parallel.segment_local import SegmentLocal, average_over
+from lightning_lss.parallel.sharded_root import ShardedRoot, sharded_root
 from lightning_lss.sequence.grid import SequenceGrid
+from lightning_lss.sequence.segment import segment_local_names
 
 Sharding = Literal["fsdp", "hybrid"]
 
@@ -81,6 +79,7 @@ class FullyShard:
     """
 
     stay_on_device = True  # after a run, so that their process groups can gather them for a checkpoint
+    keeps_frozen = False  # those of members() that are not sharded
 
     def __init__(
         self,
@@ -99,7 +98,7 @@ class FullyShard:
         """Refuse a run whose parameters cannot be sharded over ``world_size`` ranks in sequence groups of ``size``.
 
         Raises:
-            MisconfigurationException: if an earlier run has sharded them in another way, a callback averages weights,
+            MisconfigurationException: if an earlier run has sharded them in another way, a callback averages or compares weights,
                 ``"hybrid"`` has only one rank to shard over, or parameters have no values.
         """
         copies = self._sharding == "hybrid" and size < world_size  # sharded over one dimension, copied along another
@@ -110,6 +109,14 @@ class FullyShard:
             raise MisconfigurationException(
                 f"{type(averaging[0]).__name__} keeps a copy of the whole model, but sharded parameters cannot be copied"
                 f" (sharding={self._sharding!r}). Leave the callback out, or use sharding=None."
+            )
+        scalars = [name for name, x in module.named_parameters() if x.dim() == 0]
+        apart = scalars + (segment_local_names(module) if size > 1 else [])
+        if apart and any(isinstance(x, BaseFinetuning) for x in callbacks):
+            raise MisconfigurationException(
+                "Lightning's finetuning callbacks compare parameters with each other, but sharded ones cannot be compared with"
+                f" those that are not ({', '.join(apart[:5])}: scalars and positional tables). Freeze and unfreeze in"
+                " on_train_epoch_start, use RotaryEmbedding and one-element vectors, or use sharding=None."
             )
         if self._sharding == "hybrid" and size == 1 < world_size:
             raise MisconfigurationException(
@@ -177,7 +184,8 @@ class FullyShard:
         between the optimizer steps of manual optimization; return the hooks' handles."""
         assert self._root is not None
         assert dist.group.WORLD is not None
-        scalars = [average_over(scalar, dist.group.WORLD, should_sync) for scalar in self._root.scalars]
+        trained = [x for x in self._root.scalars if x.requires_grad]
+        scalars = [average_over(scalar, dist.group.WORLD, should_sync) for scalar in trained]
         return scalars + self._root.follow_manual_steps()
 
     def clipping_group(self, local: SegmentLocal) -> dist.ProcessGroup | None:
@@ -189,10 +197,33 @@ class FullyShard:
         assert self._root is not None
         return self._root.own_parameters
 
+    def members(self, module: nn.Module) -> Members:
+        """The parameters by name, and those whose gradients are averaged: the sharded ones always, since ``fully_shard``
+        follows ``requires_grad`` itself, and others where they are trained."""
+        assert self._root is not None
+        self._root.share_requires_grad()
+        parts = self._root.parts_of_whole()
+        named = {name: parts.get(id(x), x) for name, x in module.named_parameters()}
+        return Members(module, named, [x for x in named.values() if isinstance(x, DTensor) or x.requires_grad])
+
+    def check_members(self, old: Members, new: Members) -> None:
+        """Raise ``MisconfigurationException`` if parameters were added, which nobody would shard or reduce."""
+        known = {id(x) for x in old.named.values()}
+        added = [name for name, x in new.named.items() if id(x) not in known]
+        if added:
+            raise MisconfigurationException(
+                f"{', '.join(added[:5])}: added after the parameters were sharded (sharding={self._sharding!r}), so nobody would"
+                " average their gradients. Make them in __init__ or configure_model, frozen if need be and unfrozen later; or use"
+                " sharding=None."
+            )
+
     def before_backward(self, loss: Tensor) -> None:
         """Have the root's gradients reduced at the end of a manual backward from ``loss``, which its forward did not
         return."""
-        if self._root is not None and self._root.is_manual:
+        if self._root is None:
+            return
+        self._root.share_requires_grad()
+        if self._root.is_manual:
             fully_shard.state(self._root)._register_pre_backward_hook(loss)  # type: ignore[attr-defined]
 
     def reshard(self) -> None:
@@ -236,161 +267,6 @@ class FullyShard:
 
 def _make_whole(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
     state.update({name: x.full_tensor().cpu() for name, x in state.items() if isinstance(x, DTensor)})
-
-
-def _as_fsdp(root: nn.Module) -> FSDPModule:
-    assert isinstance(root, FSDPModule)
-    return root
-
-
-class ShardedRoot(nn.Module):
-    """Shard a LightningModule in place for good, wrap it and run its steps, as DistributedDataParallel does without
-    sharding.
-
-    Its forward unshards the parameters that belong to no unit. Calls of the LightningModule from within a step are
-    ordinary calls. (With ``fully_shard`` on the LightningModule itself they would start the step again.) All ranks
-    start from the values of rank 0, but for segment-local ones, and with ``broadcast_buffers`` they copy rank 0's
-    buffers before each training step, as with DDP. While it shards, a device holds at most its parts and one whole unit,
-    or the whole root.
-    """
-
-    def __init__(
-        self,
-        module: pl.LightningModule,
-        units: list[nn.Module],
-        mesh: DeviceMesh,
-        device: torch.device,
-        local: SegmentLocal,
-        policy: MixedPrecisionPolicy,
-        broadcast_buffers: bool,
-    ) -> None:
-        super().__init__()
-        self.scalars = [x for x in module.parameters() if x.dim() == 0]  # fully_shard refuses them
-        ignored = {*local.parameters, *self.scalars}
-        self.shared_buffers = [x for name, x in module.named_buffers() if name not in local.names]
-        for tensor in (*local.parameters, *local.buffers):
-            tensor.data = tensor.data.to(device)
-        _start_equally([*self.scalars, *self.shared_buffers], device)
-        for unit in units:
-            _start_equally([x for x in unit.parameters() if x not in ignored], device)
-            fully_shard(unit, mesh=mesh, ignored_params=ignored, mp_policy=policy)
-        rest = [x for x in module.parameters() if x not in ignored and not isinstance(x, DTensor)]
-        _start_equally(rest, device)
-        self.module = module
-        fully_shard(self, mesh=mesh, ignored_params=ignored, mp_policy=policy)
-
-        self.mesh = mesh
-        self.broadcast_buffers = broadcast_buffers
-        self.require_backward_grad_sync = True
-        self.own_parameters = list(module.parameters())  # as optimizers hold them, also while modules hold whole ones
-        in_units = {x for unit in units for x in unit.modules()}
-        self._held_by_root = [
-            (owner, name, parameter)
-            for owner in module.modules()
-            for name, parameter in owner.named_parameters(recurse=False)
-            if owner not in in_units
-        ]
-        if self.is_manual:
-            for method in ("toggle_optimizer", "untoggle_optimizer"):
-                setattr(module, method, self._followed_by_whole_parameters(getattr(module, method)))
-        # Both bypass nn.Module, which would make the root a submodule.
-        vars(module).update(_sharded_root=self, __deepcopy__=self._share_module)
-
-    @property
-    def is_manual(self) -> bool:
-        """Whether the LightningModule calls backward and optimizers itself."""
-        return not self.module.automatic_optimization
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the LightningModule, or the step that Lightning runs in place of its forward."""
-        if self.broadcast_buffers and self.module.training:  # Lightning restores ``training`` after a validation
-            broadcast_from_first(self.shared_buffers)
-        return self.module(*args, **kwargs)
-
-    @contextmanager
-    def no_sync(self) -> Generator[None, None, None]:
-        """Accumulate gradients without summing them over the copies of ``"hybrid"``; Lightning calls it as with DDP.
-
-        They are still reduced to each rank's part in every backward. (FSDP could keep them whole instead: less traffic,
-        but the memory that sharding saves.)
-        """
-        self.set_last(False)
-        try:
-            yield
-        finally:
-            self.set_last(True)
-
-    def set_last(self, last: bool) -> None:
-        """Say whether gradients are summed over the copies of ``"hybrid"`` in the next backward."""
-        self.require_backward_grad_sync = last
-        _as_fsdp(self).set_requires_all_reduce(last)
-
-    def _share_module(self, memo: dict[int, Any]) -> pl.LightningModule:
-        """Stand in for the module's ``__deepcopy__``, which FSDP does not support: copies of a Trainer share the module."""
-        if not any(isinstance(x, pl.Trainer) for x in memo.values()):
-            raise MisconfigurationException(
-                "A sharded module cannot be copied. Save a checkpoint with trainer.save_checkpoint, and load it into a new module."
-            )
-        rank_zero_warn("The copy of the Trainer shares the sharded module, which cannot be copied.")
-        memo.update({id(x): x for x in (self.module, self, self.mesh, *self.own_parameters)})
-        return self.module
-
-    def follow_manual_steps(self) -> list[RemovableHandle]:
-        """Keep parameters whole for all passes of a manual step, since only the next step's forward would unshard them,
-        and unshard them again after an optimizer step, which changes each rank's parts.
-
-        The hook is that of all optimizers, since users may make new ones during the run.
-        """
-        _as_fsdp(self).set_reshard_after_backward(not self.is_manual, recurse=False)
-        return [register_optimizer_step_post_hook(self._renew_own)] if self.is_manual else []
-
-    def _renew_own(self, *_: Any) -> None:
-        self.reshard_own()
-        _as_fsdp(self).unshard()
-
-    def reshard_own(self) -> None:
-        """Reshard the parameters that belong to no unit."""
-        for owner, name, parameter in self._held_by_root:
-            parameter.requires_grad_(getattr(owner, name).requires_grad)  # users freeze those that modules hold
-        _as_fsdp(self).reshard()
-
-    def forget_pass(self) -> None:
-        """Reshard all parameters, also after a pass that raised or had no backward."""
-        for state in fully_shard.state(self)._state_ctx.all_states:  # type: ignore[attr-defined]
-            state._training_state = TrainingState.IDLE
-            for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:  # torch 2.13, 2.11
-                group._training_state = TrainingState.IDLE
-                group._post_forward_indices.clear()
-                group._partial_reduce_output = None
-                group.reshard()
-            state._comm_ctx.post_forward_order.clear()
-            state._state_ctx.iter_forward_root = None
-            state._state_ctx.post_backward_final_callback_queued = False
-        self.reshard_own()
-
-    def _followed_by_whole_parameters(self, toggle: Callable[..., None]) -> Callable[..., None]:
-        """Make ``toggle`` also freeze or unfreeze the whole parameters that modules hold; Lightning's acts on those of
-        optimizers only."""
-
-        @wraps(toggle)
-        def toggle_both(*args: Any, **kwargs: Any) -> None:
-            toggle(*args, **kwargs)
-            for owner, name, parameter in self._held_by_root:
-                getattr(owner, name).requires_grad_(parameter.requires_grad)
-
-        return toggle_both
-
-
-def _start_equally(tensors: Iterable[Tensor], device: torch.device) -> None:
-    for tensor in tensors:  # one at a time, to keep the peak low
-        tensor.data = tensor.data.to(device)
-        broadcast_from_first([tensor])
-
-
-def sharded_root(module: nn.Module) -> ShardedRoot | None:
-    """Return the root that ``module`` was sharded under, or None."""
-    root = vars(module).get("_sharded_root")
-    return root if isinstance(root, ShardedRoot) else None
 
 
 def check_sharding(module: nn.Module, wanted: tuple[int, int] | None) -> None:

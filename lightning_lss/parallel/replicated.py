@@ -13,6 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lss.parallel.fsdp import check_sharding
+from lightning_lss.parallel.members import Members
 from lightning_lss.parallel.segment_local import SegmentLocal
 
 
@@ -24,10 +25,15 @@ class Replicated:
 
     stay_on_device = False  # after a run
 
+    def __init__(self, keeps_frozen: bool = False) -> None:
+        self.keeps_frozen = keeps_frozen
+        """Whether DistributedDataParallel needs no renewal where parameters are frozen: it takes them for unused ones."""
+        self._restore: Callable[[], None] = self._do_nothing
+
     def _do_nothing(self, *args: Any) -> None:
         """Whole parameters need nothing at these moments."""
 
-    check_optimizers = before_backward = reshard = hand_over = release = _do_nothing
+    check_optimizers = check_members = before_backward = reshard = hand_over = _do_nothing
 
     def check(self, module: nn.Module, size: int, world_size: int) -> None:
         """Raise ``MisconfigurationException`` if an earlier run has sharded the parameters."""
@@ -43,7 +49,8 @@ class Replicated:
 
     def place(self, module: pl.LightningModule, local: SegmentLocal, device: torch.device) -> nn.Module:
         """Return the module that runs the steps of ``module``: itself, which DistributedDataParallel wraps."""
-        ignore_in_ddp(module, local.names)
+        self._restore()
+        self._restore = ignore_in_ddp(module, local.names)
         return module
 
     def register_hooks(self, should_sync: Callable[[], bool]) -> Iterable[RemovableHandle]:
@@ -57,6 +64,16 @@ class Replicated:
     def parameters(self, module: nn.Module) -> Iterable[nn.Parameter]:
         """The parameters as optimizers hold them."""
         return module.parameters()
+
+    def members(self, module: nn.Module) -> Members:
+        """The parameters by name, and those whose gradients are averaged if gradients are arranged for now."""
+        named = dict(module.named_parameters())
+        return Members(module, named, [x for x in named.values() if x.requires_grad])
+
+    def release(self) -> None:
+        """Forget the module at the end of a run."""
+        self._restore()
+        self._restore = self._do_nothing
 
     def keep_for_checkpoint(self, tensor: Tensor) -> Any:
         """Return a tensor that was gathered for a checkpoint, on every rank."""
@@ -85,14 +102,23 @@ class Replicated:
         return gradient.div_(dist.get_world_size())
 
 
-def ignore_in_ddp(module: nn.Module, names: Iterable[str]) -> None:
-    """Have DistributedDataParallel ignore the named parameters and buffers of ``module``.
+_IGNORED = "_ddp_params_and_buffers_to_ignore"  # torch's name
+
+
+def ignore_in_ddp(module: nn.Module, names: Iterable[str]) -> Callable[[], None]:
+    """Have DistributedDataParallel ignore the named parameters and buffers of ``module`` too; return what undoes it.
 
     DDP compares plain names, except in one place: there ``module_name + "." + name``, for the root module ``.name``.
     """
-    names = list(names)
-    ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
-    module._ddp_params_and_buffers_to_ignore = [*ignored, *names, *(f".{name}" for name in names)]  # type: ignore[assignment]
+    names, before = list(names), getattr(module, _IGNORED, [])
+    setattr(module, _IGNORED, [*before, *names, *(f".{name}" for name in names)])
+    return lambda: setattr(module, _IGNORED, before)
+
+
+def has_work_for_ddp(module: nn.Module) -> bool:
+    """Whether any parameter is trained that DistributedDataParallel does not ignore; it refuses a module without."""
+    ignored = getattr(module, _IGNORED, [])
+    return any(x.requires_grad for name, x in module.named_parameters() if name not in ignored)
 
 
 def compress_hook(dtype: torch.dtype) -> Callable[..., Any]:

@@ -49,10 +49,10 @@ class SegmentLocal:
         """Scale the gradients of every backward pass, and average the accumulated ones over the data group after the last
         pass, of which ``should_sync`` is true; return the hooks' handles.
 
-        Both are correct for any number of passes before a step, as with DDP.
+        Both are correct for any number of passes before a step, as with DDP. Frozen parameters take no hooks.
         """
         handles = []
-        for parameter in self.parameters:
+        for parameter in (x for x in self.parameters if x.requires_grad):
             handles.append(parameter.register_hook(lambda grad: grad / self.grid.size))
             if self.grid.data_group is not None:
                 handles.append(average_over(parameter, self.grid.data_group, should_sync))

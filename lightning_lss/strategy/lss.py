@@ -16,7 +16,6 @@ from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -34,8 +33,8 @@ from lightning_lss.nn.positions import SegmentPositionalEmbedding
 from lightning_lss.nn.recompute import ActivationCheckpointing
 from lightning_lss.parallel.broadcast import assign_segments, reset_segments, share_random_state
 from lightning_lss.parallel.fsdp import FullyShard, Sharding
-from lightning_lss.parallel.replicated import Replicated, compress_hook
-from lightning_lss.parallel.segment_local import SegmentLocal, restore_precision_plugin
+from lightning_lss.parallel.replicated import Replicated
+from lightning_lss.parallel.segment_local import SegmentLocal
 from lightning_lss.proof.first_batch import FirstBatch
 from lightning_lss.proof.passes import Rehearsal
 from lightning_lss.proof.report import Report
@@ -43,14 +42,15 @@ from lightning_lss.sequence.batch import SequenceDims
 from lightning_lss.sequence.dtypes import resolve_communication_dtype
 from lightning_lss.sequence.grid import SequenceGrid, build_grid
 from lightning_lss.sequence.layout import check_layout
-from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
+from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard, segment_modules
 from lightning_lss.strategy import validation
+from lightning_lss.strategy.averaging import GradientAveraging
 from lightning_lss.strategy.memory import MemoryOptions
 from lightning_lss.strategy.sequence import SequenceParallel
 from lightning_lss.strategy.verification import Verification, alone
 
 
-class LSSStrategy(SequenceParallel, DDPStrategy):
+class LSSStrategy(SequenceParallel, GradientAveraging):
     """Distributed training of one long sequence (LSS Transformer, arXiv 2311.02382), combined with data parallelism.
 
     The world of W processes is a grid of D sequence groups of S ranks each. The ranks of a group share one batch: each
@@ -129,7 +129,7 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         self._communication_dtype = resolve_communication_dtype(communication_dtype)
         self._memory = MemoryOptions(activation_checkpointing, checkpointed_modules, mlp_tiles, tiled_modules)
         self._verification = Verification(verify)
-        self._parameters: Replicated | FullyShard = Replicated()
+        self._parameters: Replicated | FullyShard = Replicated(validation.keeps_frozen(ddp_kwargs))
         if sharding is not None:
             broadcast_buffers = bool(ddp_kwargs.get("broadcast_buffers", True))
             self._parameters = FullyShard(sharding, sharding_units, broadcast_buffers, self._communication_dtype)
@@ -234,34 +234,8 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self._verification.start(is_split=self._shard.size > 1)
-        self._parameters.check_optimizers(self.optimizers)
-        validation.check_optimizers(self.optimizers, self._model_averaging_period is not None, len(local.parameters))
-        handles = local.average_gradients(self._is_last_backward)
-        for handle in (*handles, *self._parameters.register_hooks(self._is_last_backward)):
-            self._at_teardown.callback(handle.remove)
-        group = self._parameters.clipping_group(local)
-        if group is not None:
-            self._at_teardown.callback(restore_precision_plugin, self.precision_plugin)
-            local.patch_precision_plugin(self.precision_plugin, group)
-
-    @override
-    def model_to_device(self) -> None:
-        local = self._segment_local
-        assert local is not None
-        self.model = self._parameters.place(self._module, local, self.root_device)
-        super().model_to_device()
-
-    @override
-    def configure_ddp(self) -> None:
-        if self.model is self._module:  # else the root that it was sharded under averages its gradients
-            super().configure_ddp()
-
-    @override
-    def _register_ddp_hooks(self) -> None:
-        super()._register_ddp_hooks()
-        if self._communication_dtype is not None:
-            assert isinstance(self.model, DistributedDataParallel)
-            self.model.register_comm_hook(None, compress_hook(self._communication_dtype))
+        self._at_teardown.callback(self._stop_averaging)
+        self._average_gradients(local)
 
     @override
     def teardown(self) -> None:
@@ -302,7 +276,7 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
             super().barrier(*args, **kwargs)
 
     def _assign_segments(self) -> None:
-        assign_segments(self._module, self._shard, self.root_device)
+        assign_segments(segment_modules(self._module), self._shard, self.root_device)
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
@@ -343,25 +317,6 @@ class LSSStrategy(SequenceParallel, DDPStrategy):
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._verification.ends_manual_step(closure_loss)
         return super().backward(closure_loss, *args, **kwargs)
-
-    def _is_last_backward(self) -> bool:
-        return bool(getattr(self.model, "require_backward_grad_sync", True))
-
-    @override
-    def pre_backward(self, closure_loss: Tensor) -> None:
-        super().pre_backward(closure_loss)
-        self._parameters.before_backward(closure_loss)
-
-    @override
-    def on_validation_end(self) -> None:
-        self._parameters.reshard()
-
-    on_test_end = on_predict_end = on_validation_end
-
-    def gradient_norm(self) -> Tensor:
-        """2-norm of the gradients of the whole model; every rank must call it, during a run."""
-        assert self._segment_local is not None
-        return self._segment_local.total_norm(self._parameters.parameters(self._module))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Common to all Lightning strategies that split a sequence over several ranks: the grid of ranks, and batches."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -11,12 +12,14 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.connectors.data_connector import _auto_add_worker_init_fn
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from typing_extensions import override
 
 from lightning_lss.sequence.batch import SequenceDims, check_same_batch, is_same_batch, split_batch
 from lightning_lss.sequence.layout import resolve_sequence_parallel_size
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
 from lightning_lss.strategy import validation
+from lightning_lss.strategy.logged import LoggedValues
 from lightning_lss.strategy.order import distribute_samples
 
 
@@ -49,6 +52,7 @@ class SequenceParallel(ParallelStrategy):
         self._batches_to_check = check_batches
         self._batches_seen: dict[tuple[Any, int], tuple[int, int]] = {}  # by stage and loader: the epoch, how many
         self._distributes_samples = False
+        self._logged = LoggedValues()
         self._at_teardown = ExitStack()
 
     @override
@@ -186,3 +190,35 @@ class SequenceParallel(ParallelStrategy):
         if is_same_batch(batch, data_group, self.root_device):
             self._warned_of_replicas = True
             validation.warn_of_equal_replicas(self.data_parallel_size)
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        # All ranks take the same number of steps, and the losses of all make up that of the global batch.
+        return self._show_whole("training_step", dist.group.WORLD, super().training_step, *args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        # Data replicas may have different numbers of batches, so that one would wait for the others in vain.
+        return self._show_whole("validation_step", self.shard_of_run.group, super().validation_step, *args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        return self._show_whole("test_step", self.shard_of_run.group, super().test_step, *args, **kwargs)
+
+    def _show_whole(
+        self, name: str, group: dist.ProcessGroup | None, step: Callable[..., STEP_OUTPUT], *args: Any, **kwargs: Any
+    ) -> STEP_OUTPUT:
+        """Run a step, and return its loss and log its values as those of all ranks of ``group``."""
+        if self.shard_of_run.size == 1:
+            return step(*args, **kwargs)
+        assert group is not None
+        with self._logged.collect(self._module, name):
+            output = step(*args, **kwargs)
+        return self._logged.show(output, group, self.root_device)
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self._logged.warn()

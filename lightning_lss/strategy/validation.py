@@ -100,18 +100,53 @@ def check_communication_dtype(dtype: torch.dtype | None, precision_plugin: Preci
         )
 
 
-def check_optimizers(optimizers: Iterable[Optimizer], averages_models: bool, count: int) -> None:
-    """Refuse optimizers that copy parameters between ranks if ``count`` of them, more than 0, are segment-local.
+_MIXES_ROWS = tuple(x for name in ("Adafactor", "Muon") if (x := getattr(torch.optim, name, None)) is not None)
+
+
+def check_optimizers(optimizers: Iterable[Optimizer], averages_models: bool, local: Collection[nn.Parameter]) -> None:
+    """Refuse optimizers that copy parameters between ranks, or mix the rows of one, if there are segment-local ``local``.
 
     Raises:
-        MisconfigurationException: for ``ZeroRedundancyOptimizer`` and post-local SGD.
+        MisconfigurationException: for ``ZeroRedundancyOptimizer`` and post-local SGD; for ``torch.optim.Adafactor`` and
+            ``torch.optim.Muon`` with one of ``local`` in a parameter group.
     """
-    zero = any(isinstance(optimizer, ZeroRedundancyOptimizer) for optimizer in optimizers)
-    if count and (zero or averages_models):
-        what = "ZeroRedundancyOptimizer" if zero else "post-local SGD (model_averaging_period)"
+    own = {id(x) for x in local}
+    for optimizer in optimizers:
+        zero = isinstance(optimizer, ZeroRedundancyOptimizer)
+        if own and (zero or averages_models):
+            what = "ZeroRedundancyOptimizer" if zero else "post-local SGD (model_averaging_period)"
+            raise MisconfigurationException(
+                f"{what} copies parameters between ranks, but {len(own)} parameters of this model stand for one segment each"
+                " (SegmentPositionalEmbedding). Use an ordinary optimizer, or RotaryEmbedding."
+            )
+        held = {id(x) for group in optimizer.param_groups for x in group["params"]}
+        if isinstance(optimizer, _MIXES_ROWS) and own & held:
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__} computes the step of a row from other rows of its parameter, but each rank has only its"
+                f" own rows of {len(own & held)} parameters (SegmentPositionalEmbedding): that would not be the training of one"
+                " device. Use RotaryEmbedding, or give these parameters a second optimizer such as AdamW (with manual"
+                " optimization), or freeze them and leave them out."
+            )
+
+
+def keeps_frozen(ddp_kwargs: Mapping[str, Any]) -> bool:
+    """Whether DistributedDataParallel with these arguments goes on where parameters are frozen, as with unused ones."""
+    return bool(ddp_kwargs.get("find_unused_parameters")) and not ddp_kwargs.get("static_graph")
+
+
+def check_renewal(ddp_kwargs: Mapping[str, Any], comm_state: object) -> None:
+    """Refuse to wrap a module anew in DistributedDataParallel where something of the old one would stay.
+
+    Raises:
+        MisconfigurationException: for arguments that leave hooks on modules or parameters, or keep a state by bucket.
+    """
+    stay = ("mixed_precision", "delay_all_reduce_named_params")
+    names = [name for name in stay if ddp_kwargs.get(name) is not None]
+    names += ["ddp_comm_state"] if comm_state is not None else []
+    if names:
         raise MisconfigurationException(
-            f"{what} copies parameters between ranks, but {count} parameters of this model stand for one segment each"
-            " (SegmentPositionalEmbedding). Use an ordinary optimizer, or RotaryEmbedding."
+            f"Parameters were frozen, unfrozen, added or removed after the start, which DistributedDataParallel cannot follow with"
+            f" {', '.join(names)}. Leave that out, or train the same parameters from start to end."
         )
 
 

@@ -31,12 +31,13 @@ class CountTraining(pl.Callback):
         self.counter.__exit__(None, None, None)
 
 
-def count_training(rank: int, run: Run) -> Tally:
-    """Without the numbers of tokens that every loss is divided by."""
+def count_training(rank: int, run: Run, logged: bool = False) -> Tally:
+    """Without the numbers of tokens that every loss is divided by; what is logged apart from all the rest."""
     counted = CountTraining()
     trainer = make_trainer(rank, run, callbacks=[counted])
     trainer.fit(make_module(run), make_loader(trainer, make_samples(run.samples), 2))
-    return Tally({x: n for x, n in counted.counter.tally.items() if x.received > BYTES_OF_A_COUNT})
+    large = {x: n for x, n in counted.counter.tally.items() if x.received > BYTES_OF_A_COUNT}
+    return Tally({x: n for x, n in large.items() if logged == (x.dtype == torch.float64)})
 
 
 def dtypes(tally: Tally) -> dict[tuple[str, str], set[torch.dtype]]:
@@ -100,3 +101,17 @@ def test_gradients_are_averaged_once_however_many_batches_accumulate(world, kind
         )
         assert reduced[0] == reduced[1] > 0
         assert gathered[1] >= 3 * gathered[0] - 2 > 0  # three batches did run
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_a_step_sends_what_it_logs_in_one_small_collective(world, kind) -> None:
+    run = Run(size=2, strategy=STRATEGIES[kind], steps=2, trainer={"accumulate_grad_batches": 3})
+    for tally in world.run(4, count_training, run, True):
+        ((collective, times),) = tally.items()
+        assert (collective.phase, collective.kind, times) == ("forward", "all_reduce", 6)
+        assert collective.received == 1008 * 2 * 3 // 4  # 1 KiB, in a ring of four ranks
+
+
+def test_a_rank_with_whole_sequences_sends_nothing_of_what_it_logs(world) -> None:
+    run = Run(size=1, strategy=STRATEGIES["replicated"], steps=1)
+    assert world.run(2, count_training, run, True) == [Tally(), Tally()]
