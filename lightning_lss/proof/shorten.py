@@ -29,12 +29,13 @@ def short_length(length: int, size: int, layout: str) -> int:
 
 def shortened(batch: Any, length: int, short: int, dims: SequenceDims, chunks: int) -> Any:
     """Keep ``short`` of ``length`` positions: of each of ``chunks`` equal runs the first and the last, so that every rank keeps
-    positions of its own, with their padding and masked targets. Sequences of other lengths are shortened in
-    proportion."""
+    positions of its own, with their padding and masked targets. Sequences of other lengths that ``dims`` names are
+    shortened in proportion."""
 
     def cut(path: Path, x: Tensor) -> Tensor:
         dim = sequence_dim_of(path, x, dims)
-        if dim is None:
+        is_named = not dims.keys().isdisjoint(path)
+        if dim is None or (x.size(dim) != length and not is_named):  # left whole by ``shard_batch``
             return x
         run, kept = x.size(dim) // chunks, x.size(dim) * short // length // chunks
         ends = [(start, kept - kept // 2) for start in range(0, run * chunks, run)]

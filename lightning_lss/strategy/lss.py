@@ -33,6 +33,7 @@ from lightning_lss.nn.positions import SegmentPositionalEmbedding
 from lightning_lss.nn.recompute import ActivationCheckpointing
 from lightning_lss.parallel.broadcast import assign_segments, reset_segments, share_random_state
 from lightning_lss.parallel.fsdp import FullyShard, Sharding
+from lightning_lss.parallel.members import Members
 from lightning_lss.parallel.replicated import Replicated
 from lightning_lss.parallel.segment_local import SegmentLocal
 from lightning_lss.proof.first_batch import FirstBatch
@@ -289,7 +290,13 @@ class LSSStrategy(SequenceParallel, GradientAveraging):
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         if self._verification.is_due:
             self._prove(args[1:])
+        self._verification.forget()
         return super().training_step(*args, **kwargs)
+
+    @override
+    def _follow_members(self, old: Members, new: Members) -> None:
+        super()._follow_members(old, new)
+        self._verification.start(is_split=self._shard.size > 1)  # what is trained now was not compared
 
     @override
     def split_batch(self, batch: Any) -> Any:

@@ -34,7 +34,11 @@ class Verification:
 
     def start(self, is_split: bool) -> None:
         """Prove the next training batch of a run, or of one whose parameters have changed, if it is split at all."""
-        self._due, self._batch, self.report = self.wanted and is_split, None, None
+        self._due, self.report = self.wanted and is_split, None
+
+    def forget(self) -> None:
+        """Free the batch, once its step begins."""
+        self._batch = None
 
     @property
     def is_due(self) -> bool:
