@@ -6,7 +6,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_lss.sequence import layout as layouts
 
-MODES = ("fit", "validate", "test", "predict", "plan")
+MODES = ("fit", "validate", "test", "predict", "plan", "verify")
 SPLITTING = ("LSSStrategy", "MegatronStrategy")  # the strategies that split sequences, by the end of their `_target_`
 
 
@@ -20,10 +20,12 @@ def check(cfg: DictConfig) -> None:
     strategy = cfg.strategy.get("_target_", "")
     if cfg.ckpt_path is not None:
         _check_checkpoint(cfg.ckpt_path, strategy)
-    elif cfg.mode != "fit":
+    elif cfg.mode not in ("fit", "verify"):
         raise ValueError(
             f"mode={cfg.mode} needs a trained model: add ckpt_path=<folder of the run>/checkpoints/last.ckpt."
         )
+    if cfg.mode == "verify" and not strategy.endswith("LSSStrategy"):
+        raise ValueError("mode=verify proves the strategies lss and lss_fsdp: add strategy=lss.")
     missing = [str(key) for key in cfg if OmegaConf.is_missing(cfg, key)] or sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ValueError(f"{missing[0]} is not set: add {missing[0]}=...")

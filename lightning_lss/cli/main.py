@@ -19,6 +19,7 @@ from lightning_lss.cli.check import check
 from lightning_lss.cli.help import help_text, program_name
 from lightning_lss.cli.plan import run_plan
 from lightning_lss.cli.run import run, run_in_new_process
+from lightning_lss.cli.verify import run_verify
 from lightning_lss.data.download import DownloadError
 
 PACKAGE = Path(__file__).parent.parent
@@ -45,6 +46,8 @@ def composed(cfg: DictConfig) -> float | None:
         check(cfg)
         if cfg.mode == "plan":
             run_plan(cfg)
+        elif cfg.mode == "verify":
+            run_verify(cfg)
         elif HydraConfig.get().mode == RunMode.MULTIRUN:
             return run_in_new_process()
         else:

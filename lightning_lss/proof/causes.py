@@ -62,8 +62,9 @@ SPLIT_DIMENSION = Cause(
 )
 FAILS = Cause(
     "The step fails on a segment of the batch, though not on the whole.",
-    "what depends on the length of the sequence by sequence_shard(self); and LSSStrategy(sequence_dims={{key: dimension}}) for"
-    " batch entries whose dimension 1 is not the sequence.",
+    "what depends on the length of the sequence by sequence_shard(self); and LSSStrategy(sequence_dims={{key: dimension or None}})"
+    " for batch entries whose dimension 1 is not the sequence, or shard_batch(self, batch, shard) on the LightningModule. Where no"
+    " dimension is a sequence, use strategy='ddp'.",
 )
 UNSPLIT = Cause(
     "The batch entry {name} has the whole sequence, since it was not split, and the other tensors have a segment.",

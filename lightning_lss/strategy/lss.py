@@ -6,7 +6,6 @@ checkpoints (:mod:`lightning_lss.checkpoint`). Hooks delegate to them.
 
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +17,9 @@ from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -33,25 +30,19 @@ from lightning_lss.nn.positions import SegmentPositionalEmbedding
 from lightning_lss.nn.recompute import ActivationCheckpointing
 from lightning_lss.parallel.broadcast import assign_segments, reset_segments, share_random_state
 from lightning_lss.parallel.fsdp import FullyShard, Sharding
-from lightning_lss.parallel.members import Members
 from lightning_lss.parallel.replicated import Replicated
 from lightning_lss.parallel.segment_local import SegmentLocal
-from lightning_lss.proof.first_batch import FirstBatch
-from lightning_lss.proof.passes import Rehearsal
-from lightning_lss.proof.report import Report
 from lightning_lss.sequence.batch import SequenceDims
 from lightning_lss.sequence.dtypes import resolve_communication_dtype
 from lightning_lss.sequence.grid import SequenceGrid, build_grid
 from lightning_lss.sequence.layout import check_layout
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard, segment_modules
 from lightning_lss.strategy import validation
-from lightning_lss.strategy.averaging import GradientAveraging
 from lightning_lss.strategy.memory import MemoryOptions
-from lightning_lss.strategy.sequence import SequenceParallel
-from lightning_lss.strategy.verification import Verification, alone
+from lightning_lss.strategy.proving import ProvedRuns
 
 
-class LSSStrategy(SequenceParallel, GradientAveraging):
+class LSSStrategy(ProvedRuns):
     """Distributed training of one long sequence (LSS Transformer, arXiv 2311.02382), combined with data parallelism.
 
     The world of W processes is a grid of D sequence groups of S ranks each. The ranks of a group share one batch: each
@@ -121,7 +112,7 @@ class LSSStrategy(SequenceParallel, GradientAveraging):
         verify: bool = True,
         **ddp_kwargs: Any,
     ) -> None:
-        super().__init__(sequence_parallel_size, sequence_dims, check_batches, **ddp_kwargs)
+        super().__init__(sequence_parallel_size, sequence_dims, check_batches, verify=verify, **ddp_kwargs)
         validation.check_arguments(sharding, save_distributed_checkpoint, communication_dtype, ddp_kwargs)
         validation.warn_of_other_lightning()
         if layout != "auto":
@@ -129,7 +120,6 @@ class LSSStrategy(SequenceParallel, GradientAveraging):
         self._layout = "zigzag" if layout == "auto" else layout
         self._communication_dtype = resolve_communication_dtype(communication_dtype)
         self._memory = MemoryOptions(activation_checkpointing, checkpointed_modules, mlp_tiles, tiled_modules)
-        self._verification = Verification(verify)
         self._parameters: Replicated | FullyShard = Replicated(validation.keeps_frozen(ddp_kwargs))
         if sharding is not None:
             broadcast_buffers = bool(ddp_kwargs.get("broadcast_buffers", True))
@@ -234,7 +224,7 @@ class LSSStrategy(SequenceParallel, GradientAveraging):
             validation.warn_of_unsaved_state(unsaved)
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        self._verification.start(is_split=self._shard.size > 1)
+        self._start_proof()
         self._at_teardown.callback(self._stop_averaging)
         self._average_gradients(local)
 
@@ -278,52 +268,6 @@ class LSSStrategy(SequenceParallel, GradientAveraging):
 
     def _assign_segments(self) -> None:
         assign_segments(segment_modules(self._module), self._shard, self.root_device)
-
-    # -- steps ---------------------------------------------------------------------------------------------------------
-
-    @property
-    def verification(self) -> Report | None:
-        """What the proof of the last run found; None where there was none."""
-        return self._verification.report
-
-    @override
-    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        if self._verification.is_due:
-            self._prove(args[1:])
-        self._verification.forget()
-        return super().training_step(*args, **kwargs)
-
-    @override
-    def _follow_members(self, old: Members, new: Members) -> None:
-        super()._follow_members(old, new)
-        self._verification.start(is_split=self._shard.size > 1)  # what is trained now was not compared
-
-    @override
-    def split_batch(self, batch: Any) -> Any:
-        if self._module.trainer.training:
-            self._verification.keep(batch, self._shard, self._sequence_dims)
-        return super().split_batch(batch)
-
-    def _prove(self, more: tuple[Any, ...]) -> None:
-        self._verification.prove(self._first_batch(more))
-
-    def _first_batch(self, more: tuple[Any, ...]) -> FirstBatch:
-        assert self._grid is not None
-        assert self.model is not None
-        module, root, parameters = self._module, self.model, self._parameters
-        step = module.training_step
-        if not isinstance(root, DistributedDataParallel):  # that would average the gradients of the whole batch as well
-            step = partial(self._forward_redirection, root, module, "training_step")
-        run = (self._shard, self.precision_plugin, self.root_device, partial(alone, self), self.split_batch)
-        rehearsal = Rehearsal(module, step, parameters, *run, more)
-        return self._verification.first_batch(
-            rehearsal, self._sequence_dims, self._communication_dtype, self._grid.data_group
-        )
-
-    @override
-    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._verification.ends_manual_step(closure_loss)
-        return super().backward(closure_loss, *args, **kwargs)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

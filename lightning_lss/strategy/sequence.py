@@ -164,7 +164,7 @@ class SequenceParallel(ParallelStrategy):
         module = self._module
         part = self.split_batch(batch)
         loader, epoch = (module.trainer.state.stage, dataloader_idx), module.trainer.current_epoch
-        if loader not in self._batches_seen and shard.size > 1 and not hasattr(module, "shard_batch"):
+        if loader not in self._batches_seen and shard.size > 1 and not self.proves_batches:
             validation.warn_of_images(batch, self._sequence_dims)
         last_epoch, seen = self._batches_seen.get(loader, (epoch, 0))
         seen = seen if last_epoch == epoch else 0
@@ -172,6 +172,11 @@ class SequenceParallel(ParallelStrategy):
         if seen < self._batches_to_check:
             self._compare(batch, module.trainer)
         return part
+
+    @property
+    def proves_batches(self) -> bool:
+        """Whether the way that batches are split is proved."""
+        return hasattr(self._module, "shard_batch")
 
     def split_batch(self, batch: Any) -> Any:
         """Cut a batch to this rank's segment, as the module says or by ``sequence_dims``."""

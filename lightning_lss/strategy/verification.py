@@ -12,13 +12,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from lightning_lss.proof.causes import COUNTS
+from lightning_lss.proof.causes import COUNTS, FAILS
 from lightning_lss.proof.counts import is_uneven
 from lightning_lss.proof.first_batch import FirstBatch
 from lightning_lss.proof.passes import Rehearsal
 from lightning_lss.proof.report import InexactError, Report
 from lightning_lss.sequence.batch import SequenceDims
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
+from lightning_lss.strategy.validation import warn_of_images
 
 
 class Verification:
@@ -35,6 +36,18 @@ class Verification:
     def start(self, is_split: bool) -> None:
         """Prove the next training batch of a run, or of one whose parameters have changed, if it is split at all."""
         self._due, self.report = self.wanted and is_split, None
+
+    @contextmanager
+    def explains_failure(self, step: str) -> Generator[None, None, None]:
+        """Say what an exception of an evaluation step before the proof may come from."""
+        try:
+            yield
+        except Exception as error:
+            if not self._due:
+                raise
+            raise InexactError(
+                f"{step} fails on a segment of the batch: {error}\nIf it does not fail on one device, write: {FAILS.write.format()}"
+            ) from error
 
     def forget(self) -> None:
         """Free the batch, once its step begins."""
@@ -81,6 +94,7 @@ class Verification:
         self.report = report = first.prove()
         if report.unverified:
             warn_of_unverified(first.rehearsal.module, report.unverified)
+            warn_of_images(first.batch, first.dims)
         elif not report.exact:
             raise InexactError(report)
 
