@@ -141,10 +141,10 @@ class ShardedRoot(nn.Module):
     def parts_of_whole(self) -> dict[int, nn.Parameter]:
         """The sharded parameter of each whole one that FSDP puts into modules, by the id of the whole one."""
         states = [fully_shard.state(x) for x in self.modules() if isinstance(x, FSDPModule)]  # type: ignore[attr-defined]
-        groups = [x._fsdp_param_group for x in states if x._fsdp_param_group is not None]
         return {
             id(x._unsharded_param): x.sharded_param
-            for group in groups
+            for state in states
+            for group in _groups_of(state)
             for x in group.fsdp_params
             if hasattr(x, "_unsharded_param")  # after the first forward pass
         }
@@ -180,7 +180,7 @@ class ShardedRoot(nn.Module):
         """Reshard all parameters, also after a pass that raised or had no backward."""
         for state in fully_shard.state(self)._state_ctx.all_states:  # type: ignore[attr-defined]
             state._training_state = TrainingState.IDLE
-            for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:  # torch 2.13, 2.11
+            for group in _groups_of(state):
                 group._training_state = TrainingState.IDLE
                 group._post_forward_indices.clear()
                 group._partial_reduce_output = None
@@ -201,6 +201,11 @@ class ShardedRoot(nn.Module):
             self.share_requires_grad()
 
         return toggle_both
+
+
+def _groups_of(state: Any) -> list[Any]:
+    """FSDP's groups of parameters that are gathered together; a module without parameters of its own has none."""
+    return [x for x in (state._fsdp_param_group,) if x is not None]
 
 
 def _start_equally(tensors: Iterable[Tensor], device: torch.device) -> None:

@@ -90,7 +90,7 @@ def test_callbacks_and_schedulers_see_the_loss_of_the_whole(world: World, ranks,
     run.trainer |= {**FLOAT64, "accumulate_grad_batches": accumulate}
     evaluate = ranks == 2  # data replicas have validation losses of their own
     ((expected, weights),) = world.run(1, fit_and_see, run, evaluate)
-    run.size, run.strategy = 2, {"sharding": sharding, "check_batches": 0, "verify": False}
+    run.size, run.strategy = 2, {"sharding": sharding, "check_batches": 0}
     for seen, state in world.run(ranks, fit_and_see, run, evaluate):
         assert_equal([seen], [expected], 1e-7)  # one value is logged in float32
         assert_equal(state, weights, 1e-10)
