@@ -8,11 +8,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_lss.proof.shorten import sequence_dim_of
-from lightning_lss.sequence.batch import SequenceDims, tensors_by_path
+from lightning_lss.sequence.batch import Path, SequenceDims, tensors_by_path
 from lightning_lss.sequence.segment import SequenceShard
 
-Means = list[tuple[int, int]]
-"""Number of targets and ``ignore_index`` of each loss."""
+Means = list[tuple[Tensor, int]]
+"""Targets and ``ignore_index`` of each loss."""
 
 
 class PlainMeans(TorchFunctionMode):
@@ -27,29 +27,38 @@ class PlainMeans(TorchFunctionMode):
         if func in (F.cross_entropy, F.nll_loss):
             target = kwargs.get("target", args[1] if len(args) > 1 else None)
             if isinstance(target, Tensor) and kwargs.get("reduction", "mean") == "mean":
-                self.calls.append((target.numel(), int(kwargs.get("ignore_index", -100))))
+                self.calls.append((target.detach().clone(), int(kwargs.get("ignore_index", -100))))
         return func(*args, **kwargs)
 
 
-def ignored_values(whole: Means, split: Means, size: int) -> set[int]:
-    """Return the values of targets that do not count in plain means over the tokens of a segment."""
-    pairs = zip(whole, split)
-    return {ignored for (count, ignored), (own, _) in pairs if count == size * own}
+def ignored_values(whole: Means, split: Means, batch: Any, size: int) -> dict[Path, int]:
+    """Return the batch entries that are targets of plain means over the tokens of a segment, with the value that does not
+    count."""
+    found = {}
+    for (target, ignored), (own, _) in zip(whole, split):
+        if target.numel() == size * own.numel():
+            for path, x in tensors_by_path(batch):
+                if (
+                    x.numel() == target.numel()
+                    and x.dtype == target.dtype
+                    and torch.equal(x.flatten(), target.flatten())
+                ):
+                    found[path] = ignored
+    return found
 
 
-def is_uneven(batch: Any, ignored: set[int], shard: SequenceShard, dims: SequenceDims) -> bool:
-    """Whether segments of an entry of the whole ``batch`` have different numbers of an ignored value."""
+def is_uneven(batch: Any, ignored: dict[Path, int], shard: SequenceShard, dims: SequenceDims) -> bool:
+    """Whether segments of an entry of the whole ``batch`` have different numbers of its ``ignored`` value."""
     for path, x in tensors_by_path(batch):
         dim = sequence_dim_of(path, x, dims)
-        if dim is None or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        if path not in ignored or dim is None:
             continue
-        for value in ignored:
-            hidden = (x == value).movedim(dim, 0)
-            counts = {
-                int(sum(hidden[run.start : run.stop].sum() for run in runs)) for runs in _segments(shard, x.size(dim))
-            }
-            if len(counts) > 1:
-                return True
+        hidden = (x == ignored[path]).movedim(dim, 0)
+        counts = {
+            int(sum(hidden[run.start : run.stop].sum() for run in runs)) for runs in _segments(shard, x.size(dim))
+        }
+        if len(counts) > 1:
+            return True
     return False
 
 

@@ -117,7 +117,7 @@ class FirstBatch:
         average = self.rehearsal.parameters.average
         errors = compare(split.gradients, whole.gradients, self.rehearsal.module, self.shard, average)
         report = self._report(length, gradients=errors, losses=(whole.loss.item(), _mean(split.loss)))
-        report.ignored = ignored_values(whole.means, split.means, self.shard.size)
+        report.ignored = ignored_values(whole.means, split.means, batch, self.shard.size)
         # the shortened batch may have as many in every segment, by chance
         uneven = is_uneven(self.batch, report.ignored, self.shard, self.dims)
         report.is_uneven = self._on_any_rank(uneven)

@@ -8,6 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_lss.proof.causes import Cause
 from lightning_lss.proof.gradients import GradientError
 from lightning_lss.proof.operations import Fault
+from lightning_lss.sequence.batch import Path
 
 
 class Leak(NamedTuple):
@@ -39,7 +40,7 @@ class Report:
         modules: the largest relative error of each module's output, in the order of the step; filled in for a run that is
             not exact, and by :func:`lightning_lss.verify`.
         leaks: what one token reaches; filled in by :func:`lightning_lss.verify`.
-        ignored: target values that do not count in a loss that is a plain mean over the tokens of a segment.
+        ignored: batch entries that are targets of a plain mean over the tokens of a segment, with the value that does not count.
         is_uneven: whether segments have different numbers of them.
         failure: the exception that the step raised on a segment, or empty.
         unverified: why nothing could be compared, or empty.
@@ -55,7 +56,7 @@ class Report:
     causes: list[Cause] = field(default_factory=list)
     modules: dict[str, float] = field(default_factory=dict)
     leaks: list[Leak] = field(default_factory=list)
-    ignored: set[int] = field(default_factory=set)
+    ignored: dict[Path, int] = field(default_factory=dict)
     is_uneven: bool = False
     failure: str = ""
     unverified: str = ""

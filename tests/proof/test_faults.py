@@ -67,3 +67,21 @@ def test_faults_are_found_with_replicas_and_sharded_parameters(world, strategy) 
 def test_a_long_batch_is_shortened(world) -> None:
     found = world.run(2, verdict, OtherAttention, Run(size=2, steps=1), 4096)[0]
     assert "shortened to 512 of 4096 positions" in found
+
+
+def fit_until_uneven(rank: int, run: Run) -> tuple[int, str]:
+    warnings.filterwarnings("ignore")
+    model, trainer, batches = PlainMean(), make_trainer(rank, run), [make_batch() for _ in range(3)]
+    for batch in batches[:2]:
+        batch["targets"] = batch["inputs"].roll(-1, 1)
+    try:
+        trainer.fit(model, DataLoader(batches, batch_size=None, shuffle=False))
+    except InexactError as error:
+        return trainer.global_step, str(error)
+    return trainer.global_step, ""
+
+
+def test_a_plain_mean_is_refused_at_the_first_batch_whose_segments_count_different_numbers(world) -> None:
+    for steps, message in world.run(2, fit_until_uneven, Run(size=2, steps=3)):
+        assert steps == 2
+        assert FAULTS[PlainMean] in message

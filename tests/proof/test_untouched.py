@@ -67,7 +67,12 @@ def state_after(rank: int, run: Run, verify: bool) -> tuple[dict[str, Tensor], A
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"strategy": {"sharding": "fsdp"}}, {"trainer": {"accumulate_grad_batches": 2}}, {"trainer": {"precision": "16-mixed"}}],
+    [
+        {},
+        {"strategy": {"sharding": "fsdp"}},
+        {"trainer": {"accumulate_grad_batches": 2}},
+        {"trainer": {"precision": "16-mixed"}},
+    ],
     ids=str,
 )
 def test_training_is_the_same_to_the_last_bit(world, options) -> None:
@@ -115,7 +120,9 @@ def train_manually(rank: int, run: Run) -> Any:
 @pytest.mark.parametrize("sharding", [None, "fsdp"])
 def test_manual_optimization(world, sharding) -> None:
     proved, plain = (
-        world.run(2, train_manually, Run(size=2, steps=4, module=Manual, strategy={"sharding": sharding, "verify": verify}))
+        world.run(
+            2, train_manually, Run(size=2, steps=4, module=Manual, strategy={"sharding": sharding, "verify": verify})
+        )
         for verify in (True, False)
     )
     for (exact, *rest, tensors), (_, *expected, others) in zip(proved, plain):

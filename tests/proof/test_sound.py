@@ -1,0 +1,165 @@
+"""What is right is not refused, and is proved, whatever the precision and the options."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_lss import (
+    LSSAttention,
+    LSSTransformer,
+    SegmentDropout,
+    SegmentPositionalEmbedding,
+    lss_attention,
+    sequence_shard,
+)
+from tests.modules import OwnModule
+from tests.proof.faulty import LENGTH, VOCAB, WIDTH, Right
+from tests.proof.test_faults import verdict
+from tests.training import Run
+
+
+class Ours(LSSTransformer):
+    def __init__(self, **options: Any) -> None:
+        tiny = {
+            "vocab_size": VOCAB,
+            "seq_len": LENGTH,
+            "width": WIDTH,
+            "num_layers": 2,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+        }
+        super().__init__(**{**tiny, **options})
+
+
+class OursLearned(Ours):
+    def __init__(self) -> None:
+        super().__init__(positions="learned", dropout=0.1)
+
+
+class OursSparing(Ours):
+    def __init__(self) -> None:
+        super().__init__(activation_checkpointing="selective", mlp_tiles=2)
+
+
+class OwnOfUsers(OwnModule):
+    def __init__(self) -> None:
+        super().__init__(vocab_size=VOCAB, width=WIDTH, num_heads=2)
+
+
+class EvenPlainMean(Right):
+    """Every segment counts as many targets."""
+
+    def loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), batch["inputs"].flatten())
+
+
+class GatheredPooling(Right):
+    def loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(sequence_shard(self).gather(logits).mean(1), batch["label"])
+
+
+class GatheredClassToken(Right):
+    def loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(sequence_shard(self).gather(logits)[:, 0], batch["label"])
+
+
+class GatheredConvolution(Right):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+
+    def mix(self, x: Tensor) -> Tensor:
+        shard = sequence_shard(self)
+        return x + shard.split(self.conv(shard.gather(x).transpose(1, 2)).transpose(1, 2))
+
+
+class OwnGlobalPositions(Right):
+    """With a length of its own, which a shortened batch does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(LENGTH, WIDTH)
+
+    def mix(self, x: Tensor) -> Tensor:
+        shard = sequence_shard(self)
+        assert x.size(1) * shard.size == LENGTH
+        return x + self.positions(shard.positions(x.size(1), device=x.device))
+
+
+class Dropouts(Right):
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements, self.table = SegmentDropout(0.3), SegmentPositionalEmbedding(LENGTH, WIDTH)
+
+    def mix(self, x: Tensor) -> Tensor:
+        return F.dropout(self.elements(x + self.table(x.size(1))), 0.2, self.training)
+
+
+class Bidirectional(Right):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = LSSAttention(causal=False)
+
+
+class Functional(Right):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return lss_attention(self.rotary(q), self.rotary(k), v, shard=sequence_shard(self), causal=True)
+
+
+class Adapter(Right):
+    """A frozen model with an adapter that begins at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+        self.down, self.up = nn.Linear(WIDTH, 4, bias=False), nn.Linear(4, WIDTH, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def mix(self, x: Tensor) -> Tensor:
+        return x + self.up(self.down(x))
+
+
+class RandomSamples(Right):
+    """Random numbers of whole samples, as in stochastic depth and diffusion steps."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return x * torch.rand(x.size(0), 1, 1)
+
+
+class ReadsPadding(Right):
+    """A mean over tokens that is written out."""
+
+    def loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        shard, targets = sequence_shard(self), batch["targets"]
+        each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        each, counts = shard.gather(each), shard.gather((targets >= 0).to(each))
+        return (each * counts).sum() / counts.sum()
+
+
+SOUND = [
+    Ours,
+    OursLearned,
+    OursSparing,
+    OwnOfUsers,
+    EvenPlainMean,
+    GatheredPooling,
+    GatheredClassToken,
+    GatheredConvolution,
+]
+SOUND += [OwnGlobalPositions, Dropouts, Bidirectional, Functional, Adapter, RandomSamples, ReadsPadding]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("module", SOUND)
+def test_a_sound_module_is_proved(world, module, layout) -> None:
+    assert world.run(2, verdict, module, Run(size=2, layout=layout, steps=1)) == ["", ""]
+
+
+@pytest.mark.parametrize("module", [OursLearned, OwnOfUsers, Dropouts])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true", "64-true"])
+def test_in_every_precision(world, module, precision) -> None:
+    run = Run(size=2, steps=1, trainer={"precision": precision})
+    assert world.run(2, verdict, module, run) == ["", ""]
