@@ -15,7 +15,7 @@ from lightning_lss.proof.passes import Rehearsal
 from lightning_lss.proof.report import Report
 from lightning_lss.strategy.averaging import GradientAveraging
 from lightning_lss.strategy.sequence import SequenceParallel
-from lightning_lss.strategy.verification import Verification, alone, warn_of_unverified
+from lightning_lss.strategy.verification import Verification, alone, suspects, warn_of_unverified
 
 
 class ProvedRuns(SequenceParallel, GradientAveraging):
@@ -27,7 +27,7 @@ class ProvedRuns(SequenceParallel, GradientAveraging):
 
     def _start_proof(self) -> None:
         self._verification.start(is_split=self._shard.size > 1)
-        if self._shard.size > 1 and not self._verification.wanted:
+        if self._shard.size > 1 and not self._verification.wanted and suspects(self._module):
             warn_of_unverified(self._module, "verify=False")
 
     @property

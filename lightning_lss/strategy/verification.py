@@ -65,11 +65,9 @@ class Verification:
             InexactError: if the loss is a plain mean, and ``batch`` is the first whose segments count different numbers of
                 targets.
         """
-        if self._due:
-            self._batch = batch
-        elif (
-            self.report is not None and self.report.ignored and is_uneven(batch, self.report.ignored, shard, dims or {})
-        ):
+        self._batch = batch if self.wanted and shard.size > 1 else None
+        ignored = self.report.ignored if self.report is not None and not self._due else {}
+        if ignored and is_uneven(batch, ignored, shard, dims or {}):
             raise InexactError(f"{COUNTS.what}\nThis batch is the first where they differ.\n  Write: {COUNTS.write}")
 
     def first_batch(
@@ -149,10 +147,15 @@ class _OneProcess(LightningEnvironment):
 
 def warn_of_unverified(module: nn.Module, why: str) -> None:
     """Say in one line that a run was not proved, and name the modules that are most often wrong."""
+    names = suspects(module)
+    hint = f" Recurrences and convolutions do not see across segments: {', '.join(names)}." if names else ""
+    rank_zero_warn(f"The run was not proved to be the training of one device: {why}.{hint}")
+
+
+def suspects(module: nn.Module) -> list[str]:
+    """Name the recurrent layers of ``module``, and its convolutions over more than one position."""
     kinds = (nn.RNNBase, nn.RNNCellBase)
-    suspects = [name for name, x in module.named_modules() if isinstance(x, kinds) or _is_wide_convolution(x)]
-    names = f" Recurrences and convolutions do not see across segments: {', '.join(suspects)}." if suspects else ""
-    rank_zero_warn(f"The run was not proved to be the training of one device: {why}.{names}")
+    return [name for name, x in module.named_modules() if isinstance(x, kinds) or _is_wide_convolution(x)]
 
 
 def _is_wide_convolution(x: nn.Module) -> bool:

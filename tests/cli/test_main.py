@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_lss import InexactError
 from lightning_lss.cli import main as cli
 from lightning_lss.cli.run import program
 from lightning_lss.data.download import DownloadError
@@ -152,3 +153,29 @@ def test_only_the_first_rank_makes_the_runs_folder(monkeypatch, variable) -> Non
     assert "hydra.output_subdir=null" in sys.argv
     assert Path(sys.argv[-1].removeprefix("hydra.run.dir=")).is_dir()
     assert "_rank_3_" in sys.argv[-1]
+
+
+@pytest.mark.slow
+def test_a_proof_is_printed_and_trains_nothing(start, capsys, tmp_path) -> None:
+    start("mode=verify", "seq_len=256", "data=recall", "data.seq_len=256")
+    told = capsys.readouterr().out
+    assert "Exact: the gradients of" in told
+    assert "moves on one rank" in told
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_proof_that_fails_ends_with_its_words_and_code_1(start, capsys, monkeypatch) -> None:
+    def refuse(*_, **__):
+        raise InexactError("Positions are counted from 0")
+
+    monkeypatch.setattr("lightning_lss.cli.verify.verify", refuse)
+    with pytest.raises(SystemExit) as end:
+        start("mode=verify", "seq_len=256", "data=recall")
+    assert end.value.code == 1
+    assert "Positions are counted from 0" in capsys.readouterr().err
+
+
+def test_only_lss_is_proved(start, capsys) -> None:
+    with pytest.raises(SystemExit):
+        start("mode=verify", "strategy=ddp", "sequence_parallel_size=1")
+    assert "add strategy=lss" in capsys.readouterr().err

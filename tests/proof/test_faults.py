@@ -5,10 +5,23 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_lss import InexactError
-from tests.proof.faulty import FAULTS, OtherAttention, OwnPositions, PlainMean, Right, make_batch
+from lightning_lss import InexactError, sequence_shard
+from lightning_lss.strategy.verification import suspects, warn_of_unverified
+from tests.proof.faulty import (
+    FAULTS,
+    LENGTH,
+    Convolution,
+    LocalTable,
+    OtherAttention,
+    OwnPositions,
+    PlainMean,
+    Recurrence,
+    Right,
+    make_batch,
+)
 from tests.training import Run, make_trainer
 
 
@@ -85,3 +98,66 @@ def test_a_plain_mean_is_refused_at_the_first_batch_whose_segments_count_differe
     for steps, message in world.run(2, fit_until_uneven, Run(size=2, steps=3)):
         assert steps == 2
         assert FAULTS[PlainMean] in message
+
+
+class NeedsRanks(Convolution):
+    """Cannot run on one device."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        if sequence_shard(self).size == 1:
+            raise RuntimeError("more than one rank is needed")
+        return super().mix(x)
+
+
+def test_what_cannot_run_on_one_device_is_said_and_trained(world) -> None:
+    found = world.run(2, verdict, NeedsRanks, Run(size=2, steps=1))
+    assert all("not proved: on one device the step does not run: RuntimeError: more than one rank" in x for x in found)
+    assert suspects(NeedsRanks()) == ["conv"]
+    assert suspects(Recurrence()) == ["gru"]
+    with pytest.warns(UserWarning, match=r"was not proved to be the training of one device: why\. .*conv"):
+        warn_of_unverified(NeedsRanks(), "why")
+
+
+class FailsInValidation(Right):
+    """Its validation, which Lightning runs first, needs the whole length."""
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        assert batch["inputs"].size(1) == LENGTH, "whole sequences are needed"
+
+
+def validate_first(rank: int, run: Run) -> str:
+    warnings.filterwarnings("ignore")
+    trainer, loader = make_trainer(rank, run), DataLoader([make_batch()], batch_size=None)
+    with pytest.raises(InexactError) as caught:
+        trainer.fit(FailsInValidation(), loader, loader)
+    return str(caught.value)
+
+
+def test_a_validation_that_fails_before_the_first_step_is_explained(world) -> None:
+    for message in world.run(2, validate_first, Run(size=2, steps=1)):
+        assert message.startswith("validation_step fails on a segment of the batch: whole sequences are needed")
+        assert "sequence_dims={key: dimension or None}" in message
+
+
+class FrozenTable(LocalTable):
+    """A wrong table that is frozen at first, at zero, where no gradient tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.zeros_(self.positions).requires_grad_(False)
+
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
+        self.positions.requires_grad_(batch_idx > 0)
+
+
+def test_what_is_unfrozen_is_proved_before_its_first_step(world) -> None:
+    found = world.run(2, fit_frozen, Run(size=2, steps=2))
+    assert all(steps == 1 and FAULTS[LocalTable] in message for steps, message in found)
+
+
+def fit_frozen(rank: int, run: Run) -> tuple[int, str]:
+    warnings.filterwarnings("ignore")
+    trainer = make_trainer(rank, run)
+    with pytest.raises(InexactError) as caught:
+        trainer.fit(FrozenTable(), DataLoader([make_batch()] * 2, batch_size=None, shuffle=False))
+    return trainer.global_step, str(caught.value)
