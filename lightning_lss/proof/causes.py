@@ -109,7 +109,7 @@ _OPERATIONS = {
     " avg_pool1d avg_pool2d interpolate diff max_pool1d_with_indices",
     NORMALIZATION: "batch_norm group_norm instance_norm std var std_mean var_mean",
     POOLING: "mean sum max min amax amin logsumexp adaptive_avg_pool1d adaptive_max_pool1d adaptive_avg_pool2d median norm",
-    ATTENTION: "scaled_dot_product_attention multi_head_attention_forward _native_multi_head_attention softmax triu tril"
+    ATTENTION: "scaled_dot_product_attention multi_head_attention_forward native_multi_head_attention softmax triu tril"
     " transformer_encoder_layer_fwd",
     RANDOM: "rand randn rand_like randn_like randint randint_like bernoulli multinomial normal uniform randperm dropout",
     ORDER: "flip sort argsort fft rfft irfft ifft fft2 searchsorted",

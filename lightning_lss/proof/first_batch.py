@@ -202,9 +202,10 @@ class FirstBatch:
 
 def _cause_of_failure(batch: Any) -> Cause:
     """Name the entry that is least likely to have its sequence where it was cut."""
-    cut = {name: x for x, name in ((x, ".".join(map(str, path))) for path, x in tensors_by_path(batch)) if x.dim() > 1}
-    images = [name for name, x in cut.items() if x.dim() >= 4 and x.is_floating_point()]
-    return Cause(*(text.format(name=images[0] or "batch") for text in SPLIT_DIMENSION)) if images else FAILS
+    named = [(".".join(map(str, path)) or "batch", x) for path, x in tensors_by_path(batch)]
+    images = [name for name, x in named if x.dim() >= 4 and x.is_floating_point()]
+    name = images[0] if images else ""
+    return Cause(*(text.format(name=name) for text in (SPLIT_DIMENSION if images else FAILS)))
 
 
 def _in_a_line(error: Exception) -> str:

@@ -89,7 +89,10 @@ class Verification:
         Raises:
             InexactError: on every rank, if the step is not that of one device.
         """
-        self.report = report = first.prove()
+        try:
+            self.report = report = first.prove()
+        finally:
+            self._rehearsal = None
         if report.unverified:
             warn_of_unverified(first.rehearsal.module, report.unverified)
             warn_of_images(first.batch, first.dims)
