@@ -11,7 +11,10 @@ import lightning_lss
 
 PACKAGE = Path(lightning_lss.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-COMMUNICATES = ("sequence", "parallel", "checkpoint", "strategy", "megatron", "testing", "planner", "nn/loss.py")
+COMMUNICATES = (
+    *("sequence", "parallel", "proof", "checkpoint", "strategy", "megatron", "testing", "planner", "verifier"),
+    "nn/loss.py",
+)
 """Folders and files that may import ``torch.distributed``."""
 
 

@@ -15,7 +15,6 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-import lightning_lss
 from lightning_lss.nn.positions import DeferredTable
 from lightning_lss.planner.step import Options, Rank, Scheme, trace_step
 from lightning_lss.planner.trace import Trace
@@ -123,6 +122,6 @@ def _source_of(name: str) -> str:
 def _code_version() -> str:
     """Hash the versions of torch and Lightning, and the package's own code."""
     digest = hashlib.sha256(f"{torch.__version__} {pl.__version__}".encode())
-    for path in sorted(Path(lightning_lss.__file__).parent.rglob("*.py")):
+    for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -17,7 +17,7 @@ from lightning_lss import (
 )
 from tests.modules import OwnModule
 from tests.proof.faulty import LENGTH, VOCAB, WIDTH, Right
-from tests.proof.test_faults import verdict
+from tests.proof.verdict import verdict
 from tests.training import Run
 
 
