@@ -73,7 +73,12 @@ def time_steps(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=1,
         num_nodes=size,
-        strategy=LSSStrategy(size, cluster_environment=OneOfMany(size), process_group_backend="fake"),
+        strategy=LSSStrategy(
+            size,
+            cluster_environment=OneOfMany(size),
+            process_group_backend="fake",
+            verify=False,  # ranks that do not exist have no right gradients
+        ),
         precision="bf16-mixed",
         callbacks=[clock],
         max_steps=steps + 2,

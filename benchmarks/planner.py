@@ -112,7 +112,7 @@ def track(rank: int, case: Case) -> int:
     tracked = TrackedStep(STEPS - 1)
     strategy: Any = "auto"
     if case.size > 1:
-        strategy = LSSStrategy(case.size, cluster_environment=LightningEnvironment(), **case.strategy)
+        strategy = LSSStrategy(case.size, cluster_environment=LightningEnvironment(), verify=False, **case.strategy)
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler")
     trainer = pl.Trainer(
         accelerator="cpu",

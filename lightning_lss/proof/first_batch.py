@@ -35,9 +35,16 @@ from lightning_lss.sequence.segment import segment_modules
 LONGEST = 2048
 """Longer sequences are never computed whole: on one device attention scores alone may need L^2 numbers a head."""
 
-TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
-"""Rounding grows with the depth of a model and the length of its sums. Sound modules stay far below (README of the tests);
-wrong ones are off by 0.15 and more."""
+TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
+"""The largest relative error of a gradient, by the least precise dtype of the step. Rounding grows with the depth of a model and
+the length of its sums: a right transformer of 12 layers on 512 positions is off by 2e-15, 1e-6 and, with mixed precision, 9e-3.
+Faults are off by 0.1 and more, most by 0.3."""
+
+OVERALL = 0.03
+"""The largest relative error of all gradients together, where parameters are in half precision: then the sums of single biases
+are mostly rounding (the same transformer: 0.4 for the worst bias, and 1e-2 overall)."""
+
+_HALF = (torch.bfloat16, torch.float16)
 
 
 class FirstBatch:
@@ -60,7 +67,9 @@ class FirstBatch:
         data_group: dist.ProcessGroup | None,
     ) -> None:
         self.rehearsal, self.dims, self.shard = rehearsal, dims or {}, rehearsal.shard
-        self.tolerance, self.data_group = TOLERANCES[dtype], data_group
+        trained = [x for x in rehearsal.module.parameters() if x.requires_grad]
+        self.by_parameter = not any(x.dtype in _HALF for x in trained)
+        self.tolerance, self.data_group = TOLERANCES[dtype] if self.by_parameter else OVERALL, data_group
         self.batch, self.length = batch, sequence_length(batch, self.dims)
         if data_group is not None:
             self.length = _of_first(self.length, data_group)
@@ -88,7 +97,7 @@ class FirstBatch:
             yield self.length
 
     def _report(self, length: int, **found: Any) -> Report:
-        return Report(length, self.length, self.shard.size, self.tolerance, **found)
+        return Report(length, self.length, self.shard.size, self.tolerance, self.by_parameter, **found)
 
     def _compare(self, length: int) -> Report:
         share, batch = length / max(self.length, 1), self.part(length)
@@ -237,7 +246,7 @@ def _causes_of_loss(whole: float, mean: float, tolerance: float, size: int) -> l
     if abs(mean - whole) <= min(tolerance, 1e-5) * abs(whole):
         return []
     times = mean / whole if whole else math.inf
-    if min(abs(times * size - 1), abs(times / size - 1)) < 1e-3:
+    if min(abs(times * size - 1), abs(times / size - 1)) < max(tolerance, 1e-3):
         return [Cause(SUM.what.format(times=times), SUM.write)]
     return [COUNTS]
 

@@ -1,5 +1,6 @@
 """What a proof found, as data and in words."""
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ class Report:
         of_length: positions of the batch as the data loader gave it.
         size: S, the ranks that shared it.
         tolerance: the largest relative error that rounding explains.
+        by_parameter: whether it is that of each gradient, or else that of all together.
         gradients: every trained parameter, the worst first.
         losses: of the whole batch, and the mean of the ranks' losses.
         causes: what is wrong with the loss, or the step as a whole.
@@ -50,6 +52,7 @@ class Report:
     of_length: int
     size: int
     tolerance: float
+    by_parameter: bool = True
     gradients: list[GradientError] = field(default_factory=list)
     losses: tuple[float, float] = (0.0, 0.0)
     faults: list[tuple[Fault, Cause]] = field(default_factory=list)
@@ -62,11 +65,22 @@ class Report:
     unverified: str = ""
 
     @property
+    def overall_error(self) -> float:
+        """||split - whole|| / ||whole|| of all gradients together."""
+        norm = math.hypot(*(x.norm for x in self.gradients))
+        return math.hypot(*(x.error * x.norm for x in self.gradients)) / norm if norm else 0.0
+
+    @property
+    def wrong(self) -> list[GradientError]:
+        """The gradients that differ by more than rounding explains."""
+        if not self.by_parameter and self.overall_error <= self.tolerance:
+            return []
+        return [x for x in self.gradients if not x.error <= self.tolerance]
+
+    @property
     def exact(self) -> bool:
         """Whether all gradients agree."""
-        return not (self.failure or self.unverified or self.is_uneven) and all(
-            x.error <= self.tolerance for x in self.gradients
-        )
+        return not (self.failure or self.unverified or self.is_uneven or self.wrong)
 
     def __str__(self) -> str:
         """Say in words why the run is not the training of one device."""
@@ -81,7 +95,7 @@ class Report:
         start = f"This run would not be the training of one device. On its first batch{part}, "
         if self.failure:
             return f"{start}the step fails on a segment, though not on the whole: {self.failure}"
-        wrong = [x for x in self.gradients if x.error > self.tolerance]
+        wrong = self.wrong
         if not wrong:
             return f"{start}segments have different numbers of targets that count."
         differs = ((name, error) for name, error in self.modules.items() if error > self.tolerance)

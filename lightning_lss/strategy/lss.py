@@ -218,7 +218,8 @@ class LSSStrategy(ProvedRuns):
         self._layer_sync = chosen
         local.start_equally()
         if self._shard.size > 1:
-            validation.warn_of_batch_norm(self._module)
+            if not self._verification.wanted:
+                validation.warn_of_batch_norm(self._module)
             owners = Owners(self._module)
             unsaved = [x for x in local.names if not isinstance(owners(("state_dict", x)), SegmentPositionalEmbedding)]
             validation.warn_of_unsaved_state(unsaved)

@@ -1,5 +1,7 @@
 """Start CPU processes that prove a module, as a run with ``strategy="lss"`` would before its first step."""
 
+import pickle
+import sys
 from typing import Any, cast
 
 import cloudpickle
@@ -28,7 +30,8 @@ def verify(
     """Prove on CPU processes that ``module`` trains on a split sequence as on one device.
 
     The module's own ``training_step`` runs on ``batch``, shortened where the module allows it, whole and split, and every
-    trained parameter must get the same gradient. Nothing is trained; ``module`` stays unchanged.
+    trained parameter must get the same gradient. Nothing is trained; ``module`` stays unchanged. A script calls it below
+    ``if __name__ == "__main__":``, since the processes import the script.
 
     Args:
         module: with its ``training_step`` and, if it optimizes manually, ``configure_optimizers``.
@@ -51,7 +54,7 @@ def verify(
         raise ValueError(
             f"sequence_parallel_size={sequence_parallel_size}: one rank has nothing to be compared with; use 2."
         )
-    call = cloudpickle.dumps((module, batch, sequence_parallel_size, precision, strategy))
+    call = _pickled(module, batch, sequence_parallel_size, precision, strategy)
     with World(sequence_parallel_size, timeout) as world:
         result = world.run(sequence_parallel_size, _prove_on_rank, call)[0]
     if isinstance(result, Exception):
@@ -63,6 +66,17 @@ def verify(
     if not result.exact:
         raise InexactError(result)
     return result
+
+
+def _pickled(*args: Any) -> bytes:
+    """Pickle by reference, so that messages name the user's own files, where the processes can import what they are given: not
+    what a notebook or a function defines."""
+    try:
+        if hasattr(sys.modules["__main__"], "__file__"):
+            return pickle.dumps(args)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        pass
+    return cloudpickle.dumps(args)
 
 
 class _Proved(BaseException):
