@@ -1,6 +1,7 @@
 """Prove on the first batch that a run is the training of one device, or say why it is not."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -25,7 +26,7 @@ from lightning_lss.proof.causes import (
 from lightning_lss.proof.counts import ignored_values, is_uneven
 from lightning_lss.proof.gradients import compare
 from lightning_lss.proof.operations import Comparison, Fault, Record
-from lightning_lss.proof.passes import Rehearsal
+from lightning_lss.proof.passes import Pass, Rehearsal
 from lightning_lss.proof.report import Report
 from lightning_lss.proof.shorten import sequence_length, short_length, shortened
 from lightning_lss.sequence.batch import SequenceDims, map_tensors, tensors_by_path
@@ -45,6 +46,10 @@ OVERALL = 0.03
 are mostly rounding (the same transformer: 0.4 for the worst bias, and 1e-2 overall)."""
 
 _HALF = (torch.bfloat16, torch.float16)
+
+
+_MEETINGS: Counter[tuple[int, ...]] = Counter()
+"""How often the ranks of a group have met, so that each meeting has names of its own in the store."""
 
 
 class FirstBatch:
@@ -106,8 +111,8 @@ class FirstBatch:
         whole, failure = None, ""
         try:
             whole = self.rehearsal.run(batch, whole=True, share=share)
-        except Exception as error:
-            failure = _in_a_line(error)
+        except Exception as raised:
+            failure = _in_a_line(raised)
         if whole is not None and not whole.gradients:
             failure = "its loss has no gradients"
         elif whole is not None and not all(x.isfinite().all() for x in (whole.loss, *whole.gradients.values())):
@@ -117,12 +122,15 @@ class FirstBatch:
                 length, unverified=f"on one device the step does not run: {failure or 'see other ranks'}"
             )
         assert whole is not None
+        split: Pass | None = None
+        error: Exception | None = None
         try:
             split = self.rehearsal.run(batch, whole=False, share=share)
-        except Exception as error:
-            if not self._all_failed(f"{length}"):
-                raise
-            return self._report(length, failure=_in_a_line(error))
+        except Exception as raised:
+            error = raised
+        if self._any_failed(error):
+            return self._report(length, failure=_in_a_line(error) if error else "see other ranks")
+        assert split is not None
         average = self.rehearsal.parameters.average
         errors = compare(split.gradients, whole.gradients, self.rehearsal.module, self.shard, average)
         report = self._report(length, gradients=errors, losses=(whole.loss.item(), _mean(split.loss)))
@@ -144,17 +152,22 @@ class FirstBatch:
         dist.all_reduce(found)
         return bool(found > 0)
 
-    def _all_failed(self, tag: str) -> bool:
-        """Whether all ranks of the sequence group have failed, so that they can go on together; where one fails alone, the
-        others wait for it in attention."""
-        store, prefix = _get_default_store(), f"lightning_lss/proof/{tag}"
-        ranks = dist.get_process_group_ranks(self.shard.require_group())
-        store.set(f"{prefix}/{dist.get_rank()}", "failed")
+    def _any_failed(self, error: Exception | None) -> bool:
+        """Whether a split pass has failed on any rank of the sequence group; every rank must call it after the pass.
+
+        Ranks meet over the store: where one fails, others may wait for it in attention and never come. It then raises
+        ``error``, and its end is theirs.
+        """
+        ranks = tuple(dist.get_process_group_ranks(self.shard.require_group()))
+        _MEETINGS[ranks] += 1
+        store, prefix = _get_default_store(), f"lightning_lss/proof/{ranks[0]}/{len(ranks)}/{_MEETINGS[ranks]}"
+        keys = [f"{prefix}/{rank}" for rank in ranks]
+        store.set(f"{prefix}/{dist.get_rank()}", "failed" if error else "done")
         try:
-            store.wait([f"{prefix}/{rank}" for rank in ranks], timedelta(seconds=20))
+            store.wait(keys, timedelta(seconds=20 if error else 600))
         except RuntimeError:
-            return False
-        return True
+            raise error or RuntimeError("Another rank did not finish the proof of the first batch.") from None
+        return any(store.get(key) == b"failed" for key in keys)
 
     # -- why -----------------------------------------------------------------------------------------------------------
 
@@ -182,12 +195,13 @@ class FirstBatch:
     def _compared(self, report: Report, record: Record, repairs: bool) -> tuple[Comparison, Tensor | None]:
         """Compare the split step with the whole one, and return its loss, unless it fails."""
         comparison = Comparison(record, self.shard, report.length, self.tolerance, repairs)
+        loss: Tensor | None = None
+        error: Exception | None = None
         try:
-            return comparison, self._watch(report, comparison, whole=False)
-        except Exception:
-            if not (report.failure or comparison.faults) or not self._all_failed(f"{repairs}/{report.length}"):
-                raise
-        return comparison, None
+            loss = self._watch(report, comparison, whole=False)
+        except Exception as raised:
+            error = raised
+        return comparison, None if self._any_failed(error) else loss
 
     def _watch(self, report: Report, watch: Record, whole: bool) -> Tensor:
         share = report.length / max(self.length, 1)

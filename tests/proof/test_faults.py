@@ -143,3 +143,18 @@ def fit_frozen(rank: int, run: Run) -> tuple[int, str]:
     with pytest.raises(InexactError) as caught:
         trainer.fit(FrozenTable(), DataLoader([make_batch()] * 2, batch_size=None, shuffle=False))
     return trainer.global_step, str(caught.value)
+
+
+class FailsOnOneRank(PlainMean):
+    """The last segment alone has no class token to be found; ranks do not wait for each other in what follows."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if sequence_shard(self).rank == 1:
+            raise IndexError("there is no token 0")
+        return v
+
+
+def test_a_rank_that_fails_alone_is_refused_on_every_rank(world) -> None:
+    found = world.run(2, verdict, FailsOnOneRank, Run(size=2, steps=1), timeout=15)
+    assert "the step fails on a segment, though not on the whole: IndexError: there is no token 0" in found[1]
+    assert "the step fails on a segment, though not on the whole" in found[0]
