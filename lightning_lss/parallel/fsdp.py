@@ -7,7 +7,7 @@ step. Sharded tensors are torch's DTensors. Segment-local parameters are not sha
 
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_lss.nn.recompute import outermost, repeated_blocks
 from lightning_lss.parallel.members import Members
-from lightning_lss.parallel.segment_local import SegmentLocal, average_over
+from lightning_lss.parallel.segment_local import SegmentLocal, average_over, not_zero
 from lightning_lss.parallel.sharded_root import ShardedRoot, sharded_root
 from lightning_lss.sequence.grid import SequenceGrid
 from lightning_lss.sequence.segment import segment_local_names
@@ -243,19 +243,19 @@ class FullyShard:
 
     @contextmanager
     def rehearse(self, module: nn.Module) -> Generator[dict[str, nn.Parameter], None, None]:
-        """Set the gradients of the parameters aside and yield these by name; a step leaves gradients on them."""
+        """Set the gradients of the parameters aside and yield these by name; a step leaves gradients on them. Those that
+        are zero get other values, as with ``Replicated``."""
         assert self._root is not None
         own = dict(zip((name for name, _ in module.named_parameters()), self._root.own_parameters))
-        with ExitStack() as stack:
-            for parameter in own.values():
-                stack.callback(setattr, parameter, "grad", parameter.grad)
-                parameter.grad = None
-            stack.callback(self._root.forget_pass)
-            stack.callback(self._root.set_last, self._root.require_backward_grad_sync)
-            self._root.set_last(True)  # the first step of an accumulation would not be summed
+        with _without_zeros(own.values()), self._root.passes_apart():
             yield {name: x for name, x in own.items() if x.requires_grad}
 
-    def average(self, gradient: Tensor) -> Tensor:
+    def rehearsing_group(self, sequence_group: dist.ProcessGroup) -> dist.ProcessGroup:
+        """The ranks that rehearse a step together: all, since FSDP sums over them."""
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+
+    def average(self, gradient: Tensor, group: dist.ProcessGroup) -> Tensor:
         """Return the gradient that a rehearsed step has left, which FSDP has averaged."""
         return gradient
 
@@ -263,6 +263,24 @@ class FullyShard:
         """Forget the module at the end of a run."""
         self.reshard()
         self._root = None
+
+
+@contextmanager
+def _without_zeros(parameters: Iterable[nn.Parameter]) -> Generator[None, None, None]:
+    """Fill parameters that are zero on all ranks with small random values; every rank must call it."""
+    trained = [x for x in parameters if x.requires_grad]
+    local = [x.to_local() if isinstance(x, DTensor) else x.detach() for x in trained]
+    exist = torch.stack([x.any() for x in local]).to(torch.uint8)
+    dist.all_reduce(exist, op=dist.ReduceOp.MAX)
+    zero = [(x, part.detach()) for x, part, exists in zip(trained, local, exist.tolist()) if not exists]
+    for parameter, part in zero:  # copies of a part get the same values
+        place = parameter.device_mesh.get_coordinate() if isinstance(parameter, DTensor) else None
+        part.copy_(not_zero(part, place[-1] if place else 0))
+    try:
+        yield
+    finally:
+        for _, part in zero:
+            part.zero_()
 
 
 def _make_whole(module: nn.Module, state: dict[str, Any], *_: Any) -> None:

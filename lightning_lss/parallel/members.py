@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_lss.parallel.segment_local import SegmentLocal
+from lightning_lss.sequence.meeting import meet
 from lightning_lss.sequence.segment import segment_modules
 
 
@@ -56,7 +56,7 @@ class Members:
         """
         facts = [(name, tuple(x.shape), str(x.dtype), id(x) in self.averaged) for name, x in self.named.items()]
         digest = hashlib.blake2b(repr((facts, len(self.modules))).encode(), digest_size=16).hexdigest()
-        if not _all_ranks_agree(digest, timeout):
+        if meet("members", dist.get_world_size(), digest, timeout) != dist.get_world_size():
             trained = [name for name, x in self.named.items() if id(x) in self.averaged]
             raise MisconfigurationException(
                 f"The ranks do not train the same parameters from this step on (here {len(trained)} of {len(self.named)}:"
@@ -110,20 +110,3 @@ class Members:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _all_ranks_agree(digest: str, timeout: timedelta | None) -> bool:
-    """Whether all ranks of the world call this, within ``timeout``, with the same ``digest``.
-
-    They meet at the store that the process group was made with.
-    """
-    store, size = dist.PrefixStore("lightning_lss/members", _get_default_store()), dist.get_world_size()
-    meeting = (store.add("arrived", 1) - 1) // size  # every rank comes once to each
-    store.add(f"{meeting}/{digest}", 1)
-    if store.add(f"{meeting}/said", 1) == size:
-        store.set(f"{meeting}/equal", str(store.add(f"{meeting}/{digest}", 0) == size))
-    try:
-        store.wait([f"{meeting}/equal"], *([timeout] if timeout is not None else []))
-    except RuntimeError:  # a DistStoreError, but for some kinds of store
-        return False
-    return store.get(f"{meeting}/equal") == b"True"

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_lss.parallel.fsdp import check_sharding
 from lightning_lss.parallel.members import Members
-from lightning_lss.parallel.segment_local import SegmentLocal
+from lightning_lss.parallel.segment_local import SegmentLocal, not_zero
 
 
 class Replicated:
@@ -82,13 +82,16 @@ class Replicated:
     @contextmanager
     def rehearse(self, module: nn.Module) -> Generator[dict[str, nn.Parameter], None, None]:
         """Give ``module`` stand-ins for the parameters that are trained, in the same memory but without hooks, so that a
-        step leaves gradients on these alone; yield them by name."""
+        step leaves gradients on these alone; yield them by name.
+
+        Those that are zero get other values: what lies before a head that starts at zero would have no gradient.
+        """
         stand_ins: dict[nn.Parameter, nn.Parameter] = {}
         with ExitStack() as stack:
             for owner in module.modules():
                 for name, parameter in list(owner.named_parameters(recurse=False)):
                     if parameter.requires_grad:
-                        stand_in = stand_ins.setdefault(parameter, nn.Parameter(parameter.detach()))
+                        stand_in = stand_ins.setdefault(parameter, nn.Parameter(not_zero(parameter.detach())))
                         stack.callback(setattr, owner, name, parameter)
                         setattr(owner, name, stand_in)
             for parameter in stand_ins:  # a step may reach one in another way
@@ -96,10 +99,14 @@ class Replicated:
                 parameter.grad = None
             yield {name: x for name, x in module.named_parameters() if x.requires_grad}
 
-    def average(self, gradient: Tensor) -> Tensor:
-        """Average over the world what a rehearsed step has left on a stand-in."""
-        dist.all_reduce(gradient)
-        return gradient.div_(dist.get_world_size())
+    def rehearsing_group(self, sequence_group: dist.ProcessGroup) -> dist.ProcessGroup:
+        """The ranks that rehearse a step together: a sequence group, for itself."""
+        return sequence_group
+
+    def average(self, gradient: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Average over ``group`` what a rehearsed step has left on a stand-in."""
+        dist.all_reduce(gradient, group=group)
+        return gradient.div_(group.size())
 
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # torch's name

@@ -184,3 +184,11 @@ def local_views(parameters: Iterable[Tensor]) -> list[Tensor]:
         else:
             views.append(parameter)
     return views
+
+
+def not_zero(values: Tensor, seed: int = 0) -> Tensor:
+    """Return ``values``, or small random ones in place of zeros alone."""
+    if values.any():
+        return values
+    generator = torch.Generator(values.device).manual_seed(seed)
+    return torch.empty_like(values).normal_(std=0.02, generator=generator)

@@ -104,14 +104,13 @@ class ShardedRoot(nn.Module):
         They are still reduced to each rank's part in every backward. (FSDP could keep them whole instead: less traffic,
         but the memory that sharding saves.)
         """
-        self.set_last(False)
+        self._set_last(False)
         try:
             yield
         finally:
-            self.set_last(True)
+            self._set_last(True)
 
-    def set_last(self, last: bool) -> None:
-        """Say whether gradients are summed over the copies of ``"hybrid"`` in the next backward."""
+    def _set_last(self, last: bool) -> None:
         self.require_backward_grad_sync = last
         _as_fsdp(self).set_requires_all_reduce(last)
 
@@ -140,14 +139,17 @@ class ShardedRoot(nn.Module):
 
     def parts_of_whole(self) -> dict[int, nn.Parameter]:
         """The sharded parameter of each whole one that FSDP puts into modules, by the id of the whole one."""
-        states = [fully_shard.state(x) for x in self.modules() if isinstance(x, FSDPModule)]  # type: ignore[attr-defined]
         return {
             id(x._unsharded_param): x.sharded_param
-            for state in states
-            for group in _groups_of(state)
+            for group in self._groups()
             for x in group.fsdp_params
             if hasattr(x, "_unsharded_param")  # after the first forward pass
         }
+
+    def _groups(self) -> list[Any]:
+        """FSDP's groups of parameters that are gathered together; a module without parameters of its own has none."""
+        states = [fully_shard.state(x) for x in self.modules() if isinstance(x, FSDPModule)]  # type: ignore[attr-defined]
+        return [x._fsdp_param_group for x in states if x._fsdp_param_group is not None]
 
     def share_requires_grad(self) -> None:
         """Give the root's parameters, and the whole ones that modules hold, the ``requires_grad`` of whichever was changed."""
@@ -176,18 +178,40 @@ class ShardedRoot(nn.Module):
         self.share_requires_grad()
         _as_fsdp(self).reshard()
 
-    def forget_pass(self) -> None:
-        """Reshard all parameters, also after a pass that raised or had no backward."""
+    @contextmanager
+    def passes_apart(self) -> Generator[None, None, None]:
+        """Set gradients aside, and run passes that the training knows nothing of; they may raise, or have no backward.
+
+        Their gradients are summed over all ranks at once, also where those that were set aside are not yet.
+        """
+        last, grads = self.require_backward_grad_sync, [x.grad for x in self.own_parameters]
+        partial = [(group, group._partial_reduce_output) for group in self._groups()]
+        self._set_aside(dict.fromkeys(self.own_parameters), [(group, None) for group, _ in partial])
+        self._set_last(True)
+        try:
+            yield
+        finally:
+            self._set_last(last)
+            self._end_pass()
+            self._set_aside(dict(zip(self.own_parameters, grads)), partial)
+
+    def _set_aside(self, grads: dict[nn.Parameter, Tensor | None], partial: list[tuple[Any, Tensor | None]]) -> None:
+        for parameter, grad in grads.items():
+            parameter.grad = grad
+        for group, output in partial:
+            group._partial_reduce_output = output
+
+    def _end_pass(self) -> None:
+        """Bring FSDP where it is between two steps, with all parameters resharded."""
         for state in fully_shard.state(self)._state_ctx.all_states:  # type: ignore[attr-defined]
             state._training_state = TrainingState.IDLE
-            for group in _groups_of(state):
-                group._training_state = TrainingState.IDLE
-                group._post_forward_indices.clear()
-                group._partial_reduce_output = None
-                group.reshard()
             state._comm_ctx.post_forward_order.clear()
             state._state_ctx.iter_forward_root = None
             state._state_ctx.post_backward_final_callback_queued = False
+        for group in self._groups():
+            group._training_state = TrainingState.IDLE
+            group._post_forward_indices.clear()
+            group.reshard()
         self.reshard_own()
 
     def _followed_by_whole_parameters(self, toggle: Callable[..., None]) -> Callable[..., None]:
@@ -201,11 +225,6 @@ class ShardedRoot(nn.Module):
             self.share_requires_grad()
 
         return toggle_both
-
-
-def _groups_of(state: Any) -> list[Any]:
-    """FSDP's groups of parameters that are gathered together; a module without parameters of its own has none."""
-    return [x for x in (state._fsdp_param_group,) if x is not None]
 
 
 def _start_equally(tensors: Iterable[Tensor], device: torch.device) -> None:

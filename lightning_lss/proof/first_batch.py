@@ -1,15 +1,13 @@
-"""Prove on the first batch that a run is the training of one device, or say why it is not."""
+"""Prove on a batch that a run is the training of one device, or say why it is not."""
 
 import math
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_lss.nn.positions import SegmentPositionalEmbedding
 from lightning_lss.proof.causes import (
@@ -23,14 +21,14 @@ from lightning_lss.proof.causes import (
     Cause,
     cause_of,
 )
-from lightning_lss.proof.counts import ignored_values, is_uneven
+from lightning_lss.proof.evenness import Sign, uneven_signs
 from lightning_lss.proof.gradients import compare
 from lightning_lss.proof.operations import Comparison, Fault, Record
 from lightning_lss.proof.passes import Pass, Rehearsal
 from lightning_lss.proof.report import Report
-from lightning_lss.proof.shorten import sequence_length, short_length, shortened
-from lightning_lss.sequence.batch import SequenceDims, map_tensors, tensors_by_path
-from lightning_lss.sequence.layout import chunks_per_rank
+from lightning_lss.proof.shorten import sequence_length, short_length, shortened, window_starts
+from lightning_lss.sequence.batch import SequenceDims, tensors_by_path
+from lightning_lss.sequence.meeting import meet
 from lightning_lss.sequence.segment import segment_modules
 
 LONGEST = 2048
@@ -45,39 +43,37 @@ OVERALL = 0.03
 """The largest relative error of all gradients together, where parameters are in half precision: then the sums of single biases
 are mostly rounding (the same transformer: 0.4 for the worst bias, and 1e-2 overall)."""
 
-_HALF = (torch.bfloat16, torch.float16)
-
-
-_MEETINGS: Counter[tuple[int, ...]] = Counter()
-"""How often the ranks of a group have met, so that each meeting has names of its own in the store."""
+_HALF = {torch.bfloat16, torch.float16}
 
 
 class FirstBatch:
-    """The proof of a run on its first batch; every rank of the world must use it.
+    """The proof of a run on one batch. Every rank that rehearses together must use it: a sequence group, each on its own
+    batch; with sharded parameters all ranks.
 
     Args:
         rehearsal: how to run the module's step.
         batch: whole, as the data loader gives it.
         dims: see :func:`lightning_lss.sequence.batch.split_batch`.
-        dtype: the least precise one that the step computes or sends in.
-        data_group: the ranks that hold the same segment of other batches; all then prove on the batch of the first.
+        proved: what has been proved with uneven segments, see :mod:`lightning_lss.proof.evenness`.
     """
 
     def __init__(
-        self,
-        rehearsal: Rehearsal,
-        batch: Any,
-        dims: SequenceDims | None,
-        dtype: torch.dtype,
-        data_group: dist.ProcessGroup | None,
+        self, rehearsal: Rehearsal, batch: Any, dims: SequenceDims | None, proved: Collection[Sign] = ()
     ) -> None:
-        self.rehearsal, self.dims, self.shard = rehearsal, dims or {}, rehearsal.shard
-        trained = [x for x in rehearsal.module.parameters() if x.requires_grad]
-        self.by_parameter = not any(x.dtype in _HALF for x in trained)
-        self.tolerance, self.data_group = TOLERANCES[dtype] if self.by_parameter else OVERALL, data_group
-        self.batch, self.length = batch, sequence_length(batch, self.dims)
-        if data_group is not None:
-            self.length = _of_first(self.length, data_group)
+        self.rehearsal, self.batch, self.dims, self.shard = rehearsal, batch, dims or {}, rehearsal.shard
+        self.group = rehearsal.parameters.rehearsing_group(self.shard.require_group())
+        self.length = sequence_length(batch, self.dims)
+        uneven = uneven_signs(batch, self.shard, self.dims)
+        self.uneven = frozenset(uneven)
+        """The signs that this batch proves."""
+        news = [x for sign, x in uneven.items() if sign not in proved]
+        counts = next(iter((*news, *uneven.values())), None)
+        short = short_length(self.length, self.shard)
+        self._parts = {self.length: batch}
+        if short < self.length:
+            kept = short // self.shard.num_chunks
+            starts = window_starts(self.length, kept, self.shard, counts)
+            self._parts = {short: shortened(batch, self.length, starts, kept, self.dims), **self._parts}
 
     def prove(self) -> Report:
         """Compare a few positions of the batch; where these do not agree, or the module cannot run on them, all of them."""
@@ -90,122 +86,122 @@ class FirstBatch:
         wrong = [report for report in reports if not report.unverified]
         return self.inspect(wrong[-1]) if wrong else reports[-1]
 
-    @property
-    def _chunks(self) -> int:
-        return self.shard.size * chunks_per_rank(self.shard.size, self.shard.layout)
-
     def _lengths(self) -> Iterator[int]:
-        short = short_length(self.length, self.shard.size, self.shard.layout)
-        if short < self.length:
-            yield short
-        if self.length <= LONGEST or short >= self.length:
-            yield self.length
+        """Yield as many lengths as the other ranks."""
+        lengths = list(self._parts)
+        if self._on_any_rank(len(lengths) > 1):
+            yield lengths[0]
+            if self._on_any_rank(self.length > LONGEST):
+                return
+        yield lengths[-1]
 
-    def _report(self, length: int, **found: Any) -> Report:
-        return Report(length, self.length, self.shard.size, self.tolerance, self.by_parameter, **found)
+    def run(self, length: int, whole: bool, watch: Record | None = None, batch: Any = None) -> Pass:
+        """Run the step on ``length`` positions, or on another ``batch`` of as many."""
+        part = self._parts[length] if batch is None else batch
+        return self.rehearsal.run(part, whole, length / max(self.length, 1), watch)
+
+    def part(self, length: int) -> Any:
+        """Return the whole batch of ``length`` positions."""
+        return self._parts[length]
 
     def _compare(self, length: int) -> Report:
-        share, batch = length / max(self.length, 1), self.part(length)
         if unknown := _unknown_tables(self.rehearsal.module):
-            return self._report(length, unverified=f"{unknown} has parameters of one segment only")
-        whole, failure = None, ""
-        try:
-            whole = self.rehearsal.run(batch, whole=True, share=share)
-        except Exception as raised:
-            failure = _in_a_line(raised)
-        if whole is not None and not whole.gradients:
-            failure = "its loss has no gradients"
-        elif whole is not None and not all(x.isfinite().all() for x in (whole.loss, *whole.gradients.values())):
-            failure = "its loss or its gradients are not finite"
+            return self._report(length, set(), unverified=f"{unknown} has parameters of one segment only")
+        whole, failure = self._run_whole(length)
         if self._on_any_rank(bool(failure)):
-            return self._report(
-                length, unverified=f"on one device the step does not run: {failure or 'see other ranks'}"
-            )
+            reason = f"on one device the step does not run: {failure or 'see other ranks'}"
+            return self._report(length, set(), unverified=reason)
         assert whole is not None
         split: Pass | None = None
         error: Exception | None = None
         try:
-            split = self.rehearsal.run(batch, whole=False, share=share)
+            split = self.run(length, whole=False)
         except Exception as raised:
             error = raised
         if self._any_failed(error):
-            return self._report(length, failure=_in_a_line(error) if error else "see other ranks")
+            return self._report(length, whole.dtypes, failure=_in_a_line(error) if error else "see other ranks")
         assert split is not None
-        average = self.rehearsal.parameters.average
-        errors = compare(split.gradients, whole.gradients, self.rehearsal.module, self.shard, average)
-        report = self._report(length, gradients=errors, losses=(whole.loss.item(), _mean(split.loss)))
-        report.ignored = ignored_values(whole.means, split.means, batch, self.shard.size)
-        # the shortened batch may have as many in every segment, by chance
-        uneven = is_uneven(self.batch, report.ignored, self.shard, self.dims)
-        report.is_uneven = self._on_any_rank(uneven)
-        return report
+        losses = self._mean(whole.loss), self._mean(split.loss)
+        errors = compare(split.gradients, whole.gradients, self.rehearsal.module, self.shard, self.rehearsal.parameters)
+        return self._report(length, whole.dtypes | split.dtypes, gradients=errors, losses=losses)
 
-    def part(self, length: int) -> Any:
-        """Return the batch that is compared, of ``length`` positions; every rank must call it."""
-        batch = (
-            shortened(self.batch, self.length, length, self.dims, self._chunks) if length < self.length else self.batch
-        )
-        return batch if self.data_group is None else _of_first(batch, self.data_group, self.rehearsal.device)
+    def _run_whole(self, length: int) -> tuple[Pass | None, str]:
+        """Run the step on one device; say why it cannot be compared with, if so."""
+        try:
+            whole = self.run(length, whole=True)
+        except Exception as error:
+            return None, _in_a_line(error)
+        if not whole.gradients:
+            return None, "its loss has no gradients"
+        finite = all(x.isfinite().all() for x in (whole.loss, *whole.gradients.values()))
+        return whole, "" if finite else "its loss or its gradients are not finite"
+
+    def _report(self, length: int, dtypes: set[torch.dtype], **found: Any) -> Report:
+        """Report what was found, with the tolerance of a step that computes in ``dtypes``."""
+        trained = {x.dtype for x in self.rehearsal.module.parameters() if x.requires_grad}
+        least = (dtypes & _HALF) | trained | {self.shard.communication_dtype or torch.float64}
+        by_parameter, tolerance = not trained & _HALF, max(TOLERANCES.get(x, 0.0) for x in least)
+        if self.rehearsal.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+            tolerance = max(tolerance, TOLERANCES[torch.bfloat16])  # TensorFloat-32 has few more digits
+        tolerance = self._reduced(tolerance, dist.ReduceOp.MAX)  # the verdict may not differ between ranks
+        tolerance = tolerance if by_parameter else OVERALL
+        return Report(length, self.length, self.shard.size, tolerance, by_parameter, **found)
+
+    # -- other ranks ---------------------------------------------------------------------------------------------------
+
+    def _reduced(self, number: float, operation: Any) -> float:
+        value = torch.tensor(number, dtype=torch.float64, device=self.rehearsal.device)
+        dist.all_reduce(value, op=operation, group=self.group)
+        return value.item()
 
     def _on_any_rank(self, fact: bool) -> bool:
-        found = torch.tensor(float(fact), device=self.rehearsal.device)
-        dist.all_reduce(found)
-        return bool(found > 0)
+        return self._reduced(float(fact), dist.ReduceOp.MAX) > 0
+
+    def _mean(self, loss: Tensor) -> float:
+        return self._reduced(loss.item(), dist.ReduceOp.SUM) / self.group.size()
 
     def _any_failed(self, error: Exception | None) -> bool:
-        """Whether a split pass has failed on any rank of the sequence group; every rank must call it after the pass.
+        """Whether a split pass has failed on any rank; every rank must call it after the pass.
 
-        Ranks meet over the store: where one fails, others may wait for it in attention and never come. It then raises
-        ``error``, and its end is theirs.
+        Where one fails, others may wait for it in attention and never come. It then raises ``error``, and its end is theirs.
         """
-        ranks = tuple(dist.get_process_group_ranks(self.shard.require_group()))
-        _MEETINGS[ranks] += 1
-        store, prefix = _get_default_store(), f"lightning_lss/proof/{ranks[0]}/{len(ranks)}/{_MEETINGS[ranks]}"
-        keys = [f"{prefix}/{rank}" for rank in ranks]
-        store.set(f"{prefix}/{dist.get_rank()}", "failed" if error else "done")
-        try:
-            store.wait(keys, timedelta(seconds=20 if error else 600))
-        except RuntimeError:
-            raise error or RuntimeError("Another rank did not finish the proof of the first batch.") from None
-        return any(store.get(key) == b"failed" for key in keys)
+        if isinstance(error, torch.OutOfMemoryError):  # says nothing about the module
+            raise error
+        first, size = dist.get_process_group_ranks(self.group)[0], self.group.size()
+        patience = timedelta(seconds=20) if error else timedelta(minutes=10)
+        same = meet(f"proof of {size} from {first}", size, "failed" if error else "done", patience)
+        if same is None:
+            raise error or RuntimeError("Another rank did not finish the proof of the batch.")
+        return error is not None or same < size
 
     # -- why -----------------------------------------------------------------------------------------------------------
 
     def inspect(self, report: Report) -> Report:
         """Find the outputs of modules that differ, the operations at fault, and their causes; every rank must call it."""
         record = Record()
-        self._watch(report, record, whole=True)
+        self.run(report.length, whole=True, watch=record)
         _, report.modules = self._of_all_ranks(self._compared(report, record, repairs=False)[0])
         if report.exact:
             return report
         comparison, repaired = self._compared(report, record, repairs=True)
         faults, _ = self._of_all_ranks(comparison)
-        found = [(fault, cause_of(fault, comparison.inputs)) for fault in faults]
-        report.faults = _first_of_each(found)
+        report.faults = _first_of_each([(fault, cause_of(fault, comparison.inputs)) for fault in faults])
         if repaired is not None and all(math.isfinite(fault.error) for fault in faults):
-            report.causes = (
-                [COUNTS]
-                if report.is_uneven
-                else _causes_of_loss(report.losses[0], _mean(repaired), self.tolerance, self.shard.size)
-            )
+            report.causes = _causes_of_loss(report.losses[0], self._mean(repaired), report.tolerance, self.shard.size)
         if not (report.faults or report.causes):
             report.causes = [_cause_of_failure(self.part(report.length)) if report.failure else BACKWARD]
         return report
 
     def _compared(self, report: Report, record: Record, repairs: bool) -> tuple[Comparison, Tensor | None]:
         """Compare the split step with the whole one, and return its loss, unless it fails."""
-        comparison = Comparison(record, self.shard, report.length, self.tolerance, repairs)
+        comparison = Comparison(record, self.shard, report.length, report.tolerance, repairs)
         loss: Tensor | None = None
         error: Exception | None = None
         try:
-            loss = self._watch(report, comparison, whole=False)
+            loss = self.run(report.length, whole=False, watch=comparison).loss
         except Exception as raised:
             error = raised
         return comparison, None if self._any_failed(error) else loss
-
-    def _watch(self, report: Report, watch: Record, whole: bool) -> Tensor:
-        share = report.length / max(self.length, 1)
-        return self.rehearsal.run(self.part(report.length), whole, share, watch).loss
 
     def _of_all_ranks(self, comparison: Comparison) -> tuple[list[Fault], dict[str, float]]:
         """Join what the ranks have found: one may be right by chance, as the first is about its positions."""
@@ -233,20 +229,6 @@ def _cause_of_failure(batch: Any) -> Cause:
 
 def _in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
-
-
-def _mean(loss: Tensor) -> float:
-    """Average a loss over the world."""
-    mean = loss.detach().double().reshape(()) / dist.get_world_size()
-    dist.all_reduce(mean)
-    return mean.item()
-
-
-def _of_first(x: Any, group: dist.ProcessGroup, device: torch.device | None = None) -> Any:
-    """Return what the first rank of ``group`` has, with its tensors on ``device``."""
-    found = [map_tensors(x, lambda _, tensor: tensor.cpu())]
-    dist.broadcast_object_list(found, group=group, group_src=0)
-    return map_tensors(found[0], lambda _, tensor: tensor.to(device))
 
 
 def _unknown_tables(module: nn.Module) -> str:

@@ -7,6 +7,7 @@ before it, and all faults of a step are found at once.
 
 import linecache
 import os
+import re
 import sys
 import sysconfig
 from collections import Counter
@@ -75,7 +76,8 @@ _LIBRARIES = tuple(
 _LIGHTNING = os.path.dirname(lightning.__file__) + os.sep
 _DEMOS = os.path.join(_LIGHTNING, "pytorch", "demos") + os.sep
 _OWN = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_MODELS = tuple(os.path.join(_OWN, name) + os.sep for name in ("models",))
+_MODELS = os.path.join(_OWN, "models") + os.sep
+_IN_PLACE = re.compile(r"[a-z]\w*[a-z0-9]_|__i(add|sub|mul|truediv|floordiv|and|or|xor|pow|mod|lshift|rshift)__")
 _UNSEEN = {"__get__", "__set__", "backward", "requires_grad_", "detach_", "register_hook", "tolist", "item", "numpy"}
 
 
@@ -199,10 +201,7 @@ class Comparison(Record):
                 parts[id(x)] = part.to(x.dtype)
         if not parts or not self._repairs:
             return result
-        in_place = (key[0].endswith("_") and not key[0].endswith("__")) or (
-            key[0].startswith("__i") and key[0] != "__invert__"
-        )
-        if in_place:
+        if _IN_PLACE.fullmatch(key[0]):
             with torch.no_grad():
                 for x in tensors:
                     x.copy_(parts.get(id(x), x))

@@ -9,7 +9,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_lss.proof.causes import Cause
 from lightning_lss.proof.gradients import GradientError
 from lightning_lss.proof.operations import Fault
-from lightning_lss.sequence.batch import Path
 
 
 class Leak(NamedTuple):
@@ -42,8 +41,6 @@ class Report:
         modules: the largest relative error of each module's output, in the order of the step; filled in for a run that is
             not exact, and by :func:`lightning_lss.verify`.
         leaks: what one token reaches; filled in by :func:`lightning_lss.verify`.
-        ignored: batch entries that are targets of a plain mean over the tokens of a segment, with the value that does not count.
-        is_uneven: whether segments have different numbers of them.
         failure: the exception that the step raised on a segment, or empty.
         unverified: why nothing could be compared, or empty.
     """
@@ -59,8 +56,6 @@ class Report:
     causes: list[Cause] = field(default_factory=list)
     modules: dict[str, float] = field(default_factory=dict)
     leaks: list[Leak] = field(default_factory=list)
-    ignored: dict[Path, int] = field(default_factory=dict)
-    is_uneven: bool = False
     failure: str = ""
     unverified: str = ""
 
@@ -80,7 +75,7 @@ class Report:
     @property
     def exact(self) -> bool:
         """Whether all gradients agree."""
-        return not (self.failure or self.unverified or self.is_uneven or self.wrong)
+        return not (self.failure or self.unverified or self.wrong)
 
     def __str__(self) -> str:
         """Say in words why the run is not the training of one device."""
@@ -92,12 +87,10 @@ class Report:
 
     def _finding(self) -> str:
         part = f", shortened to {self.length} of {self.of_length} positions" if self.length < self.of_length else ""
-        start = f"This run would not be the training of one device. On its first batch{part}, "
+        start = f"This run would not be the training of one device. On the batch of this step{part}, "
         if self.failure:
             return f"{start}the step fails on a segment, though not on the whole: {self.failure}"
         wrong = self.wrong
-        if not wrong:
-            return f"{start}segments have different numbers of targets that count."
         differs = ((name, error) for name, error in self.modules.items() if error > self.tolerance)
         module = next(
             (f" The first output that differs is that of {x} (off by {error:.2g})." for x, error in differs), ""

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lightning_lss.sequence.batch import Path, SequenceDims, map_tensors, sequence_dim, tensors_by_path
-from lightning_lss.sequence.layout import chunks_per_rank
+from lightning_lss.sequence.layout import chunks_of_rank
+from lightning_lss.sequence.segment import SequenceShard
 
 POSITIONS = 512
 """To how many positions a batch is shortened: enough for several chunks on each of many ranks, and little work."""
@@ -14,35 +15,47 @@ POSITIONS = 512
 
 def sequence_length(batch: Any, dims: SequenceDims) -> int:
     """Return the length of the longest sequence in ``batch``, 0 if it has none."""
-    return max(
-        (x.size(dim) for path, x in tensors_by_path(batch) if (dim := sequence_dim_of(path, x, dims)) is not None),
-        default=0,
-    )
+    sizes = [x.size(dim) for path, x in tensors_by_path(batch) if (dim := sequence_dim_of(path, x, dims)) is not None]
+    return max(sizes, default=0)
 
 
-def short_length(length: int, size: int, layout: str) -> int:
-    """Return how many of ``length`` positions to take for ``size`` ranks: no more than one of them holds in a training step,
-    where that can be divided among all, so that no rank needs more memory than for such a step."""
-    unit = size * chunks_per_rank(size, layout)
-    return max(min(POSITIONS, length // size) // unit, 1) * unit
+def short_length(length: int, shard: SequenceShard) -> int:
+    """Return how many of ``length`` positions to take: no more than a rank holds in a training step, where that can be
+    divided among all, so that no rank needs more memory than for such a step."""
+    unit = shard.num_chunks
+    return max(min(POSITIONS, length // shard.size) // unit, 1) * unit
 
 
-def shortened(batch: Any, length: int, short: int, dims: SequenceDims, chunks: int) -> Any:
-    """Keep ``short`` of ``length`` positions: of each of ``chunks`` equal runs the first and the last, so that every rank keeps
-    positions of its own, with their padding and masked targets. Sequences of other lengths that ``dims`` names are
-    shortened in proportion."""
+def shortened(batch: Any, length: int, starts: list[int], kept: int, dims: SequenceDims) -> Any:
+    """Keep ``kept`` positions of each chunk, from ``starts`` on, of sequences of ``length``. Sequences of other lengths that
+    ``dims`` names are shortened in proportion."""
 
     def cut(path: Path, x: Tensor) -> Tensor:
         dim = sequence_dim_of(path, x, dims)
         is_named = not dims.keys().isdisjoint(path)
         if dim is None or (x.size(dim) != length and not is_named):  # left whole by ``shard_batch``
             return x
-        run, kept = x.size(dim) // chunks, x.size(dim) * short // length // chunks
-        ends = [(start, kept - kept // 2) for start in range(0, run * chunks, run)]
-        ends += [(start + run - kept // 2, kept // 2) for start in range(0, run * chunks, run)]
-        return torch.cat([x.narrow(dim, start, count) for start, count in sorted(ends)], dim)
+        size = x.size(dim)
+        return torch.cat([x.narrow(dim, start * size // length, kept * size // length) for start in starts], dim)
 
     return map_tensors(batch, cut)
+
+
+def window_starts(length: int, kept: int, shard: SequenceShard, counts: Tensor | None) -> list[int]:
+    """Return where the ``kept`` positions of each chunk start: at its start, so that every rank keeps positions of its own.
+
+    With ``counts``, int64 [length], the rank that has most of them keeps as many as it can, and others as few, so that an
+    uneven batch stays uneven.
+    """
+    run = length // shard.num_chunks
+    if counts is None:
+        return list(range(0, length, run))
+    windows = counts.view(-1, run).unfold(1, kept, 1).sum(2)  # [chunks, starts]
+    totals = counts.view(-1, run).sum(1)
+    held = [list(chunks_of_rank(rank, shard.size, shard.layout)) for rank in range(shard.size)]
+    most = max(held, key=lambda chunks: int(totals[chunks].sum()))
+    best = [windows[chunk].argmax() if chunk in most else windows[chunk].argmin() for chunk in range(len(windows))]
+    return [chunk * run + int(start) for chunk, start in enumerate(best)]
 
 
 def sequence_dim_of(path: Path, x: Tensor, dims: SequenceDims) -> int | None:

@@ -21,22 +21,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 @contextmanager
 def untouched(
     module: pl.LightningModule, parameters: Iterable[Tensor], device: torch.device
-) -> Generator[None, None, None]:
-    """Restore everything that steps of ``module`` change: its attributes and buffers, ``parameters`` that are written to,
-    the generators of random numbers. Within, nothing is logged."""
+) -> Generator["CopiedOnWrite", None, None]:
+    """Restore everything that steps of ``module`` change: its attributes and buffers, ``parameters`` that are written to, the
+    generators of random numbers, learning rates. Within, nothing is logged. Yield what sees every operator."""
     trainer = module.trainer
     states = _collect_rng_states(include_cuda=device.type == "cuda")
     with ExitStack() as stack:
         stack.callback(_set_rng_states, states)
-        kept = stack.enter_context(_Restored(module))
-        stack.enter_context(_CopiedOnWrite([*parameters, *kept.tensors]))
+        schedules = [vars(config.scheduler) for config in trainer.lr_scheduler_configs]
+        groups = [optimizer.param_groups for optimizer in trainer.optimizers]
+        kept = stack.enter_context(_Restored(module, schedules, groups))
+        written = stack.enter_context(CopiedOnWrite([*parameters, *kept.tensors]))
         stack.callback(setattr, trainer, "loggers", trainer.loggers)
         trainer.loggers = [DummyLogger() for _ in trainer.loggers]
         vars(module).update(log=_do_nothing, log_dict=_do_nothing)
         # a model compiled for this length would be compiled again; who does not compile need not wait for the import
         compiles = "torch._dynamo" in sys.modules
         stack.enter_context(torch.compiler.set_stance("force_eager") if compiles else nullcontext())
-        yield
+        yield written
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:
@@ -54,13 +56,13 @@ def evaluate(module: nn.Module) -> None:
 
 
 class _Restored(ExitStack):
-    """Restore at exit the state that is reachable from the attributes of a module: buffers and other tensors, containers, other
-    modules, generators, and plain objects."""
+    """Restore at exit the state that is reachable from the attributes of a module, and from ``more``: buffers and other tensors,
+    containers, other modules, generators, and plain objects."""
 
     _LEAVES = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device)
     _LARGE = 10_000  # entries; more are somebody's data
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *more: Any) -> None:
         super().__init__()
         self.tensors: list[Tensor] = []
         """Those that are not buffers: who writes to them must copy them first."""
@@ -68,7 +70,8 @@ class _Restored(ExitStack):
         for buffer in module.buffers():  # copied at once: batch normalization writes to its own without saying so
             self._seen[id(buffer)] = buffer
             self.callback(buffer.detach().copy_, buffer.detach().clone())
-        self._keep(module)
+        for root in (module, *more):
+            self._keep(root)
 
     def _keep(self, x: Any) -> None:
         if isinstance(x, self._LEAVES) or id(x) in self._seen:
@@ -136,7 +139,7 @@ def _is_plain(x: Any) -> bool:
     return hasattr(x, "__dict__") and home not in ("torch", "lightning", "lightning_lss", "builtins", "numpy")
 
 
-class _CopiedOnWrite(TorchDispatchMode):
+class CopiedOnWrite(TorchDispatchMode):
     """Restore at exit the tensors that are written to within, such as a teacher's moving average of weights. They are
     copied when they are written to: no memory is spent on the others."""
 
@@ -147,15 +150,21 @@ class _CopiedOnWrite(TorchDispatchMode):
         local = (getattr(x, "_local_tensor", x) for x in tensors)
         self._known = {x.untyped_storage()._cdata: x.untyped_storage() for x in local}
         self._saved: list[tuple[Any, Any]] = []
+        self.dtypes: set[torch.dtype] = set()
+        """Of the results of the operators that ran within."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Save what the operator writes to, and run it."""
+        """Save what the operator writes to, run it, and note what it returns."""
         if getattr(getattr(func, "_schema", None), "is_mutable", False):
             for argument, x in zip(func._schema.arguments, args):
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     for tensor in x if isinstance(x, (list, tuple)) else [x]:
                         self._save(tensor)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        self.dtypes.update(
+            x.dtype for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x, Tensor)
+        )
+        return result
 
     def _save(self, tensor: Any) -> None:
         if isinstance(tensor, Tensor) and type(tensor) in (Tensor, nn.Parameter):

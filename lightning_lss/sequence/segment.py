@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_lss.sequence.collectives import all_gather, reduce_scatter
-from lightning_lss.sequence.layout import check_layout, check_length, chunks_of_rank, position_ranges
+from lightning_lss.sequence.layout import check_layout, check_length, chunks_of_rank, chunks_per_rank, position_ranges
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class SequenceShard:
             raise ValueError(
                 f"rank={self.rank} is out of range for a sequence group of size={self.size}: use 0 to {self.size - 1}."
             )
+
+    @property
+    def num_chunks(self) -> int:
+        """Number of equal runs of positions that the whole sequence is divided into."""
+        return self.size * chunks_per_rank(self.size, self.layout)
 
     def local_length(self, length: int) -> int:
         """Positions per rank, L / S; raises ``ValueError`` if ``length`` cannot be divided evenly."""

@@ -3,6 +3,8 @@
 from functools import partial
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
@@ -15,7 +17,7 @@ from lightning_lss.proof.passes import Rehearsal
 from lightning_lss.proof.report import Report
 from lightning_lss.strategy.averaging import GradientAveraging
 from lightning_lss.strategy.sequence import SequenceParallel
-from lightning_lss.strategy.verification import Verification, alone, suspects, warn_of_unverified
+from lightning_lss.strategy.verification import Verification, pretend, suspects, warn_of_unverified
 
 
 class ProvedRuns(SequenceParallel, GradientAveraging):
@@ -26,8 +28,10 @@ class ProvedRuns(SequenceParallel, GradientAveraging):
         self._verification = Verification(verify)
 
     def _start_proof(self) -> None:
-        self._verification.start(is_split=self._shard.size > 1)
-        if self._shard.size > 1 and not self._verification.wanted and suspects(self._module):
+        if self._shard.size == 1:
+            return
+        self._verification.start()
+        if not self._verification.wanted and suspects(self._module):
             warn_of_unverified(self._module, "verify=False")
 
     @property
@@ -35,51 +39,70 @@ class ProvedRuns(SequenceParallel, GradientAveraging):
         """What the proof of the last run found; None where there was none."""
         return self._verification.report
 
-    @override
-    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        if self._verification.is_due:
-            self._prove(args[1:])
-        self._verification.forget()
-        return super().training_step(*args, **kwargs)
-
-    @override
-    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        with self._verification.explains_failure("validation_step"):
-            return super().validation_step(*args, **kwargs)
-
     @property
     @override
     def proves_batches(self) -> bool:
         return self._verification.wanted and self._module.trainer.state.fn == TrainerFn.FITTING
 
     @override
-    def _follow_members(self, old: Members, new: Members) -> None:
-        super()._follow_members(old, new)
-        self._verification.start(is_split=self._shard.size > 1)  # what is trained now was not compared
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        if self._shard.size > 1 and self._module.trainer.training:  # here it is still on the host
+            self._verification.look_at(batch, self._shard, self._sequence_dims)
+        return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
     def split_batch(self, batch: Any) -> Any:
-        if self._module.trainer.training:
-            self._verification.keep(batch, self._shard, self._sequence_dims)
+        if self._module.trainer.training and self._verification.rehearsal is None:
+            self._verification.batch = batch
         return super().split_batch(batch)
 
-    def _prove(self, more: tuple[Any, ...]) -> None:
-        self._verification.prove(self._first_batch(more))
+    @override
+    def _follow_members(self, old: Members, new: Members) -> None:
+        super()._follow_members(old, new)
+        self._start_proof()  # what is trained now was not compared
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        together = self._verification.is_due or self._rehearses_with_replicas
+        if self._verification.is_due or self._has_news():
+            self._verification.prove(self._first_batch(args[1:]), self.data_group_of_run if together else None)
+        self._verification.batch = None
+        return super().training_step(*args, **kwargs)
+
+    @property
+    def _rehearses_with_replicas(self) -> bool:
+        sequence_group, data_group = self._shard.group, self.data_group_of_run
+        if sequence_group is None or data_group is None:
+            return False
+        return self._parameters.rehearsing_group(sequence_group) is not sequence_group
+
+    def _has_news(self) -> bool:
+        """Whether the batch of this step shows what was not proved, or one that must be proved together with it."""
+        news = self._verification.has_news
+        if not (self._verification.wanted and self._rehearses_with_replicas):
+            return news
+        shown = torch.tensor(float(news), device=self.root_device)
+        dist.all_reduce(shown, op=dist.ReduceOp.MAX)
+        return bool(shown)
 
     def _first_batch(self, more: tuple[Any, ...]) -> FirstBatch:
-        assert self._grid is not None
         assert self.model is not None
         module, root, parameters = self._module, self.model, self._parameters
         step = module.training_step
         if not isinstance(root, DistributedDataParallel):  # that would average the gradients of the whole batch as well
             step = partial(self._forward_redirection, root, module, "training_step")
-        run = (self._shard, self.precision_plugin, self.root_device, partial(alone, self), self.split_batch)
-        rehearsal = Rehearsal(module, step, parameters, *run, more)
-        return self._verification.first_batch(
-            rehearsal, self._sequence_dims, self._communication_dtype, self._grid.data_group
-        )
+        run = (self._shard, self.precision_plugin, self.root_device, partial(pretend, self), self.split_batch)
+        return self._verification.first_batch(Rehearsal(module, step, parameters, *run, more), self._sequence_dims)
 
     @override
-    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._verification.ends_manual_step(closure_loss)
-        return super().backward(closure_loss, *args, **kwargs)
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        rehearsal = self._verification.rehearsal
+        if rehearsal is None or not rehearsal.is_running:
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
+        rehearsal.backward(closure_loss, *args, **kwargs)
+        return closure_loss
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        with self._verification.explains_failure("validation_step"):
+            return super().validation_step(*args, **kwargs)

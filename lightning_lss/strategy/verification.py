@@ -4,38 +4,52 @@ from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
+import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from lightning_lss.proof.causes import COUNTS, FAILS
-from lightning_lss.proof.counts import is_uneven
+from lightning_lss.proof.causes import FAILS
+from lightning_lss.proof.evenness import Sign, uneven_signs
 from lightning_lss.proof.first_batch import FirstBatch
 from lightning_lss.proof.passes import Rehearsal
 from lightning_lss.proof.report import InexactError, Report
 from lightning_lss.sequence.batch import SequenceDims
-from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
+from lightning_lss.sequence.segment import SequenceShard
 from lightning_lss.strategy.validation import warn_of_images
 
 
 class Verification:
-    """Proves a run on its first batch, where it is ``wanted``."""
+    """Decides which batches of a run are proved, where that is ``wanted``, and what follows from the verdict."""
 
     def __init__(self, wanted: bool) -> None:
         self.wanted = wanted
         self.report: Report | None = None
         """Of the last proof."""
-        self._batch: Any = None
-        self._due = False
-        self._rehearsal: Rehearsal | None = None
+        self.batch: Any = None
+        """The whole one of the next step."""
+        self.proved: frozenset[Sign] = frozenset()
+        """What was proved with uneven segments, see :mod:`lightning_lss.proof.evenness`."""
+        self._news: frozenset[Sign] = frozenset()
+        self.is_due = False
+        """Whether the next training step is to be proved."""
+        self.rehearsal: Rehearsal | None = None
+        """That of the proof that goes on."""
 
-    def start(self, is_split: bool) -> None:
-        """Prove the next training batch of a run, or of one whose parameters have changed, if it is split at all."""
-        self._due, self.report = self.wanted and is_split, None
+    def start(self) -> None:
+        """Prove the next training step of a run, or of one whose parameters have changed."""
+        self.is_due, self.report, self.proved = self.wanted, None, frozenset()
+
+    def look_at(self, batch: Any, shard: SequenceShard, dims: SequenceDims | None) -> None:
+        """Look at the training batch of the next step for entries that are the first with uneven segments."""
+        self._news = frozenset(uneven_signs(batch, shard, dims or {}, self.proved)) if self.wanted else frozenset()
+
+    @property
+    def has_news(self) -> bool:
+        """Whether the next step is to be proved for what its batch shows."""
+        return bool(self._news)
 
     @contextmanager
     def explains_failure(self, step: str) -> Generator[None, None, None]:
@@ -43,85 +57,56 @@ class Verification:
         try:
             yield
         except Exception as error:
-            if not self._due:
+            if not self.is_due:
                 raise
             raise InexactError(
                 f"{step} fails on a segment of the batch: {error}\nIf it does not fail on one device, write: {FAILS.write.format()}"
             ) from error
 
-    def forget(self) -> None:
-        """Free the batch, once its step begins."""
-        self._batch = None
-
-    @property
-    def is_due(self) -> bool:
-        """Whether the next training step is to be proved."""
-        return self._due
-
-    def keep(self, batch: Any, shard: SequenceShard, dims: SequenceDims | None) -> None:
-        """Remember the whole batch of the step that is to be proved, and look at those after it.
-
-        Raises:
-            InexactError: if the loss is a plain mean, and ``batch`` is the first whose segments count different numbers of
-                targets.
-        """
-        self._batch = batch if self.wanted and shard.size > 1 else None
-        ignored = self.report.ignored if self.report is not None and not self._due else {}
-        if ignored and is_uneven(batch, ignored, shard, dims or {}):
-            raise InexactError(f"{COUNTS.what}\nThis batch is the first where they differ.\n  Write: {COUNTS.write}")
-
-    def first_batch(
-        self,
-        rehearsal: Rehearsal,
-        dims: SequenceDims | None,
-        communication_dtype: torch.dtype | None,
-        data_group: ProcessGroup | None,
-    ) -> FirstBatch:
+    def first_batch(self, rehearsal: Rehearsal, dims: SequenceDims | None) -> FirstBatch:
         """Return the proof of the kept batch, which is then no longer due."""
-        self._due, batch, self._batch = False, self._batch, None
-        dtype = least_precise(rehearsal.module, rehearsal.precision, communication_dtype)
-        self._rehearsal = rehearsal
-        return FirstBatch(rehearsal, batch, dims, dtype, data_group)
+        self.is_due, batch, self.batch = False, self.batch, None
+        self.rehearsal = rehearsal
+        return FirstBatch(rehearsal, batch, dims, self.proved)
 
-    def prove(self, first: FirstBatch) -> None:
-        """Prove a run, or warn where nothing can be compared.
+    def prove(self, first: FirstBatch, replicas: ProcessGroup | None) -> None:
+        """Prove a run, or warn where nothing can be compared. ``replicas`` are data replicas that prove their batches now too.
 
         Raises:
-            InexactError: on every rank, if the step is not that of one device.
+            InexactError: if the step is not that of one device, also if only a replica's is not.
         """
         try:
             self.report = report = first.prove()
         finally:
-            self._rehearsal = None
+            self.rehearsal = None
+        self.proved |= first.uneven | self._news
         if report.unverified:
             warn_of_unverified(first.rehearsal.module, report.unverified)
             warn_of_images(first.batch, first.dims)
         elif not report.exact:
+            _first_refusal(str(report), replicas)
             raise InexactError(report)
-
-    def ends_manual_step(self, loss: torch.Tensor) -> None:
-        """End a rehearsed step at its first manual backward."""
-        if self._rehearsal is not None and self._rehearsal.in_step:
-            self._rehearsal.end_manual_step(loss)
+        if refusal := _first_refusal("", replicas):
+            raise InexactError(refusal)
 
 
-def least_precise(module: nn.Module, precision: Precision, communication_dtype: torch.dtype | None) -> torch.dtype:
-    """Return the least precise dtype that a step of ``module`` computes or sends in."""
-    named = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(str(precision.precision))
-    dtypes = {x.dtype for x in module.parameters() if x.requires_grad and x.is_floating_point()}
-    dtypes |= {x for x in (named, communication_dtype) if x is not None}
-    known = [x for x in dtypes if x in (torch.float64, torch.float32, torch.bfloat16, torch.float16)]
-    return max(known, key=lambda x: torch.finfo(x).eps, default=torch.float32)
+def _first_refusal(own: str, replicas: ProcessGroup | None) -> str:
+    """Return what a data replica refuses, if any; each must call it."""
+    if replicas is None:
+        return own
+    found: list[Any] = [None] * replicas.size()
+    dist.all_gather_object(found, own, group=replicas)
+    return next((x for x in found if x), "")
 
 
 @contextmanager
-def alone(strategy: ParallelStrategy) -> Generator[None, None, None]:
-    """Make ``strategy`` say that its process is the only one, and has whole sequences."""
+def pretend(strategy: ParallelStrategy, shard: SequenceShard) -> Generator[None, None, None]:
+    """Make ``strategy`` say that the ranks of ``shard`` are all there are."""
     facts = {
-        "cluster_environment": _OneProcess(),
-        "parallel_devices": [strategy.root_device],
-        "_requested_size": 1,
-        "_shard": WHOLE_SEQUENCE,
+        "cluster_environment": _Environment(shard),
+        "parallel_devices": [strategy.root_device] * shard.size,
+        "_requested_size": shard.size,
+        "_shard": shard,
         "num_nodes": 1,
     }
     with ExitStack() as stack:
@@ -132,20 +117,24 @@ def alone(strategy: ParallelStrategy) -> Generator[None, None, None]:
         yield
 
 
-class _OneProcess(LightningEnvironment):
-    """The environment of a run with one process."""
+class _Environment(LightningEnvironment):
+    """The environment of a run whose only ranks are those of ``shard``."""
+
+    def __init__(self, shard: SequenceShard) -> None:
+        super().__init__()
+        self._shard = shard
 
     def world_size(self) -> int:
-        """One."""
-        return 1
+        """S."""
+        return self._shard.size
 
     def global_rank(self) -> int:
-        """The first."""
-        return 0
+        """The segment."""
+        return self._shard.rank
 
     def local_rank(self) -> int:
-        """The first."""
-        return 0
+        """The same."""
+        return self._shard.rank
 
 
 def warn_of_unverified(module: nn.Module, why: str) -> None:

@@ -19,7 +19,8 @@ Outputs = dict[tuple[str, int], list[Tensor]]
 def find_leaks(first: FirstBatch, length: int) -> Iterator[Leak]:
     """Change the middle position of every entry of the batch in turn; yield what moves of the last output that has the
     sequence. Every rank must consume all of them."""
-    batch, whole, split = first.part(length), *_outputs(first, first.part(length), length)
+    batch = first.part(length)
+    whole, split = _outputs(first, batch, length)
     last = [key for key, tensors in whole.items() if tensors and length in tensors[0].shape and key in split]
     if not last:
         return
@@ -44,7 +45,7 @@ def _outputs(first: FirstBatch, batch: Any, length: int) -> tuple[Outputs, Outpu
     records = []
     for whole in (True, False):
         records.append(Record())
-        first.rehearsal.run(batch, whole=whole, share=length / first.length, watch=records[-1])
+        first.run(length, whole, records[-1], batch)
     return records[0].outputs, records[1].outputs
 
 

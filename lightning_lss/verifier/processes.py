@@ -86,8 +86,9 @@ class _Proved(BaseException):
 class _Prover(LSSStrategy):
     """Proves a run at length, and ends it before its first step."""
 
-    def _prove(self, more: tuple[Any, ...]) -> None:
-        first = self._first_batch(more)
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Prove, and step no further."""
+        first = self._first_batch(args[1:])
         report = first.prove()
         if not report.unverified:
             first.inspect(report)

@@ -159,6 +159,43 @@ class DetachedGather(Right):
         return x + whole.mean(1, keepdim=True) + (x - x.detach()).mean(1, keepdim=True) / shard.size
 
 
+class MaskedMean(Right):
+    """A mean that is written out; `mask` says which tokens count."""
+
+    def loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        each = F.cross_entropy(logits.flatten(0, 1), batch["inputs"].flatten(), reduction="none")
+        return (each * batch["mask"].flatten()).sum() / batch["mask"].sum()
+
+
+class MaskedTargets(Right):
+    """Targets that are made in the step."""
+
+    def loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        targets = batch["inputs"].masked_fill(batch["mask"] == 0, IGNORED)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class PaddedMean(Right):
+    """Token 0 is padding."""
+
+    def loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), batch["inputs"].flatten(), ignore_index=0)
+
+
+class LosesGradients(Right):
+    """Attention over what the other ranks have sent, behind a head that starts at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.zeros_(self.out.weight)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shard = sequence_shard(self)
+        own = shard.positions(k.size(2))
+        k, v = (shard.gather(x.detach(), dim=2).index_copy(2, own, x) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v)
+
+
 FAULTS = {
     OwnPositions: "Positions are counted from 0 on every rank",
     LocalTable: "A positional table is indexed locally: every rank takes the first rows of positions",
@@ -177,6 +214,7 @@ FAULTS = {
     SummedLoss: "The loss is a sum over the segment",
     RandomNumbers: "Random numbers are drawn for one segment",
     DetachedGather: "The outputs agree, but gradients do not",
+    LosesGradients: "The outputs agree, but gradients do not",
 }
 
 
@@ -186,4 +224,5 @@ def make_batch(length: int = LENGTH) -> dict[str, Tensor]:
     targets = tokens.roll(-1, 1)
     targets[0, : length // 2 - 3] = IGNORED  # segments count different numbers of targets, contiguous and zigzag
     weights = torch.rand(length, generator=generator)
-    return {"inputs": tokens, "targets": targets, "label": torch.tensor([1, 2]), "weights": weights}
+    mask = torch.ones(2, length)
+    return {"inputs": tokens, "targets": targets, "label": torch.tensor([1, 2]), "weights": weights, "mask": mask}

@@ -2,19 +2,26 @@
 
 import warnings
 
+import lightning.pytorch as pl
 import pytest
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_lss import InexactError, sequence_shard
+from lightning_lss.nn.loss import IGNORED
 from lightning_lss.strategy.verification import suspects, warn_of_unverified
+from lightning_lss.testing.world import WorkerError
 from tests.proof.faulty import (
     FAULTS,
     LENGTH,
     Convolution,
     LocalTable,
+    MaskedMean,
+    MaskedTargets,
     OtherAttention,
     OwnPositions,
+    PaddedMean,
     PlainMean,
     Recurrence,
     Right,
@@ -64,11 +71,22 @@ def test_a_long_batch_is_shortened(world) -> None:
     assert "shortened to 512 of 4096 positions" in found
 
 
-def fit_until_uneven(rank: int, run: Run) -> tuple[int, str]:
+UNEVEN = {
+    PlainMean: lambda batch: batch["targets"][0, :5].fill_(IGNORED),
+    MaskedMean: lambda batch: batch["mask"][1, 12:].zero_(),
+    MaskedTargets: lambda batch: batch["mask"][1, 13:].zero_(),
+    PaddedMean: lambda batch: batch["inputs"][0, 10:].zero_(),
+}
+
+
+def fit_until_uneven(rank: int, module: type[pl.LightningModule], run: Run) -> tuple[int, str]:
     warnings.filterwarnings("ignore")
-    model, trainer, batches = PlainMean(), make_trainer(rank, run), [make_batch() for _ in range(3)]
-    for batch in batches[:2]:
+    batches = [make_batch() for _ in range(3)]
+    for batch in batches:
+        batch["inputs"] = batch["inputs"].clamp(min=1)
         batch["targets"] = batch["inputs"].roll(-1, 1)
+    UNEVEN[module](batches[2])
+    model, trainer = module(), make_trainer(rank, run)
     try:
         trainer.fit(model, DataLoader(batches, batch_size=None, shuffle=False))
     except InexactError as error:
@@ -76,10 +94,49 @@ def fit_until_uneven(rank: int, run: Run) -> tuple[int, str]:
     return trainer.global_step, ""
 
 
-def test_a_plain_mean_is_refused_at_the_first_batch_whose_segments_count_different_numbers(world) -> None:
-    for steps, message in world.run(2, fit_until_uneven, Run(size=2, steps=3)):
+@pytest.mark.parametrize("module", UNEVEN)
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_a_mean_is_refused_at_the_first_batch_whose_segments_count_different_numbers(world, module, layout) -> None:
+    for steps, message in world.run(2, fit_until_uneven, module, Run(size=2, layout=layout, steps=3)):
         assert steps == 2
-        assert FAULTS[PlainMean] in message
+        assert FAULTS[PlainMean] in message or "Pooling over the tokens" in message, message
+
+
+def fit_replicas(rank: int, run: Run) -> str:
+    """The second data replica alone has a batch whose segments are uneven, at the first step or the second."""
+    warnings.filterwarnings("ignore")
+    at = 0 if run.strategy.pop("at_once") else 1
+    batches = [make_batch() for _ in range(2)]
+    for batch in batches:
+        batch["targets"] = batch["inputs"].roll(-1, 1)
+    if rank >= 2:
+        UNEVEN[PlainMean](batches[at])
+    model, trainer = PlainMean(), make_trainer(rank, run)
+    try:
+        trainer.fit(model, DataLoader(batches, batch_size=None, shuffle=False))
+    except InexactError as error:
+        return f"{trainer.global_step} {error}"
+    return "trained"
+
+
+@pytest.mark.parametrize(("sharding", "at_once"), [(None, True), ("fsdp", True), ("fsdp", False), ("hybrid", False)])
+def test_what_one_replica_refuses_all_do(world, sharding, at_once) -> None:
+    # without sharding a replica proves a later batch alone, and the others are stopped as after any error
+    found = world.run(4, fit_replicas, Run(size=2, steps=2, strategy={"sharding": sharding, "at_once": at_once}))
+    assert all(x.startswith(f"{0 if at_once else 1} This run would not be") for x in found)
+    assert any(FAULTS[PlainMean] in x for x in found)
+
+
+class OutOfMemory(Right):
+    def mix(self, x: Tensor) -> Tensor:
+        if sequence_shard(self).size > 1:
+            raise torch.OutOfMemoryError("no memory")
+        return x
+
+
+def test_a_lack_of_memory_is_not_taken_for_a_fault_of_the_module(world) -> None:
+    with pytest.raises(WorkerError, match="OutOfMemoryError: no memory"):
+        world.run(2, verdict, OutOfMemory, Run(size=2, steps=1))
 
 
 class NeedsRanks(Convolution):

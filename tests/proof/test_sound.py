@@ -14,6 +14,7 @@ from lightning_lss import (
     SegmentPositionalEmbedding,
     lss_attention,
     sequence_shard,
+    token_mean,
 )
 from tests.modules import OwnModule
 from tests.proof.faulty import LENGTH, VOCAB, WIDTH, Right
@@ -139,6 +140,48 @@ class ReadsPadding(Right):
         return (each * counts).sum() / counts.sum()
 
 
+class MeanOfMeans(Right):
+    """Exact, though it calls a loss that is a mean."""
+
+    def loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        targets = batch["targets"].flatten()
+        count = (targets >= 0).sum()
+        return token_mean(F.cross_entropy(logits.flatten(0, 1), targets) * count, count)
+
+
+class LogsAMean(Right):
+    def loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            self.log("mean", F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten()))
+        return super().loss(logits, batch)
+
+
+class OwnAutocast(Right):
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().training_step(batch, batch_idx)
+
+
+class KeepsItsShard(OwnGlobalPositions):
+    def on_fit_start(self) -> None:
+        self.own = sequence_shard(self)
+
+    def mix(self, x: Tensor) -> Tensor:
+        return x + self.positions(self.own.positions(x.size(1)))
+
+
+class Sparse(Right):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH, sparse=True)
+
+
+class ZeroHead(Right):
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.zeros_(self.out.weight)
+
+
 SOUND = [
     Ours,
     OursLearned,
@@ -150,6 +193,7 @@ SOUND = [
     GatheredConvolution,
 ]
 SOUND += [OwnGlobalPositions, Dropouts, Bidirectional, Functional, Adapter, RandomSamples, ReadsPadding]
+SOUND += [MeanOfMeans, LogsAMean, OwnAutocast, KeepsItsShard, Sparse, ZeroHead]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])

@@ -55,7 +55,7 @@ def state_after(rank: int, run: Run, verify: bool) -> tuple[dict[str, Tensor], A
     random.seed(0)
     model = Stateful()
     run.strategy["verify"] = verify
-    trainer = make_trainer(rank, run)
+    trainer = make_trainer(rank, run, max_epochs=2)
     trainer.fit(model, DataLoader([make_batch()] * run.steps, batch_size=None, shuffle=False))
     assert (trainer.strategy.verification is not None and trainer.strategy.verification.exact) == verify
     tensors = {name: getattr(x, "_local_tensor", x).detach().clone() for name, x in model.state_dict().items()}
@@ -85,43 +85,73 @@ def test_training_is_the_same_to_the_last_bit(world, options) -> None:
 
 
 class Manual(Right):
-    """Two optimizers, and two backward passes a step, of which the first is compared."""
+    """Two losses, two optimizers and a schedule."""
 
     automatic_optimization = False
 
+    def mix(self, x: Tensor) -> Tensor:
+        return x
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:  # type: ignore[override]
-        for optimizer in self.optimizers():  # type: ignore[union-attr]
+        for number, optimizer in enumerate(self.optimizers()):  # type: ignore[arg-type]
+            self.is_second = number == 1
             optimizer.zero_grad()
-            self.manual_backward(super().training_step(batch, batch_idx))
+            self.take_gradients(super().training_step(batch, batch_idx))
             optimizer.step()
+            self.lr_schedulers()[number].step()  # type: ignore[index]
+
+    def take_gradients(self, loss: Tensor) -> None:
+        self.manual_backward(loss)
 
     def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD(x.parameters(), lr=0.1) for x in (self.embed, self.out)]
+        optimizers = [torch.optim.SGD(x.parameters(), lr=0.1) for x in (self.embed, self.out)]
+        return optimizers, [torch.optim.lr_scheduler.StepLR(x, 1) for x in optimizers]
 
 
-class ManuallyWrong(Manual, OwnPositions):
-    pass
+class ByItself(Manual):
+    """Without Lightning's ``manual_backward``."""
+
+    def take_gradients(self, loss: Tensor) -> None:
+        loss.backward()
+
+
+class WithOwnOptimizer(Manual):
+    """Whose step Lightning does not see."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        for optimizer in self.optimizers(use_pl_optimizer=False):  # type: ignore[union-attr]
+            self.is_second = False
+            optimizer.zero_grad()
+            self.manual_backward(Right.training_step(self, batch, batch_idx))
+            optimizer.step()
+
+
+class SecondLossIsWrong(Manual, OwnPositions):
+    def mix(self, x: Tensor) -> Tensor:
+        return OwnPositions.mix(self, x) if self.is_second else x
 
 
 def train_manually(rank: int, run: Run) -> Any:
     torch.manual_seed(0)
     model = run.module()
-    trainer = make_trainer(rank, run)
+    trainer = make_trainer(rank, run, max_epochs=2)
     try:
         trainer.fit(model, DataLoader([make_batch()] * 2, batch_size=None, shuffle=False))
     except InexactError as error:
         return str(error)
     report = trainer.strategy.verification
+    rates = [x.scheduler.get_last_lr() for x in trainer.lr_scheduler_configs]
     frozen = [name for name, x in model.named_parameters() if not x.requires_grad]
     tensors = {name: getattr(x, "_local_tensor", x).detach().clone() for name, x in model.named_parameters()}
-    return report.exact if report else None, frozen, trainer.global_step, tensors
+    return report.exact if report else None, frozen, rates, trainer.global_step, tensors
 
 
 @pytest.mark.parametrize("sharding", [None, "fsdp"])
-def test_manual_optimization(world, sharding) -> None:
+@pytest.mark.parametrize("module", [Manual, WithOwnOptimizer])
+def test_manual_optimization(world, module, sharding) -> None:
     proved, plain = (
         world.run(
-            2, train_manually, Run(size=2, steps=4, module=Manual, strategy={"sharding": sharding, "verify": verify})
+            2, train_manually, Run(size=2, steps=4, module=module, strategy={"sharding": sharding, "verify": verify})
         )
         for verify in (True, False)
     )
@@ -129,5 +159,41 @@ def test_manual_optimization(world, sharding) -> None:
         assert exact
         assert rest == expected
         assert_equal(tensors, others, 0)
-    wrong = world.run(2, train_manually, Run(size=2, steps=4, module=ManuallyWrong, strategy={"sharding": sharding}))
+
+
+def test_backward_passes_without_lightning_leave_no_trace(world) -> None:
+    for exact, _, rates, steps, _ in world.run(2, train_manually, Run(size=2, steps=4, module=ByItself)):
+        assert exact
+        assert steps == 4
+        assert rates == [[pytest.approx(1e-3)], [pytest.approx(1e-3)]]
+
+
+@pytest.mark.parametrize("sharding", [None, "fsdp"])
+def test_every_loss_of_manual_optimization_is_compared(world, sharding) -> None:
+    wrong = world.run(
+        2, train_manually, Run(size=2, steps=4, module=SecondLossIsWrong, strategy={"sharding": sharding})
+    )
     assert all("Positions are counted from 0" in x for x in wrong)
+
+
+class UnevenLater(Right):
+    """Proved again in the midst of an accumulation."""
+
+
+def train_unevenly(rank: int, run: Run) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model, batches = UnevenLater(), [make_batch() for _ in range(4)]
+    batches[0]["targets"] = batches[0]["inputs"].roll(-1, 1)
+    trainer = make_trainer(rank, run, accumulate_grad_batches=2)
+    trainer.fit(model, DataLoader(batches, batch_size=None, shuffle=False))
+    return {name: getattr(x, "_local_tensor", x).detach().clone() for name, x in model.named_parameters()}
+
+
+@pytest.mark.parametrize("sharding", [None, "fsdp", "hybrid"])
+def test_an_accumulation_goes_on_after_a_proof(world, sharding) -> None:
+    proved, plain = (
+        world.run(4, train_unevenly, Run(size=2, steps=2, strategy={"sharding": sharding, "verify": verify}))
+        for verify in (True, False)
+    )
+    for tensors, others in zip(proved, plain):
+        assert_equal(tensors, others, 0)
