@@ -88,15 +88,17 @@ class Replicated:
         """
         stand_ins: dict[nn.Parameter, nn.Parameter] = {}
         with ExitStack() as stack:
+            for (
+                parameter
+            ) in module.parameters():  # a step may reach one in another way, or drop the gradient of a frozen one
+                stack.callback(setattr, parameter, "grad", parameter.grad)
+                parameter.grad = None
             for owner in module.modules():
                 for name, parameter in list(owner.named_parameters(recurse=False)):
                     if parameter.requires_grad:
                         stand_in = stand_ins.setdefault(parameter, nn.Parameter(not_zero(parameter.detach())))
                         stack.callback(setattr, owner, name, parameter)
                         setattr(owner, name, stand_in)
-            for parameter in stand_ins:  # a step may reach one in another way
-                stack.callback(setattr, parameter, "grad", parameter.grad)
-                parameter.grad = None
             yield {name: x for name, x in module.named_parameters() if x.requires_grad}
 
     def rehearsing_group(self, sequence_group: dist.ProcessGroup) -> dist.ProcessGroup:

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_lss.parallel.members import Members
-from lightning_lss.proof.first_batch import FirstBatch
+from lightning_lss.proof.batch import BatchProof
 from lightning_lss.proof.passes import Rehearsal
 from lightning_lss.proof.report import Report
 from lightning_lss.strategy.averaging import GradientAveraging
@@ -65,7 +65,7 @@ class ProvedRuns(SequenceParallel, GradientAveraging):
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         together = self._verification.is_due or self._rehearses_with_replicas
         if self._verification.is_due or self._has_news():
-            self._verification.prove(self._first_batch(args[1:]), self.data_group_of_run if together else None)
+            self._verification.prove(self._batch_proof(args[1:]), self.data_group_of_run if together else None)
         self._verification.batch = None
         return super().training_step(*args, **kwargs)
 
@@ -85,14 +85,14 @@ class ProvedRuns(SequenceParallel, GradientAveraging):
         dist.all_reduce(shown, op=dist.ReduceOp.MAX)
         return bool(shown)
 
-    def _first_batch(self, more: tuple[Any, ...]) -> FirstBatch:
+    def _batch_proof(self, more: tuple[Any, ...]) -> BatchProof:
         assert self.model is not None
         module, root, parameters = self._module, self.model, self._parameters
         step = module.training_step
         if not isinstance(root, DistributedDataParallel):  # that would average the gradients of the whole batch as well
             step = partial(self._forward_redirection, root, module, "training_step")
         run = (self._shard, self.precision_plugin, self.root_device, partial(pretend, self), self.split_batch)
-        return self._verification.first_batch(Rehearsal(module, step, parameters, *run, more), self._sequence_dims)
+        return self._verification.batch_proof(Rehearsal(module, step, parameters, *run, more), self._sequence_dims)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -11,9 +11,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from lightning_lss.proof.batch import BatchProof
 from lightning_lss.proof.causes import FAILS
 from lightning_lss.proof.evenness import Sign, uneven_signs
-from lightning_lss.proof.first_batch import FirstBatch
 from lightning_lss.proof.passes import Rehearsal
 from lightning_lss.proof.report import InexactError, Report
 from lightning_lss.sequence.batch import SequenceDims
@@ -63,26 +63,26 @@ class Verification:
                 f"{step} fails on a segment of the batch: {error}\nIf it does not fail on one device, write: {FAILS.write.format()}"
             ) from error
 
-    def first_batch(self, rehearsal: Rehearsal, dims: SequenceDims | None) -> FirstBatch:
+    def batch_proof(self, rehearsal: Rehearsal, dims: SequenceDims | None) -> BatchProof:
         """Return the proof of the kept batch, which is then no longer due."""
         self.is_due, batch, self.batch = False, self.batch, None
         self.rehearsal = rehearsal
-        return FirstBatch(rehearsal, batch, dims, self.proved)
+        return BatchProof(rehearsal, batch, dims, self.proved)
 
-    def prove(self, first: FirstBatch, replicas: ProcessGroup | None) -> None:
+    def prove(self, proof: BatchProof, replicas: ProcessGroup | None) -> None:
         """Prove a run, or warn where nothing can be compared. ``replicas`` are data replicas that prove their batches now too.
 
         Raises:
             InexactError: if the step is not that of one device, also if only a replica's is not.
         """
         try:
-            self.report = report = first.prove()
+            self.report = report = proof.prove()
         finally:
             self.rehearsal = None
-        self.proved |= first.uneven | self._news
+        self.proved |= proof.uneven | self._news
         if report.unverified:
-            warn_of_unverified(first.rehearsal.module, report.unverified)
-            warn_of_images(first.batch, first.dims)
+            warn_of_unverified(proof.rehearsal.module, report.unverified)
+            warn_of_images(proof.batch, proof.dims)
         elif not report.exact:
             _first_refusal(str(report), replicas)
             raise InexactError(report)

@@ -88,12 +88,12 @@ class _Prover(LSSStrategy):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Prove, and step no further."""
-        first = self._first_batch(args[1:])
-        report = first.prove()
+        proof = self._batch_proof(args[1:])
+        report = proof.prove()
         if not report.unverified:
-            first.inspect(report)
+            proof.inspect(report)
         if report.exact:
-            report.leaks = list(find_leaks(first, report.length))
+            report.leaks = list(find_leaks(proof, report.length))
         raise _Proved(report)
 
 

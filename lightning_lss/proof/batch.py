@@ -46,7 +46,7 @@ are mostly rounding (the same transformer: 0.4 for the worst bias, and 1e-2 over
 _HALF = {torch.bfloat16, torch.float16}
 
 
-class FirstBatch:
+class BatchProof:
     """The proof of a run on one batch. Every rank that rehearses together must use it: a sequence group, each on its own
     batch; with sharded parameters all ranks.
 
