@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -176,6 +177,17 @@ class Sparse(Right):
         self.embed = nn.Embedding(VOCAB, WIDTH, sparse=True)
 
 
+class AsksHowManyRanks(Right):
+    """Torch, Lightning and the shard agree on it."""
+
+    def loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        shard = sequence_shard(self)
+        ranks = dist.get_world_size(), self.trainer.world_size, self.trainer.strategy.sequence_parallel_size
+        assert set(ranks) == {shard.size}
+        assert dist.get_rank() == self.global_rank == shard.rank
+        return super().loss(logits, batch)
+
+
 class ZeroHead(Right):
     def __init__(self) -> None:
         super().__init__()
@@ -193,7 +205,7 @@ SOUND = [
     GatheredConvolution,
 ]
 SOUND += [OwnGlobalPositions, Dropouts, Bidirectional, Functional, Adapter, RandomSamples, ReadsPadding]
-SOUND += [MeanOfMeans, LogsAMean, OwnAutocast, KeepsItsShard, Sparse, ZeroHead]
+SOUND += [MeanOfMeans, LogsAMean, OwnAutocast, KeepsItsShard, Sparse, ZeroHead, AsksHowManyRanks]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
