@@ -47,14 +47,20 @@ def by_rank(counts: Tensor, shard: SequenceShard) -> Tensor:
 
 
 def _signs(x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield which elements of ``x`` [..., length] may stand for tokens that do not count; features have none."""
-    if x.is_complex() or x.numel() == 0 or (x.is_floating_point() and x.dim() != 2):
+    """Yield which elements of ``x`` [..., length] may stand for tokens that do not count; features have none.
+
+    Every batch of a run comes here, so most is settled by the extremes and the ends.
+    """
+    if x.numel() == 0 or x.is_complex() or (x.is_floating_point() and x.dim() != 2):
         return
-    if x.dtype == torch.bool or bool(((x == 0) | (x == 1)).all()):
+    low, high = (float(extreme) for extreme in x.aminmax())
+    if low >= 0 and high <= 1 and (not x.is_floating_point() or bool(((x == 0) | (x == 1)).all())):
         yield "mask", x == 0
     elif not x.is_floating_point():
-        yield "negative", x < 0
-        yield "padding", _run_at_end(x) | _run_at_end(x.flip(-1)).flip(-1)
+        if low < 0:
+            yield "negative", x < 0
+        if x.size(-1) > 1 and bool(((x[..., 0] == x[..., 1]) | (x[..., -1] == x[..., -2])).any()):
+            yield "padding", _run_at_end(x) | _run_at_end(x.flip(-1)).flip(-1)
 
 
 def _run_at_end(x: Tensor) -> Tensor:

@@ -1,0 +1,60 @@
+"""What is compared of a long batch: no more than a rank holds, and uneven where the batch is."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_lss import SequenceShard
+from lightning_lss.proof.evenness import by_rank, uneven_signs
+from lightning_lss.proof.shorten import POSITIONS, short_length, shortened, window_starts
+
+SHARDS = [SequenceShard(0, size, layout) for size in (2, 4, 8) for layout in ("contiguous", "zigzag")]
+
+
+@given(st.sampled_from(SHARDS), st.integers(1, 5000))
+def test_a_rank_computes_no_more_than_in_a_step(shard, runs) -> None:
+    length = runs * shard.num_chunks
+    short = short_length(length, shard)
+    assert 0 < short <= length
+    assert short % shard.num_chunks == 0
+    assert short <= max(min(POSITIONS, length // shard.size), shard.num_chunks)
+
+
+@given(st.sampled_from(SHARDS), st.integers(0, 2**31))
+def test_an_uneven_batch_stays_uneven(shard, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    length, kept = 32 * shard.num_chunks, 4
+    targets = torch.randint(100, (3, length), generator=generator)
+    few = torch.rand(3, length, generator=generator) < torch.rand((), generator=generator) / 20
+    batch = {"inputs": torch.randint(100, (3, length), generator=generator), "targets": targets.masked_fill(few, -100)}
+    counts = uneven_signs(batch, shard, {}).get((("targets",), "negative"))
+    assert (counts is None) == (len(set(by_rank(few.sum(0), shard).tolist())) == 1)
+    starts = window_starts(length, kept, shard, counts)
+    assert [start // 32 for start in starts] == list(range(shard.num_chunks))  # every rank keeps positions of its own
+    short = shortened(batch, length, starts, kept, {})
+    assert short["inputs"].shape == (3, kept * shard.num_chunks)
+    if counts is not None:
+        assert (("targets",), "negative") in uneven_signs(short, shard, {})
+
+
+@pytest.mark.parametrize(
+    ("entry", "sign"),
+    [
+        (torch.tensor([[5, 6, 7, 8, 9, -100, 4, 3]]), "negative"),
+        (torch.tensor([[5, 6, 7, 8, 9, 3, 0, 0]]), "padding"),
+        (torch.tensor([[0, 0, 0, 5, 6, 7, 8, 9]]), "padding"),
+        (torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0]]), "mask"),
+        (torch.tensor([[True] * 7 + [False]]), "mask"),
+        (torch.tensor([[1.0] * 7 + [0.0]]), "mask"),
+        (torch.tensor([[5, 6, 7, 8, 9, 3, 2, 1]]), None),
+        (torch.tensor([[1, 1, 0, 1, 1, 0, 1, 1]]), None),
+        (torch.rand(1, 8), None),
+        (torch.zeros(1, 8, 3), None),
+    ],
+)
+def test_signs_of_tokens_that_do_not_count(entry: Tensor, sign: str | None) -> None:
+    found = uneven_signs({"x": entry}, SequenceShard(0, 2, "contiguous"), {})
+    assert list(found) == ([(("x",), sign)] if sign else [])
+    assert not uneven_signs({"x": entry}, SequenceShard(0, 2, "contiguous"), {}, known=found)
