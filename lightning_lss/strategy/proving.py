@@ -88,8 +88,8 @@ class ProvedRuns(SequenceParallel, GradientAveraging):
     def _batch_proof(self, more: tuple[Any, ...]) -> BatchProof:
         assert self.model is not None
         module, root, parameters = self._module, self.model, self._parameters
-        step = module.training_step
-        if not isinstance(root, DistributedDataParallel):  # that would average the gradients of the whole batch as well
+        step = module.training_step  # DistributedDataParallel would average the gradients of the whole batch as well
+        if root is not module and not isinstance(root, DistributedDataParallel):
             step = partial(self._forward_redirection, root, module, "training_step")
         run = (self._shard, self.precision_plugin, self.root_device, partial(pretend, self), self.split_batch)
         return self._verification.batch_proof(Rehearsal(module, step, parameters, *run, more), self._sequence_dims)

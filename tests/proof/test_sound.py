@@ -124,6 +124,18 @@ class Adapter(Right):
         return x + self.up(self.down(x))
 
 
+class TableAlone(Right):
+    """Nothing is left for DistributedDataParallel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+        self.table = SegmentPositionalEmbedding(LENGTH, WIDTH)
+
+    def mix(self, x: Tensor) -> Tensor:
+        return x + self.table(x.size(1))
+
+
 class RandomSamples(Right):
     """Random numbers of whole samples, as in stochastic depth and diffusion steps."""
 
@@ -205,7 +217,7 @@ SOUND = [
     GatheredConvolution,
 ]
 SOUND += [OwnGlobalPositions, Dropouts, Bidirectional, Functional, Adapter, RandomSamples, ReadsPadding]
-SOUND += [MeanOfMeans, LogsAMean, OwnAutocast, KeepsItsShard, Sparse, ZeroHead, AsksHowManyRanks]
+SOUND += [MeanOfMeans, LogsAMean, OwnAutocast, KeepsItsShard, Sparse, ZeroHead, AsksHowManyRanks, TableAlone]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
