@@ -7,6 +7,7 @@ Lightning.
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_lss.attention.functional import lss_attention
+from lightning_lss.attention.masks import AttentionMask
 from lightning_lss.attention.module import LSSAttention
 from lightning_lss.models.lightning_module import LSSTransformer
 from lightning_lss.nn.dropout import SegmentDropout
@@ -24,6 +25,7 @@ from lightning_lss.version import __version__
 
 __all__ = [
     "__version__",
+    "AttentionMask",
     "BitsPerByte",
     "InexactError",
     "LSSAttention",
