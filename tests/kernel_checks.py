@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_lss.attention.exchange import empty_head_chunk, heads_first
-from lightning_lss.attention.kernels import KERNELS
+from lightning_lss.attention.kernels import KERNELS, Scores
 from lightning_lss.testing.compare import assert_equal
 
 SCALE = 0.3
@@ -60,8 +60,8 @@ def compute(name: str, inputs: Inputs, causal: bool) -> list[Tensor]:
     """The same five by the kernel, checked for their shapes and dtypes."""
     q, k, v, grad = inputs
     kernel = KERNELS[name]
-    out, lse = kernel.forward(q, k, v, causal, SCALE)
-    grads = kernel.backward(grad, q, k, v, out, lse, causal, SCALE)
+    out, lse = kernel.forward(q, k, v, Scores(SCALE, causal))
+    grads = kernel.backward(grad, q, k, v, out, lse, Scores(SCALE, causal))
     assert out.dtype == q.dtype
     assert lse.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
     assert [x.shape for x in (out, lse, *grads)] == [q.shape, q.shape[:3], q.shape, k.shape, v.shape]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_lss.attention.exchange import heads_first
-from lightning_lss.attention.kernels import KERNELS
+from lightning_lss.attention.kernels import KERNELS, Scores
 from lightning_lss.attention.spec import AttentionSpec
 from lightning_lss.attention.tiles import Tile
 
@@ -62,7 +62,7 @@ def compute_tiles(rows: ForwardRows, keys_values: Tensor, tiles: Sequence[Tile],
         keys = kernel.forward_keys(span.stop - span.start)
         for tile in (part for whole in row_tiles for part in whole.cut(keys)):
             k, v = keys_values[..., tile.k_start : tile.k_stop, :]
-            part = kernel.forward(q, k, v, tile.causal, spec.scale)
+            part = kernel.forward(q, k, v, Scores(spec.scale, tile.causal))
             joint = part if joint is None else _join(*joint, *part)
         assert joint is not None
         out.copy_(joint[0])
@@ -82,7 +82,7 @@ def compute_tiles_backward(
         sum_q: Tensor | None = None
         for tile in (part for whole in row_tiles for part in whole.cut(kernel.backward_keys)):
             k, v = keys_values[..., tile.k_start : tile.k_stop, :]
-            tile_q, *tile_keys_values = kernel.backward(grad, q, k, v, out, lse, tile.causal, spec.scale)
+            tile_q, *tile_keys_values = kernel.backward(grad, q, k, v, out, lse, Scores(spec.scale, tile.causal))
             sum_q = tile_q if sum_q is None else sum_q.to(lse.dtype).add_(tile_q)
             for sums_of_one, tile_grad in zip(sums, tile_keys_values):
                 _accumulate(sums_of_one, tile_grad, tile.k_start, add=tile.k_start < filled)

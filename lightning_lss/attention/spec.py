@@ -42,7 +42,7 @@ class AttentionSpec:
     def tiles(self, local_length: int) -> tuple[Tile, ...]:
         """Tiles that this rank computes; the spec must be resolved."""
         rank, size, layout = self.shard.rank, self.shard.size, self.shard.layout
-        offset_diagonal = KERNELS[self.kernel_name].offset_diagonal
+        offset_diagonal = "offset_diagonal" in KERNELS[self.kernel_name].takes
         return attention_tiles(local_length * size, rank, size, layout, self.causal, offset_diagonal)
 
     def split_heads(self, heads: int) -> list[slice]:

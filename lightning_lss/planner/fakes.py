@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_lss.attention.kernels import KERNELS, Kernel
+from lightning_lss.attention.kernels import KERNELS, Kernel, Scores
 from lightning_lss.nn import recompute
 from lightning_lss.nn.positions import DeferredTable
 from lightning_lss.planner.tracker import Tracker
@@ -126,16 +126,16 @@ def stand_in(name: str, length: int, tracker: Tracker) -> Iterator[None]:
 
 
 def _stand_in(kernel: Kernel, length: int, tracker: Tracker) -> Kernel:
-    def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        tracker.add_attention(q, k, v, causal, backward=False)
+    def forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+        tracker.add_attention(q, k, v, scores, backward=False)
         tracker.relabel(k, "kv_buffers")
         lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         return q.new_empty(*q.shape[:3], v.size(-1)), lse
 
     def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tracker.add_attention(q, k, v, causal, backward=True)
+        tracker.add_attention(q, k, v, scores, backward=True)
         return q.new_empty(q.shape), _empty_keys(k, kernel.backward_keys), _empty_keys(v, kernel.backward_keys)
 
     def fewer(limit: int | None) -> int | None:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from lightning_lss.attention.kernels import Scores
 from lightning_lss.planner.trace import COLLECTIVES, PARTS, STAGES, WORK, Trace
 from lightning_lss.testing.collectives import is_own_operator, payload_of, run_inside
 
@@ -70,11 +71,10 @@ class Tracker(TorchDispatchMode):
             self._now[_ACTIVATIONS] -= size
             self._now[_PART[part]] += size
 
-    def add_attention(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, backward: bool) -> None:
-        """Count the operations of queries [B, H, m, D] over keys [B, G, n, D]: 4 for each visible pair and channel, 8
-        backward. The diagonal of a causal tile ends in its bottom right corner; m <= n."""
-        rows, keys = q.size(-2), k.size(-2)
-        pairs = rows * keys - (rows * (rows - 1) // 2 if causal else 0)
+    def add_attention(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, backward: bool) -> None:
+        """Count the operations of queries [B, H, m, D] over keys [B, G, n, D] and values [B, G, n, Dv]: 4 for each pair
+        that the kernel computes and channel, 8 backward. A bias hides pairs, but they are computed."""
+        pairs = scores.pairs(q.size(-2), k.size(-2))
         channels = q.size(0) * q.size(1) * (q.size(-1) + v.size(-1))
         self._work[self.stage, _ATTENTION] += 2.0 * channels * pairs * (2 if backward else 1)
         self._work[self.stage, _KERNELS] += 1
@@ -173,7 +173,7 @@ class Tracker(TorchDispatchMode):
         if "scaled_dot_product" in name:
             given = {argument.name: x for argument, x in zip(func._schema.arguments, args)} | kwargs
             q, k, v = (given[x] for x in ("query", "key", "value"))
-            self.add_attention(q, k, v, given.get("is_causal", False), "backward" in name)
+            self.add_attention(q, k, v, Scores(1.0, given.get("is_causal", False)), "backward" in name)
         elif "linear_cross_entropy" in name:
             rows, weight = args[0], args[1]
             self._work[self.stage, _MATMUL] += 6.0 * rows.numel() * weight.size(0)  # with both gradients

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lss.attention.kernels import KERNELS, select_kernel
-from tests.kernel_checks import ROUNDING, Inputs, check, compute, laid_out_as_in_attention, make_inputs, textbook
+from lightning_lss.attention.kernels import KERNELS, Scores, select_kernel
+from tests.kernel_checks import ROUNDING, SCALE, Inputs, check, compute, laid_out_as_in_attention, make_inputs, textbook
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,7 +66,9 @@ def test_rectangles(name, dtype, m, n, kv_heads) -> None:
     check_kernel(name, make_inputs(m, n, 8, kv_heads, 64, dtype, "cuda"), causal=False)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [pair for pair in COMBINATIONS if KERNELS[pair[0]].offset_diagonal])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [pair for pair in COMBINATIONS if "offset_diagonal" in KERNELS[pair[0]].takes]
+)
 @pytest.mark.parametrize("kv_heads", [8, 2, 1])
 @pytest.mark.parametrize(("m", "n"), [(64, 256), (100, 333), (129, 130), (1, 77)])
 def test_offset_diagonals_end_in_the_bottom_right_corner(name, dtype, m, n, kv_heads) -> None:
@@ -91,7 +93,7 @@ def test_the_same_shapes_in_another_layout_of_the_gradient(name, dtype) -> None:
     for order in ((0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3)):
         inverse = torch.tensor(order).argsort().tolist()
         others = [x.permute(order).contiguous().permute(inverse) for x in (grad, out)]
-        own = KERNELS[name].backward(others[0], q, k, v, others[1], lse, True, 0.3)
+        own = KERNELS[name].backward(others[0], q, k, v, others[1], lse, Scores(SCALE, True))
         check([out, lse, *own], [out, lse, *expected], bound(dtype))
 
 
@@ -102,7 +104,7 @@ def test_backward_of_parts_of_the_keys_adds_up_to_the_whole(name, dtype) -> None
     kernel = KERNELS[name]
     out, lse, *whole = compute(name, inputs, False)
     parts = [
-        kernel.backward(grad, q, k[:, :, keys], v[:, :, keys], out, lse, False, 0.3)
+        kernel.backward(grad, q, k[:, :, keys], v[:, :, keys], out, lse, Scores(SCALE))
         for keys in (slice(0, 32), slice(32, None))
     ]
     summed = [out, lse, parts[0][0] + parts[1][0], *(torch.cat([p[i] for p in parts], 2) for i in (1, 2))]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_lss.attention.kernels import KERNELS, reference, select_kernel
+from lightning_lss.attention.kernels import KERNELS, Scores, reference, select_kernel
 from lightning_lss.testing.compare import assert_equal
 from tests.kernel_checks import ROUNDING, SCALE, Inputs, check, compute, make_inputs, textbook
 
@@ -101,7 +101,7 @@ def test_backward_of_parts_of_the_keys_adds_up_to_the_whole(name, cut) -> None:
     kernel = KERNELS[name]
     out, lse, dq, dk, dv = compute(name, inputs, False)
     parts = [
-        kernel.backward(grad, q, k[:, :, keys], v[:, :, keys], out, lse, False, SCALE)
+        kernel.backward(grad, q, k[:, :, keys], v[:, :, keys], out, lse, Scores(SCALE))
         for keys in (slice(0, cut), slice(cut, None))
     ]
     summed = [out, lse, parts[0][0] + parts[1][0], *(torch.cat([p[i] for p in parts], 2) for i in (1, 2))]

@@ -1,23 +1,44 @@
 """Attention of one tile on CPUs by torch's flash kernel; for the signatures see
-:mod:`lightning_lss.attention.kernels`."""
+:mod:`lightning_lss.attention.kernels`.
+
+The operator takes values of the width of the keys only. Its causal diagonal starts in the top left corner. It checks
+little of its mask: one of float32 beside float64 inputs is read as if it were float64.
+"""
 
 import torch
 from torch import Tensor
 
+from lightning_lss.attention.kernels.scores import Scores
+from lightning_lss.attention.kernels.widths import pad_heads
+
 aten = torch.ops.aten
 
 
-def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _mask_of(scores: Scores, q: Tensor) -> Tensor | None:
+    return None if scores.bias is None else scores.bias.to(torch.promote_types(q.dtype, torch.float32))
+
+
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     """Call torch's flash attention for CPUs."""
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    return out, lse
+    padded = pad_heads(max(q.size(-1), v.size(-1)), q, k, v)
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        *padded, 0.0, scores.causal, attn_mask=_mask_of(scores, q), scale=scores.scale
+    )
+    if scores.bias is not None and not lse.all():  # torch gives rows without a key 0, which others can have too
+        hidden = scores.hidden_rows(q.size(2), k.size(2))
+        lse = lse.masked_fill(hidden, float("-inf"))
+    return out[..., : v.size(-1)], lse
 
 
 def flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the adjoint of :func:`flash_forward`."""
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal, scale=scale)
+    padded = pad_heads(max(q.size(-1), v.size(-1)), grad, q, k, v, out)
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *padded, lse, 0.0, scores.causal, attn_mask=_mask_of(scores, q), scale=scores.scale
+    )
+    return dq[..., : q.size(-1)], dk[..., : k.size(-1)], dv[..., : v.size(-1)]
 
 
 def flash_forward_keys(rows: int) -> int | None:

@@ -6,74 +6,116 @@ not an error. The expectations are therefore written down beside each kernel, fr
 (``aten/src/ATen/native/transformers/cuda/attention_backward.cu``, ``aten/src/ATen/native/cudnn/MHA.cpp``).
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_lss.attention.kernels.scores import Scores
+from lightning_lss.attention.kernels.widths import pad_heads
+
 aten = torch.ops.aten
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-def _padded(*tensors: Tensor) -> list[Tensor]:
-    """Pad head widths with zeros to a multiple of 8, as the kernels require; zeros change no score."""
-    return [F.pad(x, (0, -x.size(-1) % 8)) if x.size(-1) % 8 else x for x in tensors]
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+def _aligned(*tensors: Tensor) -> list[Tensor]:
+    """Pad the width of each tensor to a multiple of 8, as the kernels require."""
+    return [pad_heads(_round_up(x.size(-1), 8), x)[0] for x in tensors]
+
+
+def _equal(*tensors: Tensor) -> list[Tensor]:
+    """Pad all tensors to one width, a multiple of 8."""
+    return pad_heads(_round_up(max(x.size(-1) for x in tensors), 8), *tensors)
+
+
+def _cut(grads: Sequence[Tensor], *like: Tensor) -> Gradients:
+    """Remove the padding of gradients of ``like``: of q, k and v."""
+    grad_q, grad_k, grad_v = (grad[..., : x.size(-1)] for grad, x in zip(grads, like))
+    return grad_q, grad_k, grad_v
 
 
 # -- flash -------------------------------------------------------------------------------------------------------------
 # FlashAttention-2, or 3 or 4 where ``torch.nn.attention.activate_flash_attention_impl`` has registered them under the
 # same operators. All require contiguous rows and take any other strides (the operator for version 2 copies the output
-# and its gradient itself). All take grouped-query heads and end a causal diagonal in the bottom right corner. Version 2
-# requires a contiguous log-sum-exp.
+# and its gradient itself), and values of the width of the keys. All take grouped-query heads and end a causal diagonal
+# in the bottom right corner. Version 2 requires a contiguous log-sum-exp, and gives a row that sees no key plus
+# infinity. Only the operators without ``scaled_dot_product`` in their names take a window; theirs are [B, m, H, D].
 
 
-def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     """Call FlashAttention (arXiv 2307.08691)."""
-    out, lse, *_ = aten._scaled_dot_product_flash_attention(*_padded(q, k, v), 0.0, causal, False, scale=scale)
-    return out[..., : q.size(-1)], lse
+    padded = _equal(q, k, v)
+    if scores.window is None:
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(*padded, 0.0, scores.causal, False, scale=scores.scale)
+        return out[..., : v.size(-1)], lse
+    lengths = None, None, q.size(2), k.size(2)
+    out, lse, *_ = aten._flash_attention_forward(
+        *(x.transpose(1, 2) for x in padded), *lengths, 0.0, False, False, scale=scores.scale, **_window(scores)
+    )
+    return out.transpose(1, 2)[..., : v.size(-1)], lse.masked_fill(lse.isposinf(), float("-inf"))
 
 
 def flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
 ) -> Gradients:
     """Compute the adjoint of :func:`flash_forward`."""
     seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # loaded by the kernel, used only with dropout
     unused = torch.empty(0, dtype=torch.uint64, device=q.device)
-    lengths = None, None, q.size(2), k.size(2)
-    grads = aten._scaled_dot_product_flash_attention_backward(
-        *_padded(grad, q, k, v, out), lse.contiguous(), *lengths, 0.0, causal, seed, unused, scale=scale
+    padded = _equal(grad, q, k, v, out)
+    lse, lengths = lse.contiguous(), (None, None, q.size(2), k.size(2))
+    if scores.window is None:
+        grads = aten._scaled_dot_product_flash_attention_backward(
+            *padded, lse, *lengths, 0.0, scores.causal, seed, unused, scale=scores.scale
+        )
+        return _cut(grads, q, k, v)
+    *inputs, padded_out = (x.transpose(1, 2) for x in padded)
+    grads = aten._flash_attention_backward(
+        *inputs, padded_out, lse, *lengths, 0.0, False, seed, unused, scale=scores.scale, **_window(scores)
     )
-    return tuple(x[..., : q.size(-1)] for x in grads)
+    return _cut([x.transpose(1, 2) for x in grads], q, k, v)
+
+
+def _window(scores: Scores) -> dict[str, int]:
+    left, right = scores.band()
+    return {"window_size_left": left, "window_size_right": right}
 
 
 # -- cuDNN -------------------------------------------------------------------------------------------------------------
 # cuDNN builds a graph for the shapes and strides of queries, keys and values, and caches it with the strides that the
 # output and its gradient have in the first call. These two are therefore always made contiguous. A causal diagonal
-# starts in the top left corner. Grouped-query heads are supported.
+# starts in the top left corner. Grouped-query heads are supported. Some versions take a bias, and values of another
+# width; this one gives them neither.
 
 
-def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     """Call cuDNN's attention."""
-    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(*_padded(q, k, v), None, True, 0.0, causal, scale=scale)
-    return out[..., : q.size(-1)], lse.view(q.shape[:3])
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+        *_equal(q, k, v), None, True, 0.0, scores.causal, scale=scores.scale
+    )
+    return out[..., : v.size(-1)], lse.view(q.shape[:3])
 
 
 def cudnn_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
 ) -> Gradients:
     """Compute the adjoint of :func:`cudnn_forward`."""
     unused = torch.zeros((), dtype=torch.int64, device=q.device)  # the dropout generator's state
     lse = lse.contiguous()
     if _cudnn_keeps_last_dimension(q.device, q.dtype):
         lse = lse.unsqueeze(-1)
-    padded = _padded(grad.contiguous(), q, k, v, out.contiguous())
+    padded = _equal(grad.contiguous(), q, k, v, out.contiguous())
     bias_and_lengths = None, None, None, q.size(2), k.size(2)
     grads = aten._scaled_dot_product_cudnn_attention_backward(
-        *padded, lse, unused, unused, *bias_and_lengths, 0.0, causal, scale=scale
+        *padded, lse, unused, unused, *bias_and_lengths, 0.0, scores.causal, scale=scores.scale
     )
-    return tuple(x[..., : q.size(-1)] for x in grads)
+    return _cut(grads, q, k, v)
 
 
 @cache
@@ -88,11 +130,14 @@ def _cudnn_keeps_last_dimension(device: torch.device, dtype: torch.dtype) -> boo
 
 # -- memory-efficient --------------------------------------------------------------------------------------------------
 # The kernels of xFormers, which also support float32 and GPUs before Ampere. The operators take [B, m, H, D], with as
-# many key/value heads as query heads. The rows of the log-sum-exp are padded to a multiple of 32. The backward kernel
-# assumes a contiguous output.
+# many key/value heads as query heads, and values of any width. The rows of the log-sum-exp are padded to a multiple of
+# 32. The backward kernel assumes a contiguous output. A bias must have the dtype of the queries (so it is rounded to
+# it, as for torch's own attention), the shape [B, H, m, n], contiguous keys, and rows, heads and a start that are
+# aligned to 8 numbers, or 16 for some types. What becomes of a row that sees no key differs by version.
 
 _NO_MASK, _BOTTOM_RIGHT = 0, 2  # custom_mask_type, as in torch.nn.attention.bias.CausalVariant
 _LSE_ROWS = 32
+_ALIGNMENT = 16
 
 
 def _repeated(x: Tensor, heads: int) -> Tensor:
@@ -105,28 +150,44 @@ def _summed(grad: Tensor, heads: int) -> Tensor:
     return grad if grad.size(1) == heads else grad.unflatten(1, (heads, -1)).sum(2)
 
 
-def efficient_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _bias(scores: Scores, q: Tensor, keys: int) -> Tensor | None:
+    """The bias as the operators require it, in a copy only where it must be."""
+    if scores.bias is None:
+        return None
+    bias = scores.bias.to(q.dtype)
+    *strides, last = bias.stride()
+    if last != 1 or any(x % _ALIGNMENT for x in (*strides, bias.storage_offset())):
+        bias = bias.new_empty(*bias.shape[:3], _round_up(keys, _ALIGNMENT))[..., :keys].copy_(bias)
+    return bias.expand(*q.shape[:3], keys)
+
+
+def efficient_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     """Call memory-efficient attention (arXiv 2112.05682) as implemented by xFormers."""
-    padded = _padded(q, _repeated(k, q.size(1)), _repeated(v, q.size(1)))
-    mask, bias_and_lengths = _BOTTOM_RIGHT if causal else _NO_MASK, [None] * 5
+    padded = _aligned(q, _repeated(k, q.size(1)), _repeated(v, q.size(1)))
+    mask, bias, lengths = _BOTTOM_RIGHT if scores.causal else _NO_MASK, _bias(scores, q, k.size(2)), [None] * 4
     out, lse, *_ = aten._efficient_attention_forward(
-        *(x.transpose(1, 2) for x in padded), *bias_and_lengths, 0.0, mask, True, scale=scale
+        *(x.transpose(1, 2) for x in padded), bias, *lengths, 0.0, mask, True, scale=scores.scale
     )
-    return out.transpose(1, 2)[..., : q.size(-1)], lse[..., : q.size(2)]
+    out, lse = out.transpose(1, 2)[..., : v.size(-1)], lse[..., : q.size(2)]
+    hidden = scores.hidden_rows(q.size(2), k.size(2))
+    if hidden is not None:
+        out, lse = out.masked_fill(hidden[..., None], 0), lse.masked_fill(hidden, float("-inf"))
+    return out, lse
 
 
 def efficient_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
 ) -> Gradients:
     """Compute the adjoint of :func:`efficient_forward`."""
     heads, rows = q.shape[1:3]
-    padded = _padded(grad, q, _repeated(k, heads), _repeated(v, heads), out)
+    padded = _aligned(grad, q, _repeated(k, heads), _repeated(v, heads), out)
     *inputs, padded_out = (x.transpose(1, 2) for x in padded)
     unused = torch.zeros((), dtype=torch.int64, device=q.device)  # the dropout generator's state
     lse = F.pad(lse, (0, -rows % _LSE_ROWS), value=float("inf")).contiguous()  # padding rows get weight 0
-    mask, lengths = _BOTTOM_RIGHT if causal else _NO_MASK, (None, None, rows, k.size(2))
+    mask, bias = _BOTTOM_RIGHT if scores.causal else _NO_MASK, _bias(scores, q, k.size(2))
+    lengths = None, None, rows, k.size(2)
     *grads, _ = aten._efficient_attention_backward(
-        *inputs, None, padded_out.contiguous(), *lengths, lse, 0.0, unused, unused, mask, False, scale=scale
+        *inputs, bias, padded_out.contiguous(), *lengths, lse, 0.0, unused, unused, mask, False, scale=scores.scale
     )
-    grad_q, grad_k, grad_v = (x.transpose(1, 2)[..., : q.size(-1)] for x in grads)
+    grad_q, grad_k, grad_v = _cut([x.transpose(1, 2) for x in grads], q, k, v)
     return grad_q, _summed(grad_k, k.size(1)), _summed(grad_v, v.size(1))
