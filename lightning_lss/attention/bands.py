@@ -20,20 +20,20 @@ EMPTY: Bands = np.empty((0, 6), np.int64)
 
 def make_bands(rows: Iterable[tuple[int, int, int, int, int, int]]) -> Bands:
     """Make a set of bands from (q_start, q_stop, k_start, k_stop, low, high)."""
-    return _tighten(np.array(list(rows), np.int64).reshape(-1, 6))
+    return tighten(np.array(list(rows), np.int64).reshape(-1, 6))
 
 
 def rectangles(q_start: Bands, q_stop: Bands, k_start: Bands, k_stop: Bands) -> Bands:
     """Make a set of rectangles from arrays [n]."""
     far = np.full(len(q_start), FAR)
-    return _tighten(np.stack((q_start, q_stop, k_start, k_stop, -far, far), 1))
+    return tighten(np.stack((q_start, q_stop, k_start, k_stop, -far, far), 1))
 
 
 def intersect(one: Bands, other: Bands) -> Bands:
     """Pairs in both sets: each band of one with each of the other."""
     low = np.maximum(one[:, None, :], other[None, :, :])[..., [Q0, K0, LOW]]
     high = np.minimum(one[:, None, :], other[None, :, :])[..., [Q1, K1, HIGH]]
-    return _tighten(np.stack((low, high), -1)[..., [0, 1, 2], :].reshape(-1, 6))
+    return tighten(np.stack((low, high), -1)[..., [0, 1, 2], :].reshape(-1, 6))
 
 
 def unite(one: Bands, other: Bands) -> Bands:
@@ -72,7 +72,7 @@ def _sum_of_minima(start: Bands, stop: Bands, shift: Bands, most: Bands) -> NDAr
     return (turn - start) * (turn + start - 1) // 2 + (turn - start) * shift + (stop - turn) * most
 
 
-def _tighten(sets: Bands) -> Bands:
+def tighten(sets: Bands) -> Bands:
     """Shrink the rectangle of each band to what its diagonals leave of it, and drop empty ones."""
     q0, q1, k0, k1, low, high = sets.T
     q0, q1 = np.maximum(q0, k0 + low), np.minimum(q1, k1 + high)

@@ -1,7 +1,10 @@
 """Fetch keys and values from the other ranks, send their gradients back, and keep the buffers for both.
 
-In memory a head chunk of K and V is [L, 2, B, g, D]. Every run of positions is then one run of memory, and a segment
-can be received in its final position.
+In memory a head chunk of K and V is [n, B, g, D + Dv]. Every run of positions is then one run of memory, and a segment,
+or a part of one, can be received in its final position.
+
+Where ranks look at most of the sequence, all of it is gathered, in one collective. Else each rank receives the runs of
+keys that it needs and no others (:attr:`lightning_lss.attention.plan.Plan.needs`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,9 +13,19 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
+from lightning_lss.attention.plan import Run
 from lightning_lss.attention.spec import AttentionSpec
-from lightning_lss.sequence.collectives import Pending, all_gather, all_to_all_sum, exchange, is_gloo, reduce_scatter
-from lightning_lss.sequence.layout import chunks_per_rank
+from lightning_lss.sequence.collectives import (
+    Pending,
+    all_gather,
+    all_to_all_sum,
+    exchange,
+    is_gloo,
+    reduce_scatter,
+    send_and_receive,
+)
+
+Needs = Sequence[Sequence[Run]]
 
 
 class Buffers:
@@ -21,7 +34,7 @@ class Buffers:
     With two of them, A and B, one head chunk is computed while the next is in flight::
 
         head chunk       0    1    2    3
-        gathered into    A    B    A    B
+        fetched into     A    B    A    B
         in use           .    A    B    A    B
         in flight        A    B    A    B    .
 
@@ -36,74 +49,77 @@ class Buffers:
         return next(self._in_turn)
 
 
-def empty_head_chunk(k: Tensor, size: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Allocate K and V of S = ``size`` segments, [S l, 2, B, g, D], for one segment's ``k`` [B, g, l, D]."""
-    batch, heads, local_length, width = k.shape
-    return k.new_empty(size * local_length, 2, batch, heads, width, dtype=dtype)
+def empty_head_chunk(k: Tensor, v: Tensor, length: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Allocate K and V of ``length`` n positions, [n, B, g, D + Dv], for ``k`` [B, g, l, D] and ``v`` [B, g, l, Dv]."""
+    batch, heads, _, width = k.shape
+    return k.new_empty(length, batch, heads, width + v.size(-1), dtype=dtype)
 
 
 def heads_first(keys_values: Tensor) -> Tensor:
-    """View K and V, or their gradients, in the order of kernels: [l, 2, B, g, D] -> [2, B, g, l, D]."""
-    return keys_values.permute(1, 2, 3, 0, 4)
+    """View K and V, or their gradients, in the order of kernels: [n, B, g, W] -> [B, g, n, W]."""
+    return keys_values.permute(1, 2, 0, 3)
 
 
-def gathered_head_chunks(k: Tensor, v: Tensor, spec: AttentionSpec) -> Iterator[Tensor]:
-    """Gather K and V of the whole sequence by head chunk, [2, B, g, L, D]; while one is in use, gather the next.
+def fetched_head_chunks(k: Tensor, v: Tensor, spec: AttentionSpec, needs: Needs | None) -> Iterator[Tensor]:
+    """Fetch the keys and values that this rank needs by head chunk, [B, g, n, D + Dv]; while one is in use, fetch the
+    next.
 
-    ``k`` and ``v`` [B, G, l, D] are this rank's segment, and ``spec`` is resolved. A head chunk is valid until the next
-    one is requested. A single one stays valid.
+    ``k`` [B, G, l, D] and ``v`` [B, G, l, Dv] are this rank's segment, and ``spec`` is resolved. A head chunk is valid
+    until the next one is requested. A single one stays valid.
     """
     own_chunks = [(k[:, heads], v[:, heads]) for heads in spec.split_heads(k.size(1))]
-    like, shard, in_place = own_chunks[0][0], spec.shard, _received_in_place(k, spec)
-    dtype = k.dtype if in_place else shard.communication_dtype
-    buffers = Buffers(2 if in_place else 1, lambda: empty_head_chunk(like, shard.size, dtype))
-    ordered = None if in_place else empty_head_chunk(like, shard.size)
-
-    def arrived(pending: Pending) -> Tensor:
-        received = pending.wait()
-        if ordered is not None:
-            segments = received.unflatten(0, (shard.size, -1))
-            received = torch.cat(shard.chunks_in_order(segments, 0), out=ordered)
-        return heads_first(received)
-
-    ahead = _gather(*own_chunks[0], buffers.next(), spec)
+    start = _gathers(*own_chunks[0], spec) if needs is None else _fetches(*own_chunks[0], spec, needs)
+    ahead = start(*own_chunks[0])
     for following in own_chunks[1:]:
-        keys_values = arrived(ahead)
-        ahead = _gather(*following, buffers.next(), spec)
-        yield keys_values
-    keys_values = arrived(ahead)
-    del ahead, buffers  # no gather is in flight during the last head chunk
-    yield keys_values
+        keys_values = ahead.wait()
+        ahead = start(*following)
+        yield heads_first(keys_values)
+    keys_values = ahead.wait()
+    del ahead, start  # nothing is in flight during the last head chunk
+    yield heads_first(keys_values)
 
 
-def scatter_gradients(by_rank: Tensor, spec: AttentionSpec) -> Pending:
-    """Start to sum the gradients of a head chunk of K and V, [S, l, 2, B, g, D], over the ranks; each rank receives
-    those of its own segment, [l, 2, B, g, D]."""
-    shard = spec.shard
-    if shard.size == 1:
-        return Pending(by_rank[0].clone())  # the buffer is reused
-    scatter = all_to_all_sum if _sends_messages(by_rank, spec) else reduce_scatter
-    return scatter(by_rank.to(shard.communication_dtype or by_rank.dtype), shard.require_group())
+# -- the whole sequence ------------------------------------------------------------------------------------------------
+
+
+def _gathers(k: Tensor, v: Tensor, spec: AttentionSpec) -> Callable[[Tensor, Tensor], Pending]:
+    """Return what starts to gather a head chunk like ``k`` and ``v``, [L, B, g, W]."""
+    shard, in_place = spec.key_shard, _received_in_place(k, spec)
+    length = shard.size * k.size(2)
+    dtype = k.dtype if in_place else shard.communication_dtype
+    buffers = Buffers(2 if in_place else 1, lambda: empty_head_chunk(k, v, length, dtype))
+    ordered = None if in_place else empty_head_chunk(k, v, length)
+
+    def into_order(received: Tensor) -> Tensor:
+        segments = received.unflatten(0, (shard.size, -1))
+        return torch.cat(shard.chunks_in_order(segments, 0), out=ordered)
+
+    def start(k: Tensor, v: Tensor) -> Pending:
+        pending = _gather(k, v, buffers.next(), spec)
+        return pending if in_place else pending._replace(finish=into_order)
+
+    return start
 
 
 def _sends_messages(x: Tensor, spec: AttentionSpec) -> bool:
     """Whether head chunks of K, V and their gradients, such as ``x``, are sent in messages from rank to rank."""
     # over gloo these take less time; with all heads at once, one collective of each kind is promised
-    return spec.head_chunks != 1 and is_gloo(x, spec.shard.require_group())
+    return spec.head_chunks != 1 and is_gloo(x, spec.key_shard.require_group())
 
 
 def _received_in_place(k: Tensor, spec: AttentionSpec) -> bool:
-    """Whether K and V are received in position order and in their own dtype. A collective leaves the early and the late
-    chunk of a zigzag segment side by side."""
-    if spec.shard.size == 1:
+    """Whether K and V are received in position order and in their own dtype. A collective leaves the chunks of a segment
+    side by side."""
+    shard = spec.key_shard
+    if shard.size == 1:
         return True
-    own_dtype = spec.shard.communication_dtype in (None, k.dtype)
-    return own_dtype and (_sends_messages(k, spec) or chunks_per_rank(spec.shard.size, spec.shard.layout) == 1)
+    own_dtype = shard.communication_dtype in (None, k.dtype)
+    return own_dtype and (_sends_messages(k, spec) or shard.num_chunks == shard.size)
 
 
 def _gather(k: Tensor, v: Tensor, buffer: Tensor, spec: AttentionSpec) -> Pending:
-    """Start to gather a head chunk of K and V, [B, g, l, D] each, into ``buffer`` [L, 2, B, g, D]."""
-    shard = spec.shard
+    """Start to gather a head chunk of K and V, [B, g, l, D] and [B, g, l, Dv], into ``buffer`` [L, B, g, W]."""
+    shard = spec.key_shard
     segments = buffer.unflatten(0, (shard.size, -1))
     in_place = _received_in_place(k, spec)
     destinations = shard.chunks_by_rank(buffer, 0) if in_place else [[segment] for segment in segments]
@@ -116,8 +132,97 @@ def _gather(k: Tensor, v: Tensor, buffer: Tensor, spec: AttentionSpec) -> Pendin
 
 
 def _write(destinations: Sequence[Tensor], k: Tensor, v: Tensor) -> None:
-    """Copy ``k`` and ``v`` [B, g, l, D] to consecutive destinations [n, 2, B, g, D] of n positions each."""
+    """Copy ``k`` [B, g, l, D] and ``v`` [B, g, l, Dv] to consecutive destinations [n, B, g, W] of n positions each."""
     lengths = [destination.size(0) for destination in destinations]
-    for destination, *own in zip(destinations, k.split(lengths, 2), v.split(lengths, 2)):
-        for buffer, x in zip(heads_first(destination), own):
-            buffer.copy_(x)
+    for destination, own_k, own_v in zip(destinations, k.split(lengths, 2), v.split(lengths, 2)):
+        into = heads_first(destination)
+        into[..., : k.size(-1)].copy_(own_k)
+        into[..., k.size(-1) :].copy_(own_v)
+
+
+# -- only what is needed -----------------------------------------------------------------------------------------------
+
+
+def _fetches(k: Tensor, v: Tensor, spec: AttentionSpec, needs: Needs) -> Callable[[Tensor, Tensor], Pending]:
+    """Return what starts to fetch the needed runs of a head chunk like ``k`` and ``v``, [n, B, g, W]."""
+    shard = spec.key_shard
+    group, own_dtype = shard.require_group(), shard.communication_dtype in (None, k.dtype)
+    dtype = k.dtype if own_dtype else shard.communication_dtype
+    segment = empty_head_chunk(k, v, k.size(2), dtype)
+    length = sum(run.size for run in needs[shard.rank])
+    buffers = Buffers(2 if own_dtype else 1, lambda: empty_head_chunk(k, v, length, dtype))
+
+    def start(own_k: Tensor, own_v: Tensor) -> Pending:
+        _write([segment], own_k, own_v)
+        buffer = buffers.next()
+        incoming = _by_owner(buffer, needs[shard.rank], shard.size)
+        outgoing = [_owned(segment, runs, shard.rank) for runs in needs]
+        for into, own in zip(incoming[shard.rank], outgoing[shard.rank]):
+            into.copy_(own)
+        works = send_and_receive(outgoing, incoming, group)
+        return Pending(buffer, works, None if own_dtype else lambda received: received.to(k.dtype))
+
+    return start
+
+
+def _by_owner(fetched: Tensor, runs: Sequence[Run], size: int) -> list[list[Tensor]]:
+    """View fetched keys [n, ...] as the runs of each of ``size`` owners."""
+    views: list[list[Tensor]] = [[] for _ in range(size)]
+    for run, view in zip(runs, fetched.split([run.size for run in runs])):
+        views[run.owner].append(view)
+    return views
+
+
+def _owned(segment: Tensor, runs: Sequence[Run], rank: int) -> list[Tensor]:
+    """View the runs of ``segment`` [l, ...], that of ``rank``, among those that some rank needs."""
+    return [segment[run.start : run.start + run.size] for run in runs if run.owner == rank]
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+
+def empty_gradients(k: Tensor, v: Tensor, spec: AttentionSpec, needs: Needs | None, dtype: torch.dtype) -> Tensor:
+    """Allocate the gradients of the keys and values that were fetched for ``k`` [B, g, l, D] and ``v`` [B, g, l, Dv]: by
+    rank, [S, l, B, g, W], or by run, [n, B, g, W]."""
+    shard = spec.key_shard
+    if needs is not None:
+        return empty_head_chunk(k, v, sum(run.size for run in needs[shard.rank]), dtype)
+    return empty_head_chunk(k, v, shard.size * k.size(2), dtype).unflatten(0, (shard.size, -1))
+
+
+def gradients_in_order(grads: Tensor, spec: AttentionSpec, needs: Needs | None) -> list[Tensor]:
+    """View gradients, as :func:`empty_gradients` allocates them, in the order of the fetched keys, [B, g, c, W] each."""
+    chunks = [grads] if needs is not None else spec.key_shard.chunks_in_order(grads, 0)
+    return [heads_first(chunk) for chunk in chunks]
+
+
+def return_gradients(grads: Tensor, local_length: int, spec: AttentionSpec, needs: Needs | None) -> Pending:
+    """Start to send the gradients of a head chunk to the ranks that hold the keys; each rank receives the sum of those of
+    its own segment, [l, B, g, W]."""
+    shard = spec.key_shard
+    if shard.size == 1:
+        return Pending(grads[0].clone())  # the buffer is reused
+    grads = grads.to(shard.communication_dtype or grads.dtype)
+    if needs is not None:
+        return _return_runs(grads, local_length, spec, needs)
+    scatter = all_to_all_sum if _sends_messages(grads, spec) else reduce_scatter
+    return scatter(grads, shard.require_group())
+
+
+def _return_runs(grads: Tensor, local_length: int, spec: AttentionSpec, needs: Needs) -> Pending:
+    shard = spec.key_shard
+    outgoing = _by_owner(grads, needs[shard.rank], shard.size)
+    wanted = [[run for run in runs if run.owner == shard.rank] for runs in needs]
+    incoming = [[grads.new_empty(run.size, *grads.shape[1:]) for run in runs] for runs in wanted]
+    incoming[shard.rank] = outgoing[shard.rank]
+
+    def add(total: Tensor) -> Tensor:
+        for runs, received in zip(
+            wanted, incoming
+        ):  # in the order of the ranks, so that sums do not change from run to run
+            for run, grad in zip(runs, received):
+                total[run.start : run.start + run.size].add_(grad)
+        return total
+
+    total = grads.new_zeros(local_length, *grads.shape[1:])
+    return Pending(total, send_and_receive(outgoing, incoming, shard.require_group()), add)

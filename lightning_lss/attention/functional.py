@@ -1,12 +1,16 @@
 """Attention along a split sequence as a function; the algorithm is in :mod:`lightning_lss.attention.operator`."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_lss.attention.kernels import select_kernel
+from lightning_lss.attention.kinds import Sizes
+from lightning_lss.attention.masks import AttentionMask
 from lightning_lss.attention.operator import attend, spec_fields
-from lightning_lss.attention.spec import AttentionSpec, HeadChunks, check_head_chunks
+from lightning_lss.attention.spec import AttentionSpec, HeadChunks, Modifiers, check_head_chunks
 from lightning_lss.sequence.dtypes import in_autocast_dtype
+from lightning_lss.sequence.random import draw_seed
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
 
 
@@ -17,7 +21,14 @@ def lss_attention(
     shard: SequenceShard = WHOLE_SEQUENCE,
     causal: bool = True,
     *,
+    mask: AttentionMask | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout: float = 0.0,
+    whole_memory: bool = False,
     kernel: str = "auto",
     head_chunks: HeadChunks = "auto",
     keep_gathered: bool = False,
@@ -29,11 +40,23 @@ def lss_attention(
 
     Args:
         q: [B, H, l, D], this rank's segment of the queries.
-        k: [B, G, l, D], this rank's segment of the keys; H is a multiple of G (grouped-query heads).
-        v: [B, G, l, D], this rank's segment of the values.
+        k: [B, G, l, D], this rank's segment of the keys; H is a multiple of G (grouped-query heads). For cross-attention
+            [B, G, m, D], a segment of a memory of another length, split over the same ranks.
+        v: [B, G, l, Dv], this rank's segment of the values.
         shard: the rank's place in its sequence group; the default is a whole sequence, and plain attention.
-        causal: whether a query sees only keys at or before its own global position.
+        causal: whether a query sees only keys at or before its own global position; without effect if there is a mask.
+        mask: which keys each query sees, by global position. A query that sees none gets 0.
         scale: factor on the scores, 1 / sqrt(D) by default.
+        softcap: limits scores to ``softcap * tanh(score / softcap)`` (Gemma 2, arXiv 2408.00118, section 2).
+        sinks: [H], a further score for each row of a head, of a value that is zero (gpt-oss, arXiv 2508.10925; "off by
+            one" attention). It has a gradient, which like that of any shared parameter is this rank's part.
+        bias: [B or 1, H or 1, L, L] (for a memory [..., L, M]), added to the scores by global position, whole on every
+            rank. It has no gradient.
+        alibi_slopes: [H], of a bias of -slope * (distance of query and key) (ALiBi, arXiv 2108.12409, section 3). They have
+            no gradient.
+        dropout: probability of dropping each attention weight. What is dropped depends on a seed from torch's default CPU
+            generator and on the place of query and key in the whole sequence, not on S.
+        whole_memory: whether ``k`` and ``v`` are a memory [B, G, M, D] that every rank holds whole, for cross-attention.
         kernel: ``"auto"`` or a name in :data:`lightning_lss.attention.kernels.KERNELS`.
         head_chunks: number of parts in which the key/value heads are gathered, a divisor of G; ``"auto"`` takes up to 8
             of at least 1 MiB each.
@@ -42,32 +65,61 @@ def lss_attention(
             the whole sequence in memory between forward and backward.
 
     Returns:
-        [B, H, l, D] in the dtype of ``q`` (under autocast: in autocast's dtype).
+        [B, H, l, Dv] in the dtype of ``q`` (under autocast: in autocast's dtype).
 
     Raises:
         ValueError: if shapes, dtypes or options are incompatible; the message names the values.
     """
     q, k, v = in_autocast_dtype(q, k, v)
-    _check_inputs(q, k, v)
+    queries, keys = q.size(2) * shard.size, k.size(2) * (1 if whole_memory else shard.size)
+    _check_inputs(q, k, v, causal and mask is None and queries != keys)
+    check_softcap(softcap)
+    check_dropout(dropout)
+    _check_modifiers(q, queries, keys, sinks, bias, alibi_slopes)
+    if mask is not None:
+        mask.check(Sizes(q.size(0), q.size(1), queries, keys))
     # with grouped-query heads torch's attention stores all scores, except in its flash kernels
-    plain = shard.size == 1 and kernel == "auto"
+    untouched = all(x is None for x in (mask, softcap, sinks, bias, alibi_slopes)) and dropout == 0.0
+    plain = shard.size == 1 and kernel == "auto" and untouched and q.size(-1) == v.size(-1)
     if plain and (q.size(1) == k.size(1) or select_kernel(q).name.endswith("flash")):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.size(1) != k.size(1))
     if q.stride(-1) != 1:  # the kernels read heads as contiguous rows, and do not check
         q = q.contiguous()
     check_head_chunks(head_chunks, k.size(1), keep_gathered)
-    scale = q.size(-1) ** -0.5 if scale is None else scale
-    spec = AttentionSpec(shard, causal, scale, kernel, None if head_chunks == "auto" else head_chunks, keep_gathered)
-    return attend(q, k, v, **spec_fields(spec))[0]
+    spec = AttentionSpec(
+        shard,
+        causal,
+        q.size(-1) ** -0.5 if scale is None else scale,
+        kernel,
+        head_chunks=None if head_chunks == "auto" else head_chunks,
+        keep_gathered=keep_gathered,
+        softcap=softcap,
+        dropout=dropout,
+        whole_memory=whole_memory,
+    )
+    modifiers = Modifiers(
+        sinks,
+        None if mask is None else mask.words,
+        None,
+        bias,
+        alibi_slopes,
+        draw_seed() if dropout > 0.0 else None,
+    )
+    return attend(q, k, v, *modifiers, **spec_fields(spec))[0]
 
 
-def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor, causal_memory: bool) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4:
         raise ValueError(f"Attention takes [batch, heads, length, width] tensors; got {shapes}.")
-    if k.shape != v.shape or q.size(0) != k.size(0) or q.shape[2:] != k.shape[2:]:
+    if k.shape[:3] != v.shape[:3] or q.size(0) != k.size(0) or q.size(3) != k.size(3):
         raise ValueError(
-            f"Queries, keys and values must agree in batch, length and head width, and k with v in heads; got {shapes}."
+            f"Queries, keys and values must agree in batch, queries and keys in head width, keys and values in heads and length;"
+            f" got {shapes}."
+        )
+    if causal_memory:
+        raise ValueError(
+            f"Causal attention needs as many keys as queries; got {shapes}. For attention to a memory write causal=False."
         )
     if q.size(1) % k.size(1):
         raise ValueError(
@@ -75,3 +127,39 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"Queries, keys and values must have one dtype; got {q.dtype}, {k.dtype} and {v.dtype}.")
+
+
+def check_dropout(p: float) -> None:
+    """Raise ``ValueError`` unless ``p`` is a probability of dropping attention weights."""
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout={p} must be in [0, 1): it is the probability of dropping an attention weight.")
+
+
+def check_softcap(softcap: float | None) -> None:
+    """Raise ``ValueError`` unless ``softcap`` is a limit of scores, or None."""
+    if softcap is not None and not softcap > 0.0:
+        raise ValueError(f"softcap={softcap} must be positive, or None for no limit.")
+
+
+def _check_modifiers(
+    q: Tensor, queries: int, keys: int, sinks: Tensor | None, bias: Tensor | None, slopes: Tensor | None
+) -> None:
+    for name, x in (("sinks", sinks), ("alibi_slopes", slopes)):
+        if x is not None and x.shape != q.shape[1:2]:
+            raise ValueError(f"{name} must be [{q.size(1)}], one for each query head; got {tuple(x.shape)}.")
+    for name, x in (("bias", bias), ("alibi_slopes", slopes)):
+        if x is not None and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} has no gradient in lss_attention, but requires one: it would never be trained. Pass {name}.detach()."
+            )
+    if bias is None:
+        return
+    wanted = (q.size(0), q.size(1), queries, keys)
+    if (
+        bias.dim() != 4
+        or any(n not in (1, most) for n, most in zip(bias.shape[:2], wanted))
+        or bias.shape[2:] != wanted[2:]
+    ):
+        raise ValueError(
+            f"bias must be [{q.size(0)} or 1, {q.size(1)} or 1, {queries}, {keys}], of the whole sequence; got {tuple(bias.shape)}."
+        )

@@ -222,7 +222,12 @@ class AttentionMask:
         """
         sizes = Sizes(batch or self.rows, heads or self.heads, length, length)
         self.check(sizes)
-        return chunk_work(PackedMask(self.words), sizes, num_chunks)
+        return chunk_work(self.packed, sizes, num_chunks)
+
+    @property
+    def packed(self) -> PackedMask:
+        """The mask as plans are made from it."""
+        return PackedMask(self.words)
 
     @property
     def content_digest(self) -> int:

@@ -1,19 +1,34 @@
-"""Everything about one call of attention that is not a tensor."""
+"""Everything about one call of attention but queries, keys and values."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from lightning_lss.attention.kernels import KERNELS, select_kernel
-from lightning_lss.attention.tiles import Tile, attention_tiles
-from lightning_lss.sequence.segment import SequenceShard
+from lightning_lss.attention.kinds import Diagonals, Sizes
+from lightning_lss.attention.packing import PackedMask, pack
+from lightning_lss.attention.plan import Call, Plan, features_of, plan_call
+from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
 
 HeadChunks = int | Literal["auto"]
 
 # Small head chunks hide more of the first gather and stay in the cache, but small messages waste the network.
 _MOST_HEAD_CHUNKS = 8
 _LEAST_BYTES = 2**20  # of keys and values that a rank sends at a time
+
+_CAUSAL, _FULL = PackedMask(pack(Diagonals(low=0))), PackedMask(pack(Diagonals()))
+
+
+class Modifiers(NamedTuple):
+    """Tensors that change scores, other than queries and keys; for their meaning see :func:`lss_attention`."""
+
+    sinks: Tensor | None = None  # [H]
+    mask: Tensor | None = None  # the words of a mask, uint8, on the CPU
+    assignment: Tensor | None = None  # the chunks of each rank, int64 [S, n], on the CPU
+    bias: Tensor | None = None  # [B or 1, H or 1, L, M]
+    slopes: Tensor | None = None  # [H]
+    seed: Tensor | None = None  # of dropout, int64 [], on the CPU
 
 
 @dataclass(frozen=True)
@@ -27,23 +42,59 @@ class AttentionSpec:
     causal: bool
     scale: float
     kernel_name: str = "auto"  # inductor calls a parameter of its own ``kernel``
+    masked_kernel_name: str = "auto"  # for tiles that the kernel does not take
     head_chunks: int | None = None
     keep_gathered: bool = False
+    softcap: float | None = None
+    dropout: float = 0.0
+    whole_memory: bool = False
 
-    def resolve(self, q: Tensor, k: Tensor) -> "AttentionSpec":
-        """Choose the kernel and the number of head chunks for ``q`` [B, H, l, D] and ``k`` [B, G, l, D] where the spec
-        leaves them open; raise ``ValueError`` if it names a kernel that cannot take them."""
+    def plan(self, q: Tensor, k: Tensor, v: Tensor, modifiers: Modifiers) -> tuple["AttentionSpec", Plan]:
+        """Choose the kernels and the number of head chunks for ``q`` [B, H, l, D], ``k`` [B, G, m, D] and ``v`` [B, G,
+        m, Dv] where the spec leaves them open, and plan what this rank does.
+
+        Raises ``ValueError`` if the spec names a kernel that cannot take what is asked.
+        """
+        mask = PackedMask(modifiers.mask) if modifiers.mask is not None else _CAUSAL if self.causal else _FULL
+        call = Call(
+            Sizes(q.size(0), q.size(1), q.size(2) * self.shard.size, k.size(2) * self.key_shard.size),
+            self.shard.rank,
+            self.shard.held_chunks,
+            fetches=not self.whole_memory,
+            fetches_all=self.keep_gathered,
+        )
+        resolved = self._resolve(q, k, v, features_of(mask, call), self._features(modifiers))
+        takes = KERNELS[resolved.kernel_name].takes
+        # a kernel that takes a bias as well would compute all pairs of a window's tile, so its tiles are small
+        windows = "windows" in takes and "bias" not in takes
+        call = call._replace(offset_diagonal="offset_diagonal" in takes, windows=windows)
+        return resolved, plan_call(mask, call)
+
+    @property
+    def key_shard(self) -> SequenceShard:
+        """How keys and values are split."""
+        return WHOLE_SEQUENCE if self.whole_memory else self.shard
+
+    def _features(self, modifiers: Modifiers) -> frozenset[str]:
+        """What every tile needs of a kernel."""
+        wanted = {
+            "softcap": self.softcap is not None,
+            "dropout": modifiers.seed is not None,
+            "bias": modifiers.bias is not None or modifiers.slopes is not None,
+        }
+        return frozenset(name for name, needed in wanted.items() if needed)
+
+    def _resolve(
+        self, q: Tensor, k: Tensor, v: Tensor, of_mask: frozenset[str], of_all: frozenset[str]
+    ) -> "AttentionSpec":
+        kernel = masked = select_kernel(q, self.kernel_name, of_all, v.size(-1))
+        if not of_mask <= kernel.takes and "bias" not in kernel.takes:
+            masked = select_kernel(q, self.kernel_name, of_all | {"bias"}, v.size(-1))
         heads, head_chunks = k.size(1), self.head_chunks
         if head_chunks is None:
-            most = 1 if self.keep_gathered else min(_MOST_HEAD_CHUNKS, max(1, 2 * k.nbytes // _LEAST_BYTES))
+            most = 1 if self.keep_gathered else min(_MOST_HEAD_CHUNKS, max(1, (k.nbytes + v.nbytes) // _LEAST_BYTES))
             head_chunks = max(n for n in range(1, most + 1) if heads % n == 0)
-        return replace(self, kernel_name=select_kernel(q, self.kernel_name).name, head_chunks=head_chunks)
-
-    def tiles(self, local_length: int) -> tuple[Tile, ...]:
-        """Tiles that this rank computes; the spec must be resolved."""
-        rank, size, layout = self.shard.rank, self.shard.size, self.shard.layout
-        offset_diagonal = "offset_diagonal" in KERNELS[self.kernel_name].takes
-        return attention_tiles(local_length * size, rank, size, layout, self.causal, offset_diagonal)
+        return replace(self, kernel_name=kernel.name, masked_kernel_name=masked.name, head_chunks=head_chunks)
 
     def split_heads(self, heads: int) -> list[slice]:
         """Slice ``heads`` heads, of queries or keys, by the head chunk that they belong to, with a resolved spec."""

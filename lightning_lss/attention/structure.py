@@ -11,6 +11,8 @@ from lightning_lss.attention.bands import EMPTY, K0, K1, Q0, Bands, count_pairs,
 from lightning_lss.attention.kinds import Kind, Sizes
 from lightning_lss.attention.packing import PackedMask, unpack
 
+Edges = NDArray[np.int64]
+
 BLOCK = 128  # width of the blocks in which masks without structure are looked at
 
 
@@ -35,18 +37,18 @@ class ChunkWork(NamedTuple):
 
 
 @lru_cache(maxsize=32)
-def structure_of(mask: PackedMask, sizes: Sizes, num_chunks: int) -> Structure:
-    """Find what a mask shows; a mask without structure is looked at in blocks that do not cross the chunks' borders."""
+def structure_of(mask: PackedMask, sizes: Sizes, query_chunks: int, key_chunks: int) -> Structure:
+    """Find what a mask shows; a mask without structure is looked at in blocks that do not cross the borders of equal
+    chunks."""
     kind = unpack(mask)
     exact = kind.bands(sizes)
     if exact is not None:
         return Structure(exact, [EMPTY] * len(exact))
-    return _blocks(kind, sizes, num_chunks)
+    return _blocks(kind, sizes, _edges(sizes.queries, query_chunks), _edges(sizes.keys, key_chunks))
 
 
-def _blocks(kind: Kind, sizes: Sizes, num_chunks: int) -> Structure:
+def _blocks(kind: Kind, sizes: Sizes, q_edges: Edges, k_edges: Edges) -> Structure:
     """Look at every pair, and sort the blocks: all visible, all hidden, mixed."""
-    q_edges, k_edges = _edges(sizes.queries, num_chunks), _edges(sizes.keys, num_chunks)
     widths = np.diff(k_edges)
     exact: list[list[Bands]] = []
     mixed: list[list[Bands]] = []
@@ -63,13 +65,13 @@ def _blocks(kind: Kind, sizes: Sizes, num_chunks: int) -> Structure:
     return Structure([np.concatenate(row) for row in exact], [np.concatenate(row) for row in mixed])
 
 
-def _edges(length: int, num_chunks: int) -> NDArray[np.int64]:
+def _edges(length: int, num_chunks: int) -> Edges:
     chunk = length // num_chunks
     starts = np.arange(0, length, chunk)[:, None] + np.arange(0, chunk, BLOCK)
     return np.append(starts.ravel(), length)
 
 
-def _runs_of(wanted: NDArray[np.bool_], start: int, stop: int, edges: NDArray[np.int64]) -> Bands:
+def _runs_of(wanted: NDArray[np.bool_], start: int, stop: int, edges: Edges) -> Bands:
     """Rectangles of the queries [start, stop) over the runs of wanted blocks of keys."""
     turns = np.flatnonzero(np.diff(wanted.astype(np.int8), prepend=0, append=0))
     first, last = edges[turns[::2]], edges[turns[1::2]]
@@ -79,7 +81,7 @@ def _runs_of(wanted: NDArray[np.bool_], start: int, stop: int, edges: NDArray[np
 @lru_cache(maxsize=32)
 def chunk_work(mask: PackedMask, sizes: Sizes, num_chunks: int) -> ChunkWork:
     """Find what each of ``num_chunks`` equal chunks of the queries looks at."""
-    exact, mixed = structure_of(mask, sizes, num_chunks)
+    exact, mixed = structure_of(mask, sizes, num_chunks, num_chunks)
     chunk, key_chunk = sizes.queries // num_chunks, sizes.keys // num_chunks
     starts = np.arange(num_chunks) * chunk
     whole = np.full_like(starts, sizes.keys)

@@ -1,21 +1,22 @@
 """How a run is laid out, in TensorBoard."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib.figure import Figure
-from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_lss.attention.masks import AttentionMask
 from lightning_lss.attention.module import LSSAttention
-from lightning_lss.callbacks.tiles_figure import draw_attention_tiles
+from lightning_lss.attention.plan import Plan
+from lightning_lss.callbacks.tiles_figure import draw_attention_tiles, plan_ranks
 from lightning_lss.parallel.segment_local import count_parameters
 from lightning_lss.sequence.dtypes import in_autocast_dtype
-from lightning_lss.sequence.segment import sequence_shard
+from lightning_lss.sequence.segment import SequenceShard, sequence_shard
 
 
 class RunLayout(pl.Callback):
@@ -27,7 +28,7 @@ class RunLayout(pl.Callback):
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
-        self._calls: list[tuple[LSSAttention, torch.Size, torch.Size, torch.dtype]] = []
+        self._calls: list[_Call] = []
         self._hyperparameters_written = False
 
     @override
@@ -36,17 +37,19 @@ class RunLayout(pl.Callback):
         modules = [module for module in pl_module.modules() if isinstance(module, LSSAttention)]
         self._handles = [module.register_forward_pre_hook(self._note_call, with_kwargs=True) for module in modules]
 
-    def _note_call(self, module: LSSAttention, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        tensors = dict(zip("qkv", args)) | kwargs
-        dtype = module.shard.communication_dtype or in_autocast_dtype(tensors["k"].new_empty(0))[0].dtype
-        self._calls.append((module, tensors["q"].shape, tensors["k"].shape, dtype))
+    def _note_call(self, module: LSSAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(("q", "k", "v", "mask"), args)) | kwargs
+        q, k, v, mask = given["q"], given["k"], given["v"], given.get("mask")
+        dtype = module.shard.communication_dtype or in_autocast_dtype(k.new_empty(0))[0].dtype
+        shown = module.default_mask if mask is None else mask
+        self._calls.append(_Call(module, shown, q.shape, k.shape, v.size(-1), dtype))
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         for handle in self._handles:
             handle.remove()
         if self._calls and trainer.is_global_zero:
-            _write_layout(trainer, pl_module, *self._calls[0])
+            _write_layout(trainer, pl_module, self._calls[0])
         self._handles, self._calls = [], []
 
     @override
@@ -63,38 +66,68 @@ class RunLayout(pl.Callback):
                 logger.log_hyperparams(logger.hparams, metrics, step=trainer.global_step - 1)
 
 
-def _write_layout(
-    trainer: pl.Trainer,
-    pl_module: pl.LightningModule,
-    attention: LSSAttention,
-    queries: torch.Size,  # [B, H, l, D]
-    keys: torch.Size,  # [B, G, l, D]
-    dtype: torch.dtype,  # that of keys and values when they are sent
-) -> None:
-    shard = sequence_shard(pl_module)
-    batch_size, heads, local_length, head_dim = keys
-    length = local_length * attention.shard.size
+class _Call(NamedTuple):
+    """A call of attention."""
+
+    module: LSSAttention
+    mask: AttentionMask
+    queries: torch.Size  # [B, H, l, D]
+    keys: torch.Size  # [B, G, m, D]
+    value_width: int
+    dtype: torch.dtype  # that of keys and values when they are sent
+
+
+def _write_layout(trainer: pl.Trainer, pl_module: pl.LightningModule, call: _Call) -> None:
+    shard, attention = sequence_shard(pl_module), call.module
+    batch_size, heads, local_length, head_dim = call.keys
+    length = call.queries[2] * attention.shard.size
     splits_heads = attention.shard.size != shard.size  # tensor parallelism: each rank has the whole matrix
-    # Elements of each other rank: keys and values, or under tensor parallelism [B, l, E], as many as a rank's queries,
-    # for two gathers and two sums.
-    elements = 4 * queries.numel() if splits_heads else 2 * keys.numel()
-    direction, where = "causal" if attention.causal else "bidirectional", " on each rank" if splits_heads else ""
+    to_itself = call.queries[2] == local_length and not attention.whole_memory
+    plans = plan_ranks(call.mask, length, attention.shard) if to_itself else []
+    where = " on each rank" if splits_heads else ""
     rows = {
         "processes W = D x S": f"{trainer.world_size} = {trainer.world_size // shard.size} x {shard.size}",
         "sequence length L": f"{length:,}",
         "segment length l = L / S": f"{length // shard.size:,}",
         "layout": shard.layout if shard.size > 1 else "whole sequence on each rank",
         "batch per sequence group": f"{batch_size}",
-        "attention": f"{direction}, {heads} key/value heads of width {head_dim}{where}",
+        "attention": f"{_describe(attention, call.mask)}, {heads} key/value heads of width {head_dim}{where}",
         "parameters": f"{count_parameters(pl_module, shard.size):,}",
-        "bytes received per layer and rank, forward": f"{elements * dtype.itemsize * (shard.size - 1):,}",
         "precision": str(trainer.precision),
     }
+    if plans:
+        pairs = [plan.pairs for plan in plans]
+        rows["visible pairs per row of the batch"] = f"{sum(pairs) // call.mask.rows:,} of {length**2:,}"
+        if len(pairs) > 1:
+            rows["busiest rank / mean of the ranks"] = f"{max(pairs) * len(pairs) / max(1, sum(pairs)):.3f}"
+    rows["bytes received per layer and rank, forward"] = f"{_received(call, shard, plans, splits_heads):,.0f}"
     table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text("run layout", table)
-            if not splits_heads:
+            if plans and not splits_heads:
                 figure = Figure(figsize=(6.4, 5.6), layout="constrained")
-                draw_attention_tiles(figure.subplots(), length, shard.size, shard.layout, attention.causal)
+                title = f"{shard.layout}, S = {shard.size}, L = {length:,}, {_describe(attention, call.mask)}"
+                draw_attention_tiles(figure.subplots(), call.mask, length, attention.shard, title)
                 logger.experiment.add_figure("attention tiles", figure)
+
+
+def _describe(attention: LSSAttention, mask: AttentionMask) -> str:
+    if mask in (AttentionMask.causal(), AttentionMask.full()):
+        return "causal" if mask == AttentionMask.causal() else "bidirectional"
+    return "own mask"
+
+
+def _received(call: _Call, shard: SequenceShard, plans: list[Plan], splits_heads: bool) -> float:
+    """Bytes that a rank receives in the forward pass of a layer."""
+    if splits_heads:  # [B, l, E], as many as a rank's queries, of each other rank, for two gathers and two sums
+        return 4 * call.queries.numel() * call.dtype.itemsize * (shard.size - 1)
+    if call.module.whole_memory:
+        return 0
+    batch, heads, local_length, width = call.keys
+    of_a_key = batch * heads * (width + call.value_width) * call.dtype.itemsize
+    needs = plans[0].needs if plans and not call.module.keep_gathered else None
+    if needs is None:
+        return of_a_key * local_length * (shard.size - 1)
+    keys = sum(run.size for rank, runs in enumerate(needs) for run in runs if run.owner != rank)
+    return of_a_key * keys / shard.size

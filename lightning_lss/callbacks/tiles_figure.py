@@ -1,37 +1,65 @@
 """Pictures of how a sequence is split."""
 
+from dataclasses import replace
+from itertools import pairwise
+
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Polygon
 
-from lightning_lss.attention.tiles import Tile, attention_tiles, pairs_of_rank
-from lightning_lss.sequence.layout import position_ranges
+from lightning_lss.attention.masks import AttentionMask
+from lightning_lss.attention.plan import Plan, plan_segment
+from lightning_lss.attention.tiles import Tile
+from lightning_lss.sequence.segment import SequenceShard
+
+Corners = list[tuple[float, float]]
+
+_IN_LEGEND = 16  # ranks; more do not fit
 
 
-def draw_attention_tiles(axes: Axes, length: int, size: int, layout: str, causal: bool) -> None:
-    """Draw the attention matrix of a sequence of ``length`` L over ``size`` ranks: each rank's tiles have its colour.
+def plan_ranks(mask: AttentionMask, length: int, shard: SequenceShard) -> list[Plan]:
+    """Plan self-attention of every rank of the group of ``shard``, for sequences of ``length`` L."""
+    ranks = [replace(shard, rank=rank, group=None) for rank in range(shard.size)]
+    return [plan_segment(mask.packed, length, rank, mask.rows, mask.heads) for rank in ranks]
 
-    With ``causal`` the upper triangle is hidden. Raises ``ValueError`` if ``layout`` cannot divide the length evenly.
+
+def draw_attention_tiles(axes: Axes, mask: AttentionMask, length: int, shard: SequenceShard, title: str) -> None:
+    """Draw the attention matrix of a sequence of ``length`` L, with the tiles of each rank of the group of ``shard`` in its
+    colour; what is hidden stays white.
+
+    Of a batch with rows that differ the first is drawn; the shares of the work are those of the whole batch. Raises
+    ``ValueError`` if the length cannot be divided evenly.
     """
-    pairs = [pairs_of_rank(length, rank, size, layout, causal) for rank in range(size)]
+    plans = plan_ranks(mask, length, shard)
+    total = max(1, sum(plan.pairs for plan in plans))
     handles = []
-    for rank in range(size):
+    for rank, plan in enumerate(plans):
         color = f"C{rank}"  # matplotlib's cycle of colours, which starts again when it ends
-        for tile in attention_tiles(length, rank, size, layout, causal):
-            for corners in _outlines(tile, position_ranges(length, rank, size, layout)):
-                axes.add_patch(Polygon(corners, facecolor=color, edgecolor="white", linewidth=0.8))
-        handles.append(Patch(color=color, label=f"rank {rank}: {100 * pairs[rank] / sum(pairs):.1f} %"))
-    shown = handles[:16]  # more do not fit the legend
-    axes.legend(handles=shown, title="share of the work", loc="upper right" if causal else "center", fontsize=9)
+        for tile in (tile for batch, tile in plan.tiles if batch.start == 0):
+            for corners in _outlines(tile, plan):
+                hatch = None if tile.table is None else "////"  # some of its pairs are hidden
+                axes.add_patch(Polygon(corners, facecolor=color, edgecolor="white", linewidth=0.8, hatch=hatch))
+        handles.append(Patch(color=color, label=f"rank {rank}: {100 * plan.pairs / total:.1f} %"))
+    axes.legend(handles=handles[:_IN_LEGEND], title="share of the work", loc="best", fontsize=9)
     axes.set(xlim=(0, length), ylim=(length, 0), aspect="equal", xlabel="key position", ylabel="query position")
-    axes.set_title(f"{layout}, S = {size}, L = {length:,}, {'causal' if causal else 'bidirectional'}")
+    axes.set_title(title)
 
 
-def _outlines(tile: Tile, runs: tuple[range, ...]) -> list[list[tuple[int, int]]]:
+def _outlines(tile: Tile, plan: Plan) -> list[Corners]:
     """Return the corners (key, query) of a tile, one outline for each run of positions that its rows cover."""
-    outlines, row, left, right = [], 0, tile.k_start, tile.k_stop
-    for run in runs:
-        if tile.q_start <= row < tile.q_stop:
-            corners = [(left, run.start), (left, run.stop), (right, run.stop), (right, run.start)]
-            outlines.append(corners[:3] if tile.causal else corners)
-        row += len(run)
+    positions = plan.q_positions[tile.q_start : tile.q_stop].tolist()
+    first_key = int(plan.k_positions[tile.k_start])
+    jumps = [row for row in range(1, tile.rows) if positions[row] != positions[row - 1] + 1]
+    outlines = []
+    for start, stop in pairwise([0, *jumps, tile.rows]):
+        part = tile.part(slice(start, stop), slice(0, tile.keys))
+        outlines.append([(first_key + key, positions[start] + row) for key, row in _outline(part)])
     return outlines
+
+
+def _outline(tile: Tile) -> Corners:
+    """Return the corners (key, row) of what the diagonals of a tile leave of it, within the tile."""
+    turns = {0, tile.rows, tile.high, tile.keys + tile.low}
+    rows = sorted(row for row in turns if 0 <= row <= tile.rows)
+    right = [(min(tile.keys, max(0, row - tile.low)), row) for row in rows]
+    left = [(max(0, min(tile.keys, row - tile.high)), row) for row in reversed(rows)]
+    return [*right, *left]

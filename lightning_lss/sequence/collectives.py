@@ -6,7 +6,7 @@ operators, since the plain ones copy rank by rank and take twice the time to gat
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -23,11 +23,11 @@ class Pending(NamedTuple):
 
     tensor: Tensor
     works: Sequence[dist.Work] = ()
-    addends: bool = False
-    """Whether the tensor holds the addends of a sum, stacked along dimension 0."""
+    finish: Callable[[Tensor], Tensor] | None = None
+    """What makes the result of the tensor once it is complete."""
 
     def wait(self) -> Tensor:
-        """Block (on CUDA: the current stream) until the tensor is complete, and return it, or the sum of its addends.
+        """Block (on CUDA: the current stream) until the tensor is complete, and return it, or what ``finish`` makes of it.
 
         Call it once: a second wait for the same message never ends.
         """
@@ -36,7 +36,7 @@ class Pending(NamedTuple):
         for exchanges in _under_way.values():  # earlier exchanges of the same group are complete too
             if self.works in exchanges:
                 del exchanges[: exchanges.index(self.works) + 1]
-        return self.tensor.sum(0) if self.addends else self.tensor
+        return self.tensor if self.finish is None else self.finish(self.tensor)
 
 
 def all_gather(local: Tensor, group: dist.ProcessGroup, out: Tensor | None = None) -> Pending:
@@ -70,14 +70,46 @@ def exchange(buffers: Sequence[Sequence[Tensor]], group: dist.ProcessGroup) -> S
     their destinations need not be adjacent in memory: the contiguous tensors ``buffers[r]`` receive what rank ``r`` of
     ``group`` holds in its own ``buffers[r]``. Do not write to any before all works are complete.
     """
+    rank = dist.get_rank(group)
+    return send_and_receive([buffers[rank]] * len(buffers), buffers, group)
+
+
+def send_and_receive(
+    outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Tensor]], group: dist.ProcessGroup
+) -> Sequence[dist.Work]:
+    """Start to send the contiguous tensors ``outgoing[r]`` to each other rank ``r`` of ``group``, and to receive
+    ``incoming[r]`` from it; what one rank sends to another, that one must expect in the same order.
+
+    Do not write to any of them before all works are complete.
+    """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
+    # in every step each rank sends to another one, so that no rank is the target of all
+    turns = [((rank - step) % size, (rank + step) % size) for step in range(1, size)]
+    tensors = [x for source, target in turns for x in (*incoming[source], *outgoing[target])]
+    if not tensors:
+        return []
+    if not is_gloo(tensors[0], group):
+        return _send_and_receive(outgoing, incoming, turns, group)
     works: list[dist.Work] = []
     _under_way[group.group_name].append(works)
-    for step in range(1, size):  # in every step each rank sends to another one, so that no rank is the target of all
-        source, destination = (rank - step) % size, (rank + step) % size
-        for arriving, own in zip(buffers[source], buffers[rank]):
-            works += [group.recv([arriving], source, 0), group.send([own], destination, 0)]
+    for source, target in turns:
+        works += [group.recv([x], source, 0) for x in incoming[source]]
+        works += [group.send([x], target, 0) for x in outgoing[target]]
     return works
+
+
+def _send_and_receive(
+    outgoing: Sequence[Sequence[Tensor]],
+    incoming: Sequence[Sequence[Tensor]],
+    turns: Sequence[tuple[int, int]],
+    group: dist.ProcessGroup,
+) -> Sequence[dist.Work]:
+    """The same as one batch of messages, which NCCL needs so that no two ranks wait for each other."""
+    messages = []
+    for source, target in turns:
+        messages += [dist.P2POp(dist.irecv, x, group=group, group_peer=source) for x in incoming[source]]
+        messages += [dist.P2POp(dist.isend, x, group=group, group_peer=target) for x in outgoing[target]]
+    return dist.batch_isend_irecv(messages)
 
 
 # Exchanges under way by group, in starting order; gloo completes them in that order. They are kept alive here, since
@@ -94,7 +126,7 @@ def all_to_all_sum(stacked: Tensor, group: dist.ProcessGroup) -> Pending:
     """
     received = stacked.new_empty(stacked.shape)
     work = dist.all_to_all_single(received.view(-1), stacked.contiguous().view(-1), group=group, async_op=True)
-    return Pending(received, [work], addends=True)
+    return Pending(received, [work], lambda addends: addends.sum(0))
 
 
 def resolve_group(name: str) -> dist.ProcessGroup:

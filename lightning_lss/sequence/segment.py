@@ -46,6 +46,11 @@ class SequenceShard:
         """Number of equal runs of positions that the whole sequence is divided into."""
         return self.size * chunks_per_rank(self.size, self.layout)
 
+    @property
+    def held_chunks(self) -> tuple[tuple[int, ...], ...]:
+        """The chunks that each rank holds, in local order."""
+        return tuple(chunks_of_rank(rank, self.size, self.layout) for rank in range(self.size))
+
     def local_length(self, length: int) -> int:
         """Positions per rank, L / S; raises ``ValueError`` if ``length`` cannot be divided evenly."""
         return sum(map(len, self.ranges(length)))

@@ -86,6 +86,9 @@ def shard_of(size: int, layout: str = "zigzag") -> SequenceShard:
     return SequenceShard(0 if layout == "zigzag" else size - 1, size, layout, dist.group.WORLD)
 
 
+Payload = Sequence[Sequence[Tensor]]
+"""What a rank sends in one collective; of messages, what it sends to each rank."""
+
 RUNS = 3  # of one layer of attention, until every result is right
 
 
@@ -100,36 +103,48 @@ def recorded_ranks(work: Callable[[SequenceShard], Any], size: int, layout: str,
     With ``late`` a collective reads its input only when it is waited for, and until then its output is NaN, except for
     the rank's own part. A buffer that is written or read too early then gives wrong results every time.
     """
-    sent: list[list[Tensor]] = [[]] * size  # by rank and collective
+    sent: list[list[Payload]] = [[]] * size  # by rank and collective
     results: list[Any] = []
 
-    def start(outputs: Sequence[Tensor], own: Tensor, values: Callable[[list[Tensor]], Sequence[Tensor]]) -> _Work:
+    def start(outputs: Sequence[Tensor], own: Payload, values: Callable[[list[Payload]], Sequence[Tensor]]) -> _Work:
         sent_now, index = sent[rank], len(sent[rank])
         sent_now.append(own)
 
         def finish() -> None:
-            sent_now[index] = own.clone()
-            received = values([x[index] if before[0] else torch.zeros_like(own) for x in before])
-            for output, value in zip(outputs, received):
+            sent_now[index] = [[x.clone() for x in tensors] for tensors in own]
+            nothing = [x.new_zeros(()) for x in outputs]  # in the first run nobody has sent anything yet
+            received = values([x[index] for x in before]) if before[0] else nothing
+            for output, value in zip(outputs, received, strict=True):
                 output.copy_(value)
 
         if not late:
             finish()
             return _Work()
+        kept = {x.data_ptr() for tensors in own for x in tensors}
         for output in outputs:
-            if output.data_ptr() != own.data_ptr():
+            if output.data_ptr() not in kept:
                 output.fill_(torch.nan)
         return _Work(finish)
 
     def all_gather(out: Tensor, local: Tensor, **_: Any) -> _Work:
-        return start(out.view(size, -1).unbind(), local, lambda parts: parts)
+        return start(out.view(size, -1).unbind(), [[local]], lambda parts: [own for ((own,),) in parts])
 
     def reduce_scatter(out: Tensor, stacked: Tensor, **_: Any) -> _Work:
-        return start([out], stacked, lambda parts: [torch.stack(parts).view(size, size, -1)[:, rank].sum(0)])
+        def values(parts: list[Payload]) -> list[Tensor]:
+            return [torch.stack([own for ((own,),) in parts]).view(size, size, -1)[:, rank].sum(0)]
+
+        return start([out], [[stacked]], values)
+
+    def send_and_receive(outgoing: Payload, incoming: Payload, *_: Any) -> list[_Work]:
+        me, others = rank, [other for other in range(size) if other != rank]
+        outputs = [x for other in others for x in incoming[other]]
+        return [start(outputs, outgoing, lambda parts: [x for other in others for x in parts[other][me]])]
 
     with (
         fake_world(0, size) as group,
-        patch.multiple(collectives, _all_gather=all_gather, _reduce_scatter=reduce_scatter),
+        patch.multiple(
+            collectives, _all_gather=all_gather, _reduce_scatter=reduce_scatter, _send_and_receive=send_and_receive
+        ),
     ):
         for _ in range(RUNS):
             before, sent, results = sent, [[] for _ in range(size)], []

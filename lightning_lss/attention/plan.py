@@ -1,0 +1,234 @@
+"""What one rank does in one call of attention: the tiles that it computes, and the keys that every rank fetches.
+
+A plan follows from the mask and the layout alone, so every rank knows what all others need without a word.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_lss.attention.bands import FAR, HIGH, K0, Q1, Bands, intersect, rectangles
+from lightning_lss.attention.kinds import Kind, Sizes
+from lightning_lss.attention.packing import PackedMask, unpack
+from lightning_lss.attention.structure import Structure, chunk_work, structure_of
+from lightning_lss.attention.tiles import RowGroup, Tile, cut_band, group_rows, join_tiles
+from lightning_lss.sequence.layout import check_length
+from lightning_lss.sequence.segment import SequenceShard
+
+_FEW = 0.5  # of all keys: where ranks need fewer on average, these are sent one by one; else a collective is faster
+
+
+class Call(NamedTuple):
+    """Everything that a plan depends on beside the mask."""
+
+    sizes: Sizes
+    rank: int
+    chunks: tuple[tuple[int, ...], ...]
+    """The chunks of the sequence that each rank holds."""
+    fetches: bool = True
+    """Whether keys are split over the ranks; else every rank holds them whole."""
+    fetches_all: bool = False
+    """Whether to fetch the keys that nobody looks at as well."""
+    offset_diagonal: bool = False
+    windows: bool = False
+
+    @property
+    def num_chunks(self) -> int:
+        """Number of chunks of the sequence."""
+        return sum(map(len, self.chunks))
+
+
+class Run(NamedTuple):
+    """Adjacent keys that a rank needs, all of one chunk."""
+
+    owner: int
+    """The rank that holds them."""
+    start: int
+    """Where they start in the owner's segment."""
+    size: int
+    position: int
+    """Global position of the first."""
+
+
+class Table(NamedTuple):
+    """Which pairs of a tile are visible."""
+
+    q_start: int
+    k_start: int
+    visible: Tensor
+    """bool [B or 1, H or 1, rows, keys]."""
+
+
+class Plan(NamedTuple):
+    """What one rank does in one call of attention."""
+
+    groups: tuple[RowGroup, ...]
+    tables: tuple[Table, ...]
+    needs: tuple[tuple[Run, ...], ...] | None
+    """The keys that each rank fetches, in position order; None for the whole sequence."""
+    hides_rows: bool
+    """Whether a row may see nothing."""
+    sums: int
+    """The largest number of tiles that look at the same key."""
+    q_positions: Tensor
+    """Global positions of the local queries, int64 [l]."""
+    k_positions: Tensor
+    """Global positions of the fetched keys, int64."""
+
+    @property
+    def tiles(self) -> Iterator[tuple[slice, Tile]]:
+        """All tiles, each with its rows of the batch."""
+        return ((group.batch, tile) for group in self.groups for tile in group.tiles)
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs that the rank computes, over all rows of the batch."""
+        return sum((batch.stop - batch.start) * tile.pairs for batch, tile in self.tiles)
+
+
+@lru_cache(maxsize=64)
+def plan_call(mask: PackedMask, call: Call) -> Plan:
+    """Plan what ``call.rank`` does; every rank's plan is made in the same way."""
+    sizes, num_chunks = call.sizes, call.num_chunks
+    structure = structure_of(mask, sizes, num_chunks, num_chunks if call.fetches else 1)
+    needs = _needs(mask, call)
+    everything = range(sizes.keys)
+    runs = [everything] if needs is None else [range(x.position, x.position + x.size) for x in needs[call.rank]]
+    chunk = sizes.queries // num_chunks
+    starts = np.array(call.chunks[call.rank]) * chunk
+    planner = _Tiles(call, unpack(mask), starts, chunk, _Fetched(runs))
+    groups = [
+        group
+        for batch, exact, mixed in _by_rows(structure, sizes.batch)
+        for group in planner.groups(batch, exact, mixed)
+    ]
+    rows = sum((group.q_stop - group.q_start) * (group.batch.stop - group.batch.start) for group in groups)
+    return Plan(
+        tuple(groups),
+        tuple(planner.tables),
+        needs,
+        rows < sizes.batch * len(starts) * chunk or bool(planner.tables),
+        _most_tiles(groups, sum(map(len, runs))),
+        torch.cat([torch.arange(start, start + chunk) for start in starts.tolist()]),
+        torch.cat([torch.arange(run.start, run.stop) for run in runs] or [torch.arange(0)]),
+    )
+
+
+def plan_segment(mask: PackedMask, length: int, shard: SequenceShard, batch: int = 1, heads: int = 1) -> Plan:
+    """Plan self-attention of one segment of sequences of ``length``, for a kernel without special features.
+
+    Raises ``ValueError`` if the length cannot be divided evenly.
+    """
+    check_length(length, shard.size, shard.layout)
+    return plan_call(mask, Call(Sizes(batch, heads, length, length), shard.rank, shard.held_chunks))
+
+
+def features_of(mask: PackedMask, call: Call) -> frozenset[str]:
+    """What tiles of some rank need of a kernel: ``"windows"`` for a diagonal at the left, ``"bias"`` for a table."""
+    exact, mixed = structure_of(mask, call.sizes, call.num_chunks, call.num_chunks if call.fetches else 1)
+    windows = any((x[:, HIGH] < x[:, Q1] - 1 - x[:, K0]).any() for x in exact)
+    return frozenset({"windows"} if windows else ()) | ({"bias"} if any(map(len, mixed)) else set())
+
+
+# -- which keys --------------------------------------------------------------------------------------------------------
+
+
+def _needs(mask: PackedMask, call: Call) -> tuple[tuple[Run, ...], ...] | None:
+    """The keys that each rank fetches; None if these are nearly all."""
+    size, keys = len(call.chunks), call.sizes.keys
+    if size == 1 or not call.fetches or call.fetches_all:
+        return None
+    work = chunk_work(mask, call.sizes, call.num_chunks)
+    owner, local = np.empty(call.num_chunks, np.int64), np.empty(call.num_chunks, np.int64)
+    chunk = keys // call.num_chunks
+    for rank, held in enumerate(call.chunks):
+        owner[list(held)], local[list(held)] = rank, np.arange(len(held)) * chunk
+    needs, received = [], 0
+    for rank, held in enumerate(call.chunks):
+        first = work.first[list(held)].min(0)
+        width = (work.first + work.keys)[list(held)].max(0, initial=0, where=work.keys[list(held)] > 0) - first
+        wanted = np.flatnonzero(width > 0)
+        received += int(width[wanted][owner[wanted] != rank].sum())
+        columns = owner[wanted], local[wanted] + first[wanted] - wanted * chunk, width[wanted], first[wanted]
+        needs.append(tuple(Run(*row) for row in np.stack(columns, 1).tolist()))
+    return None if received >= _FEW * (size - 1) * keys else tuple(needs)
+
+
+class _Fetched:
+    """Where the keys of some runs of positions are in the buffer that they are fetched into."""
+
+    def __init__(self, runs: list[range]) -> None:
+        self._starts = np.array([run.start for run in runs])
+        self._offsets = np.cumsum([0, *map(len, runs)])[:-1]
+
+    def __call__(self, position: int) -> int:
+        run = int(np.searchsorted(self._starts, position, "right")) - 1
+        return int(self._offsets[run] + position - self._starts[run])
+
+
+# -- which tiles -------------------------------------------------------------------------------------------------------
+
+
+def _by_rows(structure: Structure, batch: int) -> Iterator[tuple[slice, Bands, Bands]]:
+    """The rows of the batch with what is visible there; neighbours that see the same are taken together."""
+    if len(structure.exact) == 1:
+        yield slice(0, batch), structure.exact[0], structure.mixed[0]
+        return
+    rows = list(zip(structure.exact, structure.mixed))
+    same = groupby(range(len(rows)), key=lambda row: (rows[row][0].tobytes(), row if len(rows[row][1]) else -1))
+    for _, members in same:
+        first, *others = members
+        yield slice(first, first + 1 + len(others)), *rows[first]
+
+
+def _most_tiles(groups: Sequence[RowGroup], keys: int) -> int:
+    """The largest number of tiles over one key, of one row of the batch."""
+    most = 0
+    for _, members in groupby(groups, key=lambda group: group.batch.start):
+        change = np.zeros(keys + 1, np.int64)
+        for tile in (tile for group in members for tile in group.tiles):
+            change[tile.k_start] += 1
+            change[tile.k_stop] -= 1
+        most = max(most, int(change.cumsum().max()))
+    return most
+
+
+class _Tiles:
+    """Makes the tiles of a rank; collects their tables."""
+
+    def __init__(self, call: Call, kind: Kind, starts: NDArray[np.int64], chunk: int, fetched: _Fetched) -> None:
+        self.call, self.kind, self.starts, self.chunk, self.fetched = call, kind, starts, chunk, fetched
+        self.tables: list[Table] = []
+
+    def groups(self, batch: slice, exact: Bands, mixed: Bands) -> list[RowGroup]:
+        """The tiles of some rows of the batch, by the query rows that they share."""
+        tiles = [self._tile(band) for whole in self._own(exact) for band in self._cut(whole)]
+        tiles += [self._mixed_tile(batch, band) for band in self._own(mixed)]
+        return group_rows(batch, join_tiles(tiles))
+
+    def _cut(self, band: list[int]) -> Iterator[tuple[int, ...]]:
+        return cut_band(tuple(band), self.call.offset_diagonal, self.call.windows)  # type: ignore[arg-type]
+
+    def _own(self, bands: Bands) -> list[list[int]]:
+        """The parts of some bands in the chunks of this rank."""
+        keys = np.full_like(self.starts, self.call.sizes.keys)
+        return intersect(bands, rectangles(self.starts, self.starts + self.chunk, 0 * keys, keys)).tolist()
+
+    def _tile(self, band: Sequence[int], table: int | None = None) -> Tile:
+        q0, q1, k0, k1, low, high = band
+        index = int(np.flatnonzero((self.starts <= q0) & (q0 < self.starts + self.chunk))[0])
+        row, key = index * self.chunk + q0 - int(self.starts[index]), self.fetched(k0)
+        return Tile(row, row + q1 - q0, key, key + k1 - k0, max(low - q0 + k0, -FAR), min(high - q0 + k0, FAR), table)
+
+    def _mixed_tile(self, batch: slice, band: list[int]) -> Tile:
+        q0, q1, k0, k1, *_ = band
+        visible = self.kind.visible(torch.arange(q0, q1), self.call.sizes)[..., k0:k1]
+        tile = self._tile((q0, q1, k0, k1, -FAR, FAR), len(self.tables))
+        self.tables.append(Table(tile.q_start, tile.k_start, visible[batch] if len(visible) > 1 else visible))
+        return tile
