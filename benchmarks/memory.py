@@ -29,8 +29,7 @@ from benchmarks.steps import ranks_and_threads
 from benchmarks.training import Job, fit, make_module
 from lightning_lss import LSSTransformer, SequenceShard
 from lightning_lss.megatron.parallelize import DATA, TENSOR, parallelize
-from lightning_lss.nn.dropout import SegmentDropout
-from lightning_lss.sequence.segment import WHOLE_SEQUENCE, segment_local_names, segment_modules
+from lightning_lss.sequence.segment import segment_local_names, segment_modules
 from lightning_lss.testing.collectives import is_own_operator, run_inside
 from lightning_lss.testing.fake_world import fake_world
 from lightning_lss.testing.world import World
@@ -185,9 +184,6 @@ def _split_module(contestant: Contestant, size: int, job: Job) -> LSSTransformer
     else:
         for part in segment_modules(module):
             part.set_shard(SequenceShard(0, size, contestant.layout, dist.group.WORLD))
-    for part in module.modules():
-        if isinstance(part, SegmentDropout):  # would draw a seed, and fake tensors have no numbers
-            part.set_shard(WHOLE_SEQUENCE)  # torch's own dropout allocates the same
     return module
 
 

@@ -21,6 +21,7 @@ from lightning_lss.attention.kernels import KERNELS, select_kernel
 from lightning_lss.models.transformer import ExecutionConfig, Transformer, TransformerConfig
 from lightning_lss.nn.loss import linear_cross_entropy
 from lightning_lss.sequence import collectives
+from lightning_lss.sequence.random import draw_seed, kept
 from lightning_lss.sequence.segment import segment_modules
 from lightning_lss.testing.compare import assert_equal
 from lightning_lss.testing.fake_world import GATHER, SCATTER, one_rank_of, shard_of
@@ -40,6 +41,20 @@ def peak_of(function: Callable[[], Any]) -> int:
     function()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+# -- random numbers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("shape", [(7,), (2, 3, 5), (4, 1500, 1024)])  # the last in pieces
+def test_a_gpu_drops_what_a_cpu_drops(shape) -> None:
+    seed = draw_seed()
+    indices = [torch.arange(n).view([-1 if i == j else 1 for j in range(len(shape))]) for i, n in enumerate(shape)]
+    on_gpu = kept(seed, *(x.cuda() for x in indices), p=0.3)
+    assert on_gpu.is_cuda
+    assert torch.equal(on_gpu.cpu(), kept(seed, *indices, p=0.3))
 
 
 # -- communication behind computation ----------------------------------------------------------------------------------

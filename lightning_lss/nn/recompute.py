@@ -6,10 +6,11 @@ they are. (torchtitan also applies activation checkpointing to a finished model.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache, partial
+from itertools import accumulate
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, set_checkpoint_early_stop
 
 from lightning_lss.attention.operator import ATTENTION
+from lightning_lss.nn.dropout import SegmentDropout, Tile
 
 ActivationCheckpointing = Literal["none", "full", "selective", "offload"]
 
@@ -199,7 +201,10 @@ def _call_checkpointed(
 
 
 def _call_in_tiles(module: Recomputed, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call the module for parts of the first argument along the sequence; autograd keeps only the arguments."""
+    """Call the module for parts of the first argument along the sequence; autograd keeps only the arguments.
+
+    Dropout within the module is told which part of the segment it works on, and drops what it would of the whole.
+    """
     tiles = module._lss_calls.tiles
     if not args or not isinstance(args[0], Tensor) or args[0].dim() != 3:
         raise ValueError(
@@ -207,13 +212,21 @@ def _call_in_tiles(module: Recomputed, call: Callable[..., Any], *args: Any, **k
             " tensor [B, l, E], given by position. Name other modules in tiled_modules."
         )
     x, *others = args
+    length = x.size(1)
+    dropouts = [(part, list[Tensor]()) for part in module.modules() if isinstance(part, SegmentDropout)]
 
-    def compute(part: Tensor) -> Tensor:
-        return call(part, *others, **kwargs)
+    def compute(part: Tensor, start: int) -> Tensor:
+        with ExitStack() as stack:
+            for dropout, seeds in dropouts:
+                tile = Tile(start, start + part.size(1), length, seeds)
+                stack.enter_context(dropout.computing(tile))
+            return call(part, *others, **kwargs)
 
     run = partial(checkpoint, compute, use_reentrant=False) if torch.is_grad_enabled() else compute
+    parts = x.chunk(tiles, dim=1)
+    starts = accumulate((part.size(1) for part in parts), initial=0)
     with _early_stop(True):
-        return torch.cat([run(part) for part in x.chunk(tiles, dim=1)], dim=1)
+        return torch.cat([run(part, start) for part, start in zip(parts, starts)], dim=1)
 
 
 def _early_stop(wanted: bool) -> AbstractContextManager[Any]:

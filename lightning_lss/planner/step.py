@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from lightning_lss.attention.module import LSSAttention
-from lightning_lss.nn.dropout import SegmentDropout
 from lightning_lss.nn.positions import SegmentPositionalEmbedding
 from lightning_lss.nn.recompute import ActivationCheckpointing
 from lightning_lss.parallel.fsdp import units_of
@@ -31,7 +30,7 @@ from lightning_lss.planner.tracker import Tracker
 from lightning_lss.sequence.batch import SequenceDims, split_batch, tensors_by_path
 from lightning_lss.sequence.dtypes import resolve_communication_dtype
 from lightning_lss.sequence.layout import LAYOUTS, check_positive
-from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard, segment_local_names, segment_modules
+from lightning_lss.sequence.segment import SequenceShard, segment_local_names, segment_modules
 from lightning_lss.strategy.memory import MemoryOptions
 from lightning_lss.testing.fake_world import fake_world
 
@@ -198,9 +197,7 @@ class _Step:
                     segmented.set_shard(self.shard)
         self.rank.options.memory.apply(module)
         for part in module.modules():
-            if isinstance(part, SegmentDropout):  # draws a seed; torch's own dropout allocates the same
-                part.set_shard(WHOLE_SEQUENCE)
-            elif isinstance(part, LSSAttention) and part.kernel != "reference":
+            if isinstance(part, LSSAttention) and part.kernel != "reference":
                 part.kernel = "auto"
 
     def _own_batch(self, batch: Any) -> Any:
