@@ -164,7 +164,7 @@ def _cut_window(band: Band, start: int, stop: int, offset_diagonal: bool) -> Ite
         yield start, stop, k0, k1, low, high
         return
     if left > k0:
-        yield start, stop, k0, left, -FAR, high
+        yield start, min(stop, left + high), k0, left, -FAR, high
     if left < right:
         yield start, stop, left, right, -FAR, FAR
     if right < k1:

@@ -86,9 +86,7 @@ def send_and_receive(
     # in every step each rank sends to another one, so that no rank is the target of all
     turns = [((rank - step) % size, (rank + step) % size) for step in range(1, size)]
     tensors = [x for source, target in turns for x in (*incoming[source], *outgoing[target])]
-    if not tensors:
-        return []
-    if not is_gloo(tensors[0], group):
+    if not tensors or not is_gloo(tensors[0], group):
         return _send_and_receive(outgoing, incoming, turns, group)
     works: list[dist.Work] = []
     _under_way[group.group_name].append(works)
@@ -109,7 +107,7 @@ def _send_and_receive(
     for source, target in turns:
         messages += [dist.P2POp(dist.irecv, x, group=group, group_peer=source) for x in incoming[source]]
         messages += [dist.P2POp(dist.isend, x, group=group, group_peer=target) for x in outgoing[target]]
-    return dist.batch_isend_irecv(messages)
+    return dist.batch_isend_irecv(messages) if messages else []
 
 
 # Exchanges under way by group, in starting order; gloo completes them in that order. They are kept alive here, since

@@ -1,0 +1,123 @@
+"""Attention over ranks under any mask, against the textbook formula with the dense mask, in float64."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_lss import AttentionMask, SequenceShard, lss_attention
+from lightning_lss.attention import plan, structure, tiles
+from lightning_lss.sequence.layout import LAYOUTS
+from lightning_lss.testing.compare import assert_equal
+from lightning_lss.testing.fake_world import recorded_ranks
+from tests.attention.masks import masks
+
+
+WIDTH = 4
+
+
+class Case(NamedTuple):
+    """One call of attention."""
+
+    size: int
+    layout: str
+    mask: AttentionMask
+    batch: int
+    heads: int
+    kv_heads: int
+    length: int
+    value_width: int
+    seed: int
+    options: dict[str, Any]
+    block: int  # of masks without structure
+    rows: int  # of tiles with a diagonal at the left
+
+    def tensors(self) -> list[Tensor]:
+        """Queries, keys, values, and the gradient of the output."""
+        generator = torch.Generator().manual_seed(self.seed)
+        shapes = [
+            (self.heads, WIDTH),
+            (self.kv_heads, WIDTH),
+            (self.kv_heads, self.value_width),
+            (self.heads, self.value_width),
+        ]
+        return [torch.randn(self.batch, n, self.length, w, dtype=torch.float64, generator=generator) for n, w in shapes]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    size, batch, groups = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2]))
+    heads = groups * draw(st.sampled_from([1, 2]))
+    length = 2 * size * draw(st.integers(-(-4 // size), 200 // size))
+    options = {
+        "kernel": draw(st.sampled_from(["cpu_flash", "reference"])),
+        "head_chunks": draw(st.sampled_from(["auto", 1, groups])),
+        "keep_gathered": False,
+    }
+    if draw(st.integers(0, 4)) == 0:
+        options |= {"keep_gathered": True, "head_chunks": "auto"}
+    return Case(
+        size,
+        draw(st.sampled_from(LAYOUTS)),
+        draw(masks(batch, heads, length)),
+        batch,
+        heads,
+        groups,
+        length,
+        draw(st.sampled_from([4, 2, 6])),
+        draw(st.integers(0, 2**16)),
+        options,
+        draw(st.sampled_from([4, 16, 128])),
+        draw(st.sampled_from([1, 3, 16, 256])),
+    )
+
+
+def textbook(case: Case) -> dict[str, Tensor]:
+    """Output and gradients with the dense mask."""
+    *inputs, grad = case.tensors()
+    q, k, v = (x.requires_grad_() for x in inputs)
+    repeat = q.size(1) // k.size(1)
+    scores = q @ k.repeat_interleave(repeat, 1).mT / q.size(-1) ** 0.5
+    visible = case.mask.dense(q.size(2), batch=q.size(0), heads=q.size(1))
+    blind = ~visible.any(-1, keepdim=True)  # softmax of nothing is NaN
+    weights = scores.masked_fill(~visible & ~blind, float("-inf")).softmax(-1).masked_fill(blind, 0.0)
+    out = weights @ v.repeat_interleave(repeat, 1)
+    grads = torch.autograd.grad(out, (q, k, v), grad)
+    return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *grads)))
+
+
+def attend(case: Case) -> dict[str, Tensor]:
+    """The same, by ranks that take turns."""
+
+    *inputs, grad = case.tensors()
+
+    def work(shard: SequenceShard) -> list[Tensor]:
+        leaves = [shard.split(x, 2).clone().requires_grad_() for x in inputs]
+        out = lss_attention(*leaves, shard, mask=case.mask, **case.options)
+        return [out.detach(), *torch.autograd.grad(out, leaves, shard.split(grad, 2))]
+
+    by_rank = recorded_ranks(work, case.size, case.layout, late=True)
+    local_length = case.length // case.size
+    order = torch.cat(
+        [SequenceShard(rank, case.size, case.layout).positions(local_length) for rank in range(case.size)]
+    )
+    return {
+        name: torch.cat(parts, 2)[:, :, order.argsort()]
+        for name, parts in zip(("out", "dq", "dk", "dv"), zip(*by_rank))
+    }
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(cases())
+def test_output_and_gradients_are_those_of_the_dense_mask(case: Case) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        # small ones, so that short sequences have as many tiles as long ones
+        patch.setattr(structure, "BLOCK", case.block)
+        patch.setattr(tiles, "ROWS", case.rows)
+        for cached in (structure.structure_of, structure.chunk_work, plan.plan_call):
+            cached.cache_clear()
+        # where every query sees a single key, gradients of queries and keys are 0 but for rounding
+        assert_equal(attend(case), textbook(case), 1e-10, floor=1e-3)
