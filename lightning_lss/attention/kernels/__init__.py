@@ -12,7 +12,7 @@ scores.
   gradient (FlashAttention-2, arXiv 2307.08691, algorithm 2), so tiles need no correction. ``lse`` must be finite: pass 0
   for a row that sees no key at all.
 
-Without ``"offset_diagonal"`` a kernel takes ``causal`` only in square tiles.
+A causal tile is at least as wide as high, and square for a kernel without ``"offset_diagonal"``.
 """
 
 from collections.abc import Callable
@@ -115,14 +115,14 @@ _KERNELS = (
         "cpu_flash",
         cpu.flash_forward,
         cpu.flash_backward,
-        frozenset({"bias"}),
+        cpu.FLASH,
         # each block of queries reads all keys and their gradients, and these must stay in the cache (measured: 1,024)
         backward_keys=1024,
         forward_keys=cpu.flash_forward_keys,
     ),
-    Kernel("cuda_flash", cuda.flash_forward, cuda.flash_backward, frozenset({"offset_diagonal", "windows"})),
-    Kernel("cudnn", cuda.cudnn_forward, cuda.cudnn_backward),
-    Kernel("efficient", cuda.efficient_forward, cuda.efficient_backward, frozenset({"offset_diagonal", "bias"})),
-    Kernel("reference", reference.forward, reference.backward, frozenset(FEATURES)),
+    Kernel("cuda_flash", cuda.flash_forward, cuda.flash_backward, cuda.FLASH),
+    Kernel("cudnn", cuda.cudnn_forward, cuda.cudnn_backward, cuda.CUDNN),
+    Kernel("efficient", cuda.efficient_forward, cuda.efficient_backward, cuda.EFFICIENT),
+    Kernel("reference", reference.forward, reference.backward, reference.TAKES),
 )
 KERNELS = {kernel.name: kernel for kernel in _KERNELS}

@@ -13,6 +13,8 @@ from lightning_lss.attention.kernels.widths import pad_heads
 
 aten = torch.ops.aten
 
+FLASH = frozenset({"bias"})
+
 
 def _mask_of(scores: Scores, q: Tensor) -> Tensor | None:
     return None if scores.bias is None else scores.bias.to(torch.promote_types(q.dtype, torch.float32))
@@ -20,6 +22,7 @@ def _mask_of(scores: Scores, q: Tensor) -> Tensor | None:
 
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     """Call torch's flash attention for CPUs."""
+    assert scores.needs(q.size(2), k.size(2)) <= FLASH
     padded = pad_heads(max(q.size(-1), v.size(-1)), q, k, v)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         *padded, 0.0, scores.causal, attn_mask=_mask_of(scores, q), scale=scores.scale
@@ -34,6 +37,7 @@ def flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the adjoint of :func:`flash_forward`."""
+    assert scores.needs(q.size(2), k.size(2)) <= FLASH
     padded = pad_heads(max(q.size(-1), v.size(-1)), grad, q, k, v, out)
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *padded, lse, 0.0, scores.causal, attn_mask=_mask_of(scores, q), scale=scores.scale

@@ -18,6 +18,9 @@ from lightning_lss.attention.kernels.widths import pad_heads
 
 aten = torch.ops.aten
 
+FLASH = frozenset({"offset_diagonal", "windows"})
+CUDNN: frozenset[str] = frozenset()
+EFFICIENT = frozenset({"offset_diagonal", "bias"})
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
@@ -51,6 +54,7 @@ def _cut(grads: Sequence[Tensor], *like: Tensor) -> Gradients:
 
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     """Call FlashAttention (arXiv 2307.08691)."""
+    assert scores.needs(q.size(2), k.size(2)) <= FLASH
     padded = _equal(q, k, v)
     if scores.window is None:
         out, lse, *_ = aten._scaled_dot_product_flash_attention(*padded, 0.0, scores.causal, False, scale=scores.scale)
@@ -66,6 +70,7 @@ def flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
 ) -> Gradients:
     """Compute the adjoint of :func:`flash_forward`."""
+    assert scores.needs(q.size(2), k.size(2)) <= FLASH
     seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # loaded by the kernel, used only with dropout
     unused = torch.empty(0, dtype=torch.uint64, device=q.device)
     padded = _equal(grad, q, k, v, out)
@@ -96,6 +101,7 @@ def _window(scores: Scores) -> dict[str, int]:
 
 def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     """Call cuDNN's attention."""
+    assert scores.needs(q.size(2), k.size(2)) <= CUDNN
     out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
         *_equal(q, k, v), None, True, 0.0, scores.causal, scale=scores.scale
     )
@@ -106,6 +112,7 @@ def cudnn_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
 ) -> Gradients:
     """Compute the adjoint of :func:`cudnn_forward`."""
+    assert scores.needs(q.size(2), k.size(2)) <= CUDNN
     unused = torch.zeros((), dtype=torch.int64, device=q.device)  # the dropout generator's state
     lse = lse.contiguous()
     if _cudnn_keeps_last_dimension(q.device, q.dtype):
@@ -163,6 +170,7 @@ def _bias(scores: Scores, q: Tensor, keys: int) -> Tensor | None:
 
 def efficient_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     """Call memory-efficient attention (arXiv 2112.05682) as implemented by xFormers."""
+    assert scores.needs(q.size(2), k.size(2)) <= EFFICIENT
     padded = _aligned(q, _repeated(k, q.size(1)), _repeated(v, q.size(1)))
     mask, bias, lengths = _BOTTOM_RIGHT if scores.causal else _NO_MASK, _bias(scores, q, k.size(2)), [None] * 4
     out, lse, *_ = aten._efficient_attention_forward(
@@ -179,6 +187,7 @@ def efficient_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
 ) -> Gradients:
     """Compute the adjoint of :func:`efficient_forward`."""
+    assert scores.needs(q.size(2), k.size(2)) <= EFFICIENT
     heads, rows = q.shape[1:3]
     padded = _aligned(grad, q, _repeated(k, heads), _repeated(v, heads), out)
     *inputs, padded_out = (x.transpose(1, 2) for x in padded)
