@@ -233,7 +233,7 @@ def test_a_bias_is_aligned_and_its_hidden_rows_are_zero(causal, shape, keys) -> 
     bias = make_bias(20, keys, *shape)
     inputs = make_inputs(20, keys, 4, 2)
     room = bias.new_zeros(*shape, 21, keys + 19)
-    for other in (bias, bias.mT.contiguous().mT, room[..., 1:, 3:-16].copy_(bias)):
+    for other in (bias, bias.float(), bias.mT.contiguous().mT, room[..., 1:, 3:-16].copy_(bias)):
         check_kernel("efficient", inputs, Scores(SCALE, causal, other))
 
 
