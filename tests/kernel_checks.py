@@ -120,8 +120,8 @@ def check_kernel(name: str, inputs: Inputs, how: Scores, bound: float = BOUND) -
 def laid_out_as_in_attention(inputs: Inputs) -> Inputs:
     """The same numbers as parts of larger tensors: heads and rows of [B, l, H, D], keys and values of a head chunk."""
     q, k, v, grad = inputs
-    chunk = heads_first(empty_head_chunk(k.new_zeros(k.size(0), k.size(1), k.size(2) + 3, k.size(3)), 1))
-    keys_values = chunk.zero_()[..., 2:-1, :].copy_(torch.stack((k, v)))
+    chunk = heads_first(empty_head_chunk(k, v, k.size(2) + 3)).zero_()
+    k, v = chunk[..., 2:-1, :].copy_(torch.cat((k, v), -1)).split((k.size(-1), v.size(-1)), -1)
     larger = [x.new_zeros(x.size(0), x.size(2) + 3, x.size(1) + 2, x.size(3)) for x in (q, grad)]
     q, grad = [whole.transpose(1, 2)[:, 1:-1, 2:-1].copy_(x) for whole, x in zip(larger, (q, grad))]
-    return Inputs(q, *keys_values, grad)
+    return Inputs(q, k, v, grad)

@@ -30,7 +30,7 @@ FORWARD, BACKWARD = KERNELS["reference"].forward, KERNELS["reference"].backward
 def rows_contiguous(*tensors: Tensor) -> None:
     for x in tensors:
         assert x.stride(-1) == 1
-        assert x.size(-1) % 8 == 0
+        assert all(number % 8 == 0 for number in (x.size(-1), *x.stride()[:-1], x.storage_offset()))
 
 
 def equal_widths(*tensors: Tensor) -> None:
@@ -218,11 +218,12 @@ def test_operators_are_given_what_they_rely_on(name, m, n, causal, width, kv_hea
 
 
 @pytest.mark.usefixtures("operators")
-@pytest.mark.parametrize("widths", [(8, 16), (16, 8), (20, 9)])
+@pytest.mark.parametrize("widths", [(8, 16), (16, 8), (20, 9), (8, 20)])
 @pytest.mark.parametrize("name", CUDA_KERNELS)
 def test_values_of_another_width(name, widths) -> None:
     width, value_width = widths
-    check_kernel(name, make_inputs(24, 24, 4, 2, width, value_width=value_width), Scores(SCALE, True))
+    inputs, how = make_inputs(24, 24, 4, 4, width, value_width=value_width), Scores(SCALE, True)
+    check(compute(name, laid_out_as_in_attention(inputs), how), textbook(inputs, how), BOUND)
 
 
 @pytest.mark.usefixtures("operators")
@@ -250,7 +251,11 @@ def test_a_bias_is_copied_only_where_it_must_be() -> None:
 @pytest.mark.parametrize(("causal", "window"), [(False, (4, 2)), (True, (4, 2)), (True, (4, -1)), (False, (-1, 3))])
 def test_a_window_of_flash_attention(m, n, causal, window) -> None:
     causal = causal and m <= n
-    check_kernel("cuda_flash", make_inputs(m, n, 4, 2, 12), Scores(SCALE, causal, window=window))
+    check_kernel(
+        "cuda_flash",
+        laid_out_as_in_attention(make_inputs(m, n, 4, 2, 8, value_width=9)),
+        Scores(SCALE, causal, window=window),
+    )
 
 
 @pytest.mark.usefixtures("operators")
@@ -300,5 +305,10 @@ def test_the_efficient_operators_take_the_arguments_as_they_are_passed(causal, w
 
 def test_heads_of_a_width_that_fits_are_not_copied() -> None:
     x = torch.empty(1, 2, 8, 16)
-    assert kernels_cuda._aligned(x)[0] is x
+    assert kernels_cuda._equal(x, x[..., :8])[0] is x
+    assert kernels_cuda._aligned(x[..., 8:])[0].data_ptr() == x[..., 8:].data_ptr()
     assert kernels_cuda._aligned(x[..., :12])[0].shape == x.shape
+    for unaligned in (x[..., 4:12], torch.empty(1, 2, 8, 20)[..., :16]):
+        (copy,) = kernels_cuda._aligned(unaligned)
+        assert copy.is_contiguous()
+        assert copy.data_ptr() != unaligned.data_ptr()

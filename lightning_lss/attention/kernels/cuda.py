@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_lss.attention.kernels.scores import Scores
-from lightning_lss.attention.kernels.widths import pad_heads
 
 aten = torch.ops.aten
 
@@ -28,14 +27,24 @@ def _round_up(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
+def _padded(width: int, x: Tensor) -> Tensor:
+    """Pad the heads of a tensor with zeros to ``width``, a multiple of 8. Rows must also start at such multiples; those
+    of keys and values that are stored side by side may not, and are copied."""
+    starts = *x.stride()[:-1], x.storage_offset()
+    if x.size(-1) == width and not any(start % 8 for start in starts):
+        return x
+    return F.pad(x, (0, width - x.size(-1)))  # copies whatever the padding
+
+
 def _aligned(*tensors: Tensor) -> list[Tensor]:
-    """Pad the width of each tensor to a multiple of 8, as the kernels require."""
-    return [pad_heads(_round_up(x.size(-1), 8), x)[0] for x in tensors]
+    """Pad the width of each tensor to a multiple of 8."""
+    return [_padded(_round_up(x.size(-1), 8), x) for x in tensors]
 
 
 def _equal(*tensors: Tensor) -> list[Tensor]:
     """Pad all tensors to one width, a multiple of 8."""
-    return pad_heads(_round_up(max(x.size(-1) for x in tensors), 8), *tensors)
+    width = _round_up(max(x.size(-1) for x in tensors), 8)
+    return [_padded(width, x) for x in tensors]
 
 
 def _cut(grads: Sequence[Tensor], *like: Tensor) -> Gradients:
