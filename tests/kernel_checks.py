@@ -16,6 +16,7 @@ SCALE = 0.3
 # so a right kernel is off by ten roundings or so (by fewer in the short types, which it sums up in float32), a wrong
 # one by 1e-1 and more.
 ROUNDING = {torch.float64: 1.1e-16, torch.float32: 6e-8, torch.float16: 4.9e-4, torch.bfloat16: 3.9e-3}
+BOUND = 30 * ROUNDING[torch.float64]
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
 
@@ -34,52 +35,93 @@ def make_inputs(
     width: int = 8,
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
+    value_width: int | None = None,
 ) -> Inputs:
     generator = torch.Generator().manual_seed(m * 1000 + n)
-    shapes = [(2, heads, m, width), (2, kv_heads, n, width), (2, kv_heads, n, width), (2, heads, m, width)]
+    values = width if value_width is None else value_width
+    shapes = [(2, heads, m, width), (2, kv_heads, n, width), (2, kv_heads, n, values), (2, heads, m, values)]
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     return Inputs(*(x.to(device, dtype) for x in tensors))
 
 
-def textbook(inputs: Inputs, causal: bool) -> list[Tensor]:
-    """Out, lse, dq, dk, dv from softmax(scale q k^T) v in float64, the causal diagonal ending in the bottom right
-    corner."""
+def make_bias(
+    m: int, n: int, batch: int = 1, heads: int = 1, hidden: float = 0.3, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Numbers around 0, where not minus infinity: a part of the pairs, the third row and the last one."""
+    generator = torch.Generator().manual_seed(m * 1000 + n)
+    bias = torch.randn(batch, heads, m, n, generator=generator, dtype=torch.float64)
+    bias[torch.rand(bias.shape, generator=generator) < hidden] = float("-inf")
+    bias[..., 2::m, :] = bias[..., -1, :] = float("-inf")
+    return bias.to(torch.promote_types(dtype, torch.float32))
+
+
+def make_kept(m: int, n: int, batch: int = 2, heads: int = 1, dropout: float = 0.4) -> Tensor:
+    generator = torch.Generator().manual_seed(m * 1000 + n)
+    kept = torch.rand(batch, heads, m, n, generator=generator, dtype=torch.float64) >= dropout
+    return kept.double() / (1 - dropout)
+
+
+def textbook(inputs: Inputs, how: Scores) -> list[Tensor]:
+    """Out, lse, dq, dk, dv from softmax(bias + cap(scale q k^T)) v in float64, diagonals from the bottom right corner."""
     q, k, v, grad = (x.double() for x in inputs)
     q, k, v = (x.requires_grad_() for x in (q.clone(), k.clone(), v.clone()))
     repeat = q.size(1) // k.size(1)
-    scores = q @ k.repeat_interleave(repeat, 1).mT * SCALE
+    scores = q @ k.repeat_interleave(repeat, 1).mT * how.scale
+    if how.softcap is not None:
+        scores = how.softcap * torch.tanh(scores / how.softcap)
     m, n = scores.shape[-2:]
-    if causal:
-        hidden = torch.ones(m, n, device=q.device).triu(n - m + 1).bool()
-        scores = scores.masked_fill(hidden, float("-inf"))
-    out = scores.softmax(-1) @ v.repeat_interleave(repeat, 1)
-    return [out.detach(), scores.logsumexp(-1).detach(), *torch.autograd.grad(out, (q, k, v), grad)]
+    visible = torch.ones(m, n, device=q.device).bool()
+    if how.causal:
+        visible = visible.tril(n - m)
+    left, right = how.window or (-1, -1)
+    visible = visible.triu(n - m - left) if left >= 0 else visible
+    visible = visible.tril(n - m + right) if right >= 0 else visible
+    bias = torch.zeros(1, 1, m, n, device=q.device) if how.bias is None else how.bias
+    scores = (scores + bias.double()).masked_fill(~visible, float("-inf"))
+    seen = ~scores.isneginf().all(-1, keepdim=True)  # softmax gives rows without a key NaN
+    probabilities = scores.masked_fill(~seen, 0).softmax(-1) * seen
+    kept = 1 if how.kept is None else how.kept.double()
+    out = (probabilities * kept) @ v.repeat_interleave(repeat, 1)
+    lse = scores.detach().logsumexp(-1)
+    return [out.detach(), lse, *torch.autograd.grad(out, (q, k, v), grad)]
 
 
-def compute(name: str, inputs: Inputs, causal: bool) -> list[Tensor]:
+def compute(name: str, inputs: Inputs, how: Scores) -> list[Tensor]:
     """The same five by the kernel, checked for their shapes and dtypes."""
     q, k, v, grad = inputs
     kernel = KERNELS[name]
-    out, lse = kernel.forward(q, k, v, Scores(SCALE, causal))
-    grads = kernel.backward(grad, q, k, v, out, lse, Scores(SCALE, causal))
+    out, lse = kernel.forward(q, k, v, how)
+    grads = kernel.backward(grad, q, k, v, out, finite(lse), how)
     assert out.dtype == q.dtype
     assert lse.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
-    assert [x.shape for x in (out, lse, *grads)] == [q.shape, q.shape[:3], q.shape, k.shape, v.shape]
+    assert [x.shape for x in (out, lse, *grads)] == [grad.shape, q.shape[:3], q.shape, k.shape, v.shape]
     assert all(x.dtype == q.dtype for x in grads)
     return [out, lse, *grads]
 
 
+def finite(lse: Tensor) -> Tensor:
+    """What backward is given: 0 for rows without a key."""
+    return lse.masked_fill(lse.isneginf(), 0)
+
+
 def check(results: Sequence[Tensor], expected: Sequence[Tensor], bound: float, names: Sequence[str] = NAMES) -> None:
-    """Compare by name."""
+    """Compare by name; the log-sum-exp may be minus infinity, in the same rows."""
     assert len(results) == len(expected) == len(names)
-    assert_equal(dict(zip(names, results)), dict(zip(names, expected)), bound)
+    for x, y in zip(results, expected):
+        assert torch.equal(x.isneginf(), y.isneginf())
+    assert_equal(dict(zip(names, map(finite, results))), dict(zip(names, map(finite, expected))), bound)
+
+
+def check_kernel(name: str, inputs: Inputs, how: Scores, bound: float = BOUND) -> None:
+    """Compare the five of the kernel with the textbook's."""
+    check(compute(name, inputs, how), textbook(inputs, how), bound)
 
 
 def laid_out_as_in_attention(inputs: Inputs) -> Inputs:
     """The same numbers as parts of larger tensors: heads and rows of [B, l, H, D], keys and values of a head chunk."""
     q, k, v, grad = inputs
-    chunk = heads_first(empty_head_chunk(k.new_zeros(k.size(0), k.size(1), k.size(2) + 3, k.size(3)), 1))
-    keys_values = chunk.zero_()[..., 2:-1, :].copy_(torch.stack((k, v)))
+    chunk = heads_first(empty_head_chunk(k, v, k.size(2) + 3)).zero_()
+    k, v = chunk[..., 2:-1, :].copy_(torch.cat((k, v), -1)).split((k.size(-1), v.size(-1)), -1)
     larger = [x.new_zeros(x.size(0), x.size(2) + 3, x.size(1) + 2, x.size(3)) for x in (q, grad)]
     q, grad = [whole.transpose(1, 2)[:, 1:-1, 2:-1].copy_(x) for whole, x in zip(larger, (q, grad))]
-    return Inputs(q, *keys_values, grad)
+    return Inputs(q, k, v, grad)

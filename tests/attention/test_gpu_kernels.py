@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 
 from lightning_lss.attention.kernels import KERNELS, Scores, select_kernel
-from tests.kernel_checks import ROUNDING, SCALE, Inputs, check, compute, laid_out_as_in_attention, make_inputs, textbook
+from tests import kernel_checks
+from tests.kernel_checks import (
+    ROUNDING,
+    SCALE,
+    Inputs,
+    check,
+    compute,
+    laid_out_as_in_attention,
+    make_bias,
+    make_inputs,
+    textbook,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,9 +44,9 @@ def bound(dtype: torch.dtype) -> float:
     return (60 if dtype == torch.float32 else 8) * ROUNDING[dtype]
 
 
-def check_kernel(name: str, inputs: Inputs, causal: bool) -> None:
+def check_kernel(name: str, inputs: Inputs, how: Scores) -> None:
     takes_it(name, inputs.q)
-    check(compute(name, inputs, causal), textbook(inputs, causal), bound(inputs.q.dtype))
+    kernel_checks.check_kernel(name, inputs, how, bound(inputs.q.dtype))
 
 
 def takes_it(name: str, q: Tensor) -> None:
@@ -56,14 +67,14 @@ def no_tf32_in_the_reference(monkeypatch) -> None:
 @pytest.mark.parametrize("rows", [256, 200])
 @pytest.mark.parametrize("causal", [True, False])
 def test_square_tiles(name, dtype, causal, rows, width, kv_heads) -> None:
-    check_kernel(name, make_inputs(rows, rows, 8, kv_heads, width, dtype, "cuda"), causal)
+    check_kernel(name, make_inputs(rows, rows, 8, kv_heads, width, dtype, "cuda"), Scores(SCALE, causal))
 
 
 @kernels
 @pytest.mark.parametrize("kv_heads", [8, 2, 1])
 @pytest.mark.parametrize(("m", "n"), [(64, 256), (100, 333), (256, 64), (2, 130)])
 def test_rectangles(name, dtype, m, n, kv_heads) -> None:
-    check_kernel(name, make_inputs(m, n, 8, kv_heads, 64, dtype, "cuda"), causal=False)
+    check_kernel(name, make_inputs(m, n, 8, kv_heads, 64, dtype, "cuda"), Scores(SCALE))
 
 
 @pytest.mark.parametrize(
@@ -72,7 +83,39 @@ def test_rectangles(name, dtype, m, n, kv_heads) -> None:
 @pytest.mark.parametrize("kv_heads", [8, 2, 1])
 @pytest.mark.parametrize(("m", "n"), [(64, 256), (100, 333), (129, 130), (1, 77)])
 def test_offset_diagonals_end_in_the_bottom_right_corner(name, dtype, m, n, kv_heads) -> None:
-    check_kernel(name, make_inputs(m, n, 8, kv_heads, 64, dtype, "cuda"), causal=True)
+    check_kernel(name, make_inputs(m, n, 8, kv_heads, 64, dtype, "cuda"), Scores(SCALE, True))
+
+
+@kernels
+@pytest.mark.parametrize(("width", "value_width"), [(64, 128), (192, 128), (96, 20)])
+def test_values_of_another_width(name, dtype, width, value_width) -> None:
+    inputs = make_inputs(200, 200, 8, 2, width, dtype, "cuda", value_width)
+    try:
+        select_kernel(inputs.q, name, value_width=value_width)
+    except ValueError as reason:
+        pytest.skip(f"this kernel cannot: {reason}")
+    check_kernel(name, inputs, Scores(SCALE, True))
+
+
+@pytest.mark.parametrize(("name", "dtype"), [pair for pair in COMBINATIONS if "bias" in KERNELS[pair[0]].takes])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 8), (2, 8)])
+@pytest.mark.parametrize(
+    ("m", "n", "causal"), [(256, 256, True), (100, 333, False), (100, 333, True), (65, 1100, False)]
+)
+def test_a_bias_that_hides_whole_rows(name, dtype, m, n, causal, shape) -> None:
+    # the operator rounds the bias to the dtype of the queries, so it is rounded before the formula sees it
+    bias = make_bias(m, n, *shape).to("cuda", dtype).float()
+    bias[..., 1, : n // 2] = bias[..., 3, n // 2 :] = float("-inf")
+    check_kernel(name, make_inputs(m, n, 8, 2, 64, dtype, "cuda"), Scores(SCALE, causal, bias))
+
+
+@pytest.mark.parametrize(("name", "dtype"), [pair for pair in COMBINATIONS if "windows" in KERNELS[pair[0]].takes])
+@pytest.mark.parametrize(
+    ("causal", "window"), [(False, (64, 0)), (True, (100, -1)), (False, (30, 20)), (False, (-1, 40))]
+)
+@pytest.mark.parametrize(("m", "n"), [(256, 256), (100, 333), (333, 100)])
+def test_windows(name, dtype, m, n, causal, window) -> None:
+    check_kernel(name, make_inputs(m, n, 8, 2, 64, dtype, "cuda"), Scores(SCALE, causal and m <= n, window=window))
 
 
 @kernels
@@ -80,7 +123,11 @@ def test_offset_diagonals_end_in_the_bottom_right_corner(name, dtype, m, n, kv_h
 def test_heads_and_rows_of_larger_tensors(name, dtype, causal) -> None:
     inputs = make_inputs(128, 128, 8, 2, 64, dtype, "cuda")
     takes_it(name, inputs.q)
-    check(compute(name, laid_out_as_in_attention(inputs), causal), textbook(inputs, causal), bound(dtype))
+    check(
+        compute(name, laid_out_as_in_attention(inputs), Scores(SCALE, causal)),
+        textbook(inputs, Scores(SCALE, causal)),
+        bound(dtype),
+    )
 
 
 @kernels
@@ -88,8 +135,8 @@ def test_the_same_shapes_in_another_layout_of_the_gradient(name, dtype) -> None:
     # a kernel that keeps a plan for shapes must not read the second gradient with the strides of the first
     q, k, v, grad = inputs = make_inputs(128, 128, 8, 8, 64, dtype, "cuda")
     takes_it(name, q)
-    out, lse, *_ = compute(name, inputs, True)
-    _, _, *expected = textbook(inputs, True)
+    out, lse, *_ = compute(name, inputs, Scores(SCALE, True))
+    _, _, *expected = textbook(inputs, Scores(SCALE, True))
     for order in ((0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3)):
         inverse = torch.tensor(order).argsort().tolist()
         others = [x.permute(order).contiguous().permute(inverse) for x in (grad, out)]
@@ -102,7 +149,7 @@ def test_backward_of_parts_of_the_keys_adds_up_to_the_whole(name, dtype) -> None
     q, k, v, grad = inputs = make_inputs(128, 128, 8, 2, 64, dtype, "cuda")
     takes_it(name, q)
     kernel = KERNELS[name]
-    out, lse, *whole = compute(name, inputs, False)
+    out, lse, *whole = compute(name, inputs, Scores(SCALE))
     parts = [
         kernel.backward(grad, q, k[:, :, keys], v[:, :, keys], out, lse, Scores(SCALE))
         for keys in (slice(0, 32), slice(32, None))
@@ -115,7 +162,7 @@ def test_backward_of_parts_of_the_keys_adds_up_to_the_whole(name, dtype) -> None
 def test_a_long_row_of_keys(name, dtype) -> None:
     # 16,384 keys: the log-sum-exp is about log(16,384) + 1, and a probability about 6e-5
     inputs = make_inputs(64, 16_384, 2, 1, 64, dtype, "cuda")
-    check_kernel(name, inputs, causal=False)
+    check_kernel(name, inputs, Scores(SCALE))
 
 
 def test_float32_and_wide_heads_do_not_fall_back_to_the_reference() -> None:
@@ -134,6 +181,8 @@ def test_newer_flash_attention_where_it_is_installed(impl) -> None:
     try:
         for kv_heads in (8, 2):
             for m, n, causal in ((256, 256, True), (100, 333, False), (100, 333, True)):
-                check_kernel("cuda_flash", make_inputs(m, n, 8, kv_heads, 64, torch.bfloat16, "cuda"), causal)
+                check_kernel(
+                    "cuda_flash", make_inputs(m, n, 8, kv_heads, 64, torch.bfloat16, "cuda"), Scores(SCALE, causal)
+                )
     finally:
         attention.restore_flash_attention_impl()

@@ -7,7 +7,7 @@ import torch
 
 from lightning_lss.attention.kernels import KERNELS, Scores, reference, select_kernel
 from lightning_lss.testing.compare import assert_equal
-from tests.kernel_checks import ROUNDING, SCALE, Inputs, check, compute, make_inputs, textbook
+from tests.kernel_checks import ROUNDING, SCALE, Inputs, check, check_kernel, compute, make_inputs, textbook
 
 CPU_KERNELS = ["cpu_flash", "reference"]
 
@@ -19,16 +19,18 @@ CPU_KERNELS = ["cpu_flash", "reference"]
 def test_square_tiles_of_even_and_odd_sizes(name, causal, rows, width) -> None:
     inputs = make_inputs(rows, rows, width=width)
     if rows == 1:  # one key: the gradient of a softmax over it is 0, up to rounding, which has no relative error
-        assert_equal(compute(name, inputs, causal), textbook(inputs, causal), 1e-14, floor=1)
+        assert_equal(
+            compute(name, inputs, Scores(SCALE, causal)), textbook(inputs, Scores(SCALE, causal)), 1e-14, floor=1
+        )
         return
-    check(compute(name, inputs, causal), textbook(inputs, causal), 30 * ROUNDING[torch.float64])
+    check_kernel(name, inputs, Scores(SCALE, causal))
 
 
 @pytest.mark.parametrize(("m", "n"), [(3, 17), (17, 3), (1, 40), (33, 34), (64, 200)])
 @pytest.mark.parametrize("name", CPU_KERNELS)
 def test_rectangles_without_a_mask(name, m, n) -> None:
     inputs = make_inputs(m, n)
-    check(compute(name, inputs, False), textbook(inputs, False), 30 * ROUNDING[torch.float64])
+    check_kernel(name, inputs, Scores(SCALE))
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
@@ -36,7 +38,7 @@ def test_rectangles_without_a_mask(name, m, n) -> None:
 @pytest.mark.parametrize("name", CPU_KERNELS)
 def test_grouped_query_heads(name, causal, kv_heads) -> None:
     inputs = make_inputs(24, 24, heads=6, kv_heads=kv_heads)
-    check(compute(name, inputs, causal), textbook(inputs, causal), 30 * ROUNDING[torch.float64])
+    check_kernel(name, inputs, Scores(SCALE, causal))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -45,9 +47,7 @@ def test_grouped_query_heads(name, causal, kv_heads) -> None:
 def test_lower_precisions_are_off_by_a_few_roundings(name, causal, dtype) -> None:
     # rounded first, so that the formula sees the same numbers
     inputs = make_inputs(40, 40, heads=4, kv_heads=2, dtype=dtype)
-    check(
-        compute(name, inputs, causal), textbook(inputs, causal), (10 if dtype == torch.float32 else 4) * ROUNDING[dtype]
-    )
+    check_kernel(name, inputs, Scores(SCALE, causal), (10 if dtype == torch.float32 else 4) * ROUNDING[dtype])
 
 
 @pytest.mark.parametrize("name", CPU_KERNELS)
@@ -56,7 +56,9 @@ def test_inputs_of_any_stride(name) -> None:
     whole = make_inputs(20, 20, heads=4, kv_heads=4)
     strided = Inputs(*(x.transpose(1, 2).contiguous().transpose(1, 2)[:, 1:3, 4:13] for x in whole))
     plain = Inputs(*(x.contiguous() for x in strided))
-    check(compute(name, strided, True), textbook(plain, True), 30 * ROUNDING[torch.float64])
+    check(
+        compute(name, strided, Scores(SCALE, True)), textbook(plain, Scores(SCALE, True)), 30 * ROUNDING[torch.float64]
+    )
 
 
 @pytest.mark.parametrize("name", CPU_KERNELS)
@@ -64,7 +66,7 @@ def test_large_scores_do_not_overflow(name) -> None:
     inputs = make_inputs(16, 16)
     inputs = inputs._replace(q=inputs.q * 1000)  # scores of about 1,000, whose exponentials exceed float64
     # a probability carries the roundings of its score, 1,000 x 1e-16, and dk multiplies it by the 1,000 of q
-    assert_equal(compute(name, inputs, True), textbook(inputs, True), 1e-9, floor=1)
+    assert_equal(compute(name, inputs, Scores(SCALE, True)), textbook(inputs, Scores(SCALE, True)), 1e-9, floor=1)
 
 
 @pytest.mark.parametrize(("m", "n"), [(5, 12), (12, 12), (1, 9)])
@@ -72,10 +74,10 @@ def test_an_offset_diagonal_gives_the_last_rows_of_the_square(m, n) -> None:
     square = make_inputs(n, n)
     square.grad[:, :, : n - m] = 0  # so that keys and values hear of the last rows only
     last_rows = Inputs(square.q[:, :, n - m :], square.k, square.v, square.grad[:, :, n - m :])
-    out, lse, dq, dk, dv = compute("reference", square, True)
+    out, lse, dq, dk, dv = compute("reference", square, Scores(SCALE, True))
     expected = [*(x[:, :, n - m :] for x in (out, lse, dq)), dk, dv]
-    check(compute("reference", last_rows, True), expected, 10 * ROUNDING[torch.float64])
-    check(compute("reference", last_rows, True), textbook(last_rows, True), 30 * ROUNDING[torch.float64])
+    check(compute("reference", last_rows, Scores(SCALE, True)), expected, 10 * ROUNDING[torch.float64])
+    check_kernel("reference", last_rows, Scores(SCALE, True))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -83,15 +85,13 @@ def test_an_offset_diagonal_gives_the_last_rows_of_the_square(m, n) -> None:
 def test_the_reference_works_in_blocks_of_rows(monkeypatch, m, n, causal) -> None:
     monkeypatch.setattr(reference, "_ROWS", 8)
     inputs = make_inputs(m, n)
-    check(compute("reference", inputs, causal), textbook(inputs, causal), 30 * ROUNDING[torch.float64])
+    check_kernel("reference", inputs, Scores(SCALE, causal))
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_more_rows_than_one_block_of_the_reference(causal) -> None:
     inputs = make_inputs(reference._ROWS + 1, 600, heads=1, kv_heads=1, width=2)
-    check(
-        compute("reference", inputs, causal), textbook(inputs, causal), 100 * ROUNDING[torch.float64]
-    )  # sums of hundreds
+    check_kernel("reference", inputs, Scores(SCALE, causal), 100 * ROUNDING[torch.float64])  # sums of hundreds
 
 
 @pytest.mark.parametrize("cut", [1, 8, 20])
@@ -99,7 +99,7 @@ def test_more_rows_than_one_block_of_the_reference(causal) -> None:
 def test_backward_of_parts_of_the_keys_adds_up_to_the_whole(name, cut) -> None:
     q, k, v, grad = inputs = make_inputs(24, 24, heads=4, kv_heads=2)
     kernel = KERNELS[name]
-    out, lse, dq, dk, dv = compute(name, inputs, False)
+    out, lse, dq, dk, dv = compute(name, inputs, Scores(SCALE))
     parts = [
         kernel.backward(grad, q, k[:, :, keys], v[:, :, keys], out, lse, Scores(SCALE))
         for keys in (slice(0, cut), slice(cut, None))

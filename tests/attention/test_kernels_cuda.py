@@ -8,9 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lss.attention.kernels import KERNELS
+from lightning_lss.attention.kernels import KERNELS, Scores
 from lightning_lss.attention.kernels import cuda as kernels_cuda
-from tests.kernel_checks import ROUNDING, Inputs, check, compute, laid_out_as_in_attention, make_inputs, textbook
+from tests.kernel_checks import (
+    BOUND,
+    SCALE,
+    Inputs,
+    check,
+    check_kernel,
+    compute,
+    laid_out_as_in_attention,
+    make_bias,
+    make_inputs,
+    textbook,
+)
 
 CUDA_KERNELS = ["cuda_flash", "cudnn", "efficient"]
 FORWARD, BACKWARD = KERNELS["reference"].forward, KERNELS["reference"].backward
@@ -19,7 +30,22 @@ FORWARD, BACKWARD = KERNELS["reference"].forward, KERNELS["reference"].backward
 def rows_contiguous(*tensors: Tensor) -> None:
     for x in tensors:
         assert x.stride(-1) == 1
-        assert x.size(-1) % 8 == 0
+        assert all(number % 8 == 0 for number in (x.size(-1), *x.stride()[:-1], x.storage_offset()))
+
+
+def equal_widths(*tensors: Tensor) -> None:
+    assert len({x.size(-1) for x in tensors}) == 1
+
+
+def checked_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """Check what the memory-efficient operators expect of a bias beside q and k [B, m, H, D]."""
+    if bias is None:
+        return None
+    assert bias.shape == (q.size(0), q.size(2), q.size(1), k.size(1))
+    assert bias.dtype == q.dtype
+    assert bias.stride(-1) == 1
+    assert all(x % 8 == 0 for x in (*bias.stride()[:3], bias.storage_offset()))
+    return bias
 
 
 class Operators:
@@ -29,24 +55,84 @@ class Operators:
 
     def _scaled_dot_product_flash_attention(self, q, k, v, dropout, causal, debug, *, scale) -> tuple[Any, ...]:
         rows_contiguous(q, k, v)
+        equal_widths(q, k, v)
         assert not debug
-        return *FORWARD(q, k, v, causal, scale), *(None for _ in range(7))
+        return *FORWARD(q, k, v, Scores(scale, causal)), *(None for _ in range(7))
 
     def _scaled_dot_product_flash_attention_backward(
         self, grad, q, k, v, out, lse, cum_q, cum_k, rows, keys, dropout, causal, seed, offset, *, scale
     ) -> tuple[Tensor, ...]:
         rows_contiguous(grad, q, k, v, out)
+        equal_widths(grad, q, k, v, out)
         assert lse.is_contiguous()
         assert (rows, keys) == (q.size(2), k.size(2))
         assert (seed.shape, seed.dtype) == ((2,), torch.uint64)
-        return BACKWARD(grad, q, k, v, out, lse, causal, scale)
+        return BACKWARD(grad, q, k, v, out, lse, Scores(scale, causal))
+
+    def _flash_attention_forward(
+        self,
+        q,
+        k,
+        v,
+        cum_q,
+        cum_k,
+        rows,
+        keys,
+        dropout,
+        causal,
+        debug,
+        *,
+        scale,
+        window_size_left,
+        window_size_right,
+    ) -> tuple[Any, ...]:
+        rows_contiguous(q, k, v)
+        equal_widths(q, k, v)
+        assert (rows, keys) == (q.size(1), k.size(1))
+        assert not causal  # it would overrule the window
+        window = window_size_left, window_size_right
+        out, lse = FORWARD(*(x.transpose(1, 2) for x in (q, k, v)), Scores(scale, window=window))
+        return out.transpose(1, 2), lse.masked_fill(lse.isneginf(), float("inf")), *(None for _ in range(3))
+
+    def _flash_attention_backward(
+        self,
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cum_q,
+        cum_k,
+        rows,
+        keys,
+        dropout,
+        causal,
+        seed,
+        unused,
+        *,
+        scale,
+        window_size_left,
+        window_size_right,
+    ) -> tuple[Tensor, ...]:
+        rows_contiguous(grad, q, k, v, out)
+        equal_widths(grad, q, k, v, out)
+        assert lse.is_contiguous()
+        assert (rows, keys) == (q.size(1), k.size(1))
+        assert (seed.shape, seed.dtype) == ((2,), torch.uint64)
+        assert not causal
+        heads_first = [x.transpose(1, 2) for x in (grad, q, k, v, out)]
+        grads = BACKWARD(*heads_first, lse, Scores(scale, window=(window_size_left, window_size_right)))
+        return tuple(x.transpose(1, 2) for x in grads)
 
     def _scaled_dot_product_cudnn_attention(
         self, q, k, v, bias, with_lse, dropout=0.0, causal=False, *, scale=1.0
     ) -> tuple[Any, ...]:
         rows_contiguous(q, k, v)
         assert with_lse
-        out, lse = FORWARD(q, k, v, causal, scale)
+        equal_widths(q, k, v)
+        assert bias is None
+        out, lse = FORWARD(q, k, v, Scores(scale, causal))
         return out, lse.unsqueeze(-1) if self.cudnn_dims == 4 else lse, *(None for _ in range(7))
 
     def _scaled_dot_product_cudnn_attention_backward(
@@ -58,7 +144,8 @@ class Operators:
         assert lse.is_contiguous()
         assert lse.dim() == self.cudnn_dims
         assert (rows, keys) == (q.size(2), k.size(2))
-        return BACKWARD(grad, q, k, v, out, lse.view(q.shape[:3]), causal, scale)
+        equal_widths(grad, q, k, v, out)
+        return BACKWARD(grad, q, k, v, out, lse.view(q.shape[:3]), Scores(scale, causal))
 
     def _efficient_attention_forward(
         self, q, k, v, bias, seqs_q, seqs_k, rows, keys, dropout, mask, with_lse, *, scale
@@ -66,7 +153,10 @@ class Operators:
         rows_contiguous(q, k, v)
         assert q.size(2) == k.size(2)
         assert with_lse
-        out, lse = FORWARD(*(x.transpose(1, 2) for x in (q, k, v)), {0: False, 2: True}[mask], scale)
+        how = Scores(scale, {0: False, 2: True}[mask], checked_bias(bias, q, k))
+        out, lse = FORWARD(*(x.transpose(1, 2) for x in (q, k, v)), how)
+        out[lse.isneginf()] = float("nan")  # the worst that a version can make of rows without a key
+        lse[lse.isneginf()] = float("nan")
         padded = lse.new_full((*lse.shape[:2], -(-lse.size(2) // 32) * 32), float("inf"))
         padded[..., : lse.size(2)] = lse
         return out.transpose(1, 2).contiguous(), padded, *(None for _ in range(4))
@@ -99,7 +189,8 @@ class Operators:
         assert torch.isposinf(lse[..., rows:]).all()
         assert (rows, keys) == (q.size(1), k.size(1))
         heads_first = [x.transpose(1, 2) for x in (grad, q, k, v, out)]
-        grads = BACKWARD(*heads_first, lse[..., :rows], {0: False, 2: True}[mask], scale)
+        how = Scores(scale, {0: False, 2: True}[mask], checked_bias(bias, q, k))
+        grads = BACKWARD(*heads_first, lse[..., :rows], how)
         return *(x.transpose(1, 2).contiguous() for x in grads), None
 
 
@@ -119,11 +210,51 @@ def operators(request, monkeypatch) -> None:
 @pytest.mark.parametrize(("m", "n", "causal"), [(33, 33, True), (32, 32, False), (20, 45, False), (20, 45, True)])
 @pytest.mark.parametrize("name", CUDA_KERNELS)
 def test_operators_are_given_what_they_rely_on(name, m, n, causal, width, kv_heads) -> None:
-    if causal and m != n and not KERNELS[name].offset_diagonal:
+    if causal and m != n and "offset_diagonal" not in KERNELS[name].takes:
         n = m
     inputs = make_inputs(m, n, heads=4, kv_heads=kv_heads, width=width)
-    check(
-        compute(name, laid_out_as_in_attention(inputs), causal), textbook(inputs, causal), 30 * ROUNDING[torch.float64]
+    how = Scores(SCALE, causal)
+    check(compute(name, laid_out_as_in_attention(inputs), how), textbook(inputs, how), BOUND)
+
+
+@pytest.mark.usefixtures("operators")
+@pytest.mark.parametrize("widths", [(8, 16), (16, 8), (20, 9), (8, 20)])
+@pytest.mark.parametrize("name", CUDA_KERNELS)
+def test_values_of_another_width(name, widths) -> None:
+    width, value_width = widths
+    inputs, how = make_inputs(24, 24, 4, 4, width, value_width=value_width), Scores(SCALE, True)
+    check(compute(name, laid_out_as_in_attention(inputs), how), textbook(inputs, how), BOUND)
+
+
+@pytest.mark.usefixtures("operators")
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 4), (2, 4)])
+@pytest.mark.parametrize("keys", [32, 45])
+def test_a_bias_is_aligned_and_its_hidden_rows_are_zero(causal, shape, keys) -> None:
+    bias = make_bias(20, keys, *shape)
+    inputs = make_inputs(20, keys, 4, 2)
+    room = bias.new_zeros(*shape, 21, keys + 19)
+    for other in (bias, bias.float(), bias.mT.contiguous().mT, room[..., 1:, 3:-16].copy_(bias)):
+        check_kernel("efficient", inputs, Scores(SCALE, causal, other))
+
+
+def test_a_bias_is_copied_only_where_it_must_be() -> None:
+    q, k, _, _ = make_inputs(20, 64, 4, 4)
+    bias = make_bias(20, 128)[..., 16:80]
+    aligned = kernels_cuda._bias(Scores(SCALE, bias=bias), q, k.size(2))
+    assert aligned.data_ptr() == bias.data_ptr()
+    assert aligned.shape == (2, 4, 20, 64)
+
+
+@pytest.mark.usefixtures("operators")
+@pytest.mark.parametrize(("m", "n"), [(20, 20), (12, 30), (30, 12)])
+@pytest.mark.parametrize(("causal", "window"), [(False, (4, 2)), (True, (4, 2)), (True, (4, -1)), (False, (-1, 3))])
+def test_a_window_of_flash_attention(m, n, causal, window) -> None:
+    causal = causal and m <= n
+    check_kernel(
+        "cuda_flash",
+        laid_out_as_in_attention(make_inputs(m, n, 4, 2, 8, value_width=9)),
+        Scores(SCALE, causal, window=window),
     )
 
 
@@ -131,12 +262,12 @@ def test_operators_are_given_what_they_rely_on(name, m, n, causal, width, kv_hea
 @pytest.mark.parametrize("name", CUDA_KERNELS)
 def test_backward_takes_results_laid_out_otherwise(name) -> None:
     q, k, v, grad = inputs = make_inputs(24, 24, heads=4, kv_heads=2)
-    out, lse, *expected = compute(name, inputs, True)
+    out, lse, *expected = compute(name, inputs, Scores(SCALE, True))
     others = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (grad, out)]
     # attention passes the log-sum-exp of some rows and heads
     room = lse.new_zeros(*lse.shape[:2], 40)
     room[..., 5:29] = lse
-    own = KERNELS[name].backward(others[0], q, k, v, others[1], room[..., 5:29], True, 0.3)
+    own = KERNELS[name].backward(others[0], q, k, v, others[1], room[..., 5:29], Scores(SCALE, True))
     for x, y in zip(own, expected):
         torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-13)
 
@@ -147,22 +278,37 @@ def test_backward_takes_results_laid_out_otherwise(name) -> None:
 def test_the_operators_take_the_arguments_as_they_are_passed(name, m, n, width) -> None:
     # on meta tensors torch checks schemas and gives the shapes without a GPU
     inputs = make_inputs(m, n, heads=4, kv_heads=2, width=width, dtype=torch.bfloat16)
-    compute(name, Inputs(*(x.to("meta") for x in inputs)), causal=m == n)
+    compute(name, Inputs(*(x.to("meta") for x in inputs)), Scores(SCALE, causal=m == n))
 
 
+@pytest.mark.parametrize("window", [(4, 0), (-1, 3)])
+def test_the_operators_with_a_window_take_the_arguments_as_they_are_passed(window) -> None:
+    inputs = make_inputs(16, 40, heads=4, kv_heads=2, width=12, dtype=torch.bfloat16, value_width=9)
+    compute("cuda_flash", Inputs(*(x.to("meta") for x in inputs)), Scores(SCALE, window=window))
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
-def test_the_efficient_operators_take_the_arguments_as_they_are_passed(causal) -> None:
+def test_the_efficient_operators_take_the_arguments_as_they_are_passed(causal, with_bias) -> None:
     # the backward operator's meta function lacks an argument in torch 2.13; dispatch comes after the schema's check
     q, k, v, grad = make_inputs(16, 40, heads=4, kv_heads=2, dtype=torch.bfloat16)
+    bias = make_bias(16, 40, dtype=torch.bfloat16) if with_bias else None
+    how = Scores(SCALE, causal, bias)
     with pytest.raises(NotImplementedError, match="_efficient_attention_forward' with arguments from the 'CPU'"):
-        KERNELS["efficient"].forward(q, k, v, causal, 0.3)
+        KERNELS["efficient"].forward(q, k, v, how)
     with pytest.raises(NotImplementedError, match="_efficient_attention_backward' with arguments from the 'CPU'"):
-        KERNELS["efficient"].backward(grad, q, k, v, q, q[..., 0].float(), causal, 0.3)
-    out, lse = KERNELS["efficient"].forward(*(x.to("meta") for x in (q, k, v)), causal, 0.3)
+        KERNELS["efficient"].backward(grad, q, k, v, q, q[..., 0].float(), how)
+    how = how._replace(bias=bias.to("meta") if with_bias else None)
+    out, lse = KERNELS["efficient"].forward(*(x.to("meta") for x in (q, k, v)), how)
     assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
 
 
 def test_heads_of_a_width_that_fits_are_not_copied() -> None:
     x = torch.empty(1, 2, 8, 16)
-    assert kernels_cuda._padded(x)[0] is x
-    assert kernels_cuda._padded(x[..., :12])[0].shape == x.shape
+    assert kernels_cuda._equal(x, x[..., :8])[0] is x
+    assert kernels_cuda._aligned(x[..., 8:])[0].data_ptr() == x[..., 8:].data_ptr()
+    assert kernels_cuda._aligned(x[..., :12])[0].shape == x.shape
+    for unaligned in (x[..., 4:12], torch.empty(1, 2, 8, 20)[..., :16]):
+        (copy,) = kernels_cuda._aligned(unaligned)
+        assert copy.is_contiguous()
+        assert copy.data_ptr() != unaligned.data_ptr()

@@ -12,7 +12,7 @@ scores.
   gradient (FlashAttention-2, arXiv 2307.08691, algorithm 2), so tiles need no correction. ``lse`` must be finite: pass 0
   for a row that sees no key at all.
 
-Without ``"offset_diagonal"`` a kernel takes ``causal`` only in square tiles.
+A causal tile is at least as wide as high, and square for a kernel without ``"offset_diagonal"``.
 """
 
 from collections.abc import Callable
@@ -65,23 +65,23 @@ def select_kernel(
     assert needs <= FEATURES.keys(), needs
     width = max(q.size(-1), value_width or 0)
     if name == "auto":
-        return next(kernel for kernel in KERNELS.values() if _obstacle(kernel, q, width, needs) is None)
+        return KERNELS[next(known for known in KERNELS if _obstacle(known, q, width, needs) is None)]
     if name not in KERNELS:
         raise ValueError(f"kernel={name!r} is unknown: choose 'auto' or one of {', '.join(map(repr, KERNELS))}.")
-    obstacle = _obstacle(KERNELS[name], q, width, needs)
+    obstacle = _obstacle(name, q, width, needs)
     if obstacle is not None:
         raise ValueError(f"kernel={name!r} {obstacle}. Use kernel='auto' or 'reference'.")
     return KERNELS[name]
 
 
-def _obstacle(kernel: Kernel, q: Tensor, width: int, needs: frozenset[str]) -> str | None:
+def _obstacle(name: str, q: Tensor, width: int, needs: frozenset[str]) -> str | None:
     """Why the kernel cannot take ``q``, heads of ``width`` or ``needs``, as the end of a sentence, or None."""
-    missing = [words for feature, words in FEATURES.items() if feature in needs - kernel.takes]
+    missing = [words for feature, words in FEATURES.items() if feature in needs - KERNELS[name].takes]
     if missing:
         return f"does not take {' or '.join(missing)}"
-    if kernel.name == "cuda_flash" and "windows" in needs and torch.version.hip is not None:
+    if name == "cuda_flash" and "windows" in needs and torch.version.hip is not None:
         return "takes a window only on an NVIDIA GPU"
-    return _obstacle_of_tensors(kernel.name, q, width)
+    return _obstacle_of_tensors(name, q, width)
 
 
 def _obstacle_of_tensors(name: str, q: Tensor, width: int) -> str | None:
@@ -115,14 +115,14 @@ _KERNELS = (
         "cpu_flash",
         cpu.flash_forward,
         cpu.flash_backward,
-        frozenset({"bias"}),
+        cpu.FLASH,
         # each block of queries reads all keys and their gradients, and these must stay in the cache (measured: 1,024)
         backward_keys=1024,
         forward_keys=cpu.flash_forward_keys,
     ),
-    Kernel("cuda_flash", cuda.flash_forward, cuda.flash_backward, frozenset({"offset_diagonal", "windows"})),
-    Kernel("cudnn", cuda.cudnn_forward, cuda.cudnn_backward),
-    Kernel("efficient", cuda.efficient_forward, cuda.efficient_backward, frozenset({"offset_diagonal", "bias"})),
-    Kernel("reference", reference.forward, reference.backward, frozenset(FEATURES)),
+    Kernel("cuda_flash", cuda.flash_forward, cuda.flash_backward, cuda.FLASH),
+    Kernel("cudnn", cuda.cudnn_forward, cuda.cudnn_backward, cuda.CUDNN),
+    Kernel("efficient", cuda.efficient_forward, cuda.efficient_backward, cuda.EFFICIENT),
+    Kernel("reference", reference.forward, reference.backward, reference.TAKES),
 )
 KERNELS = {kernel.name: kernel for kernel in _KERNELS}

@@ -7,11 +7,18 @@ little of its mask: one of float32 beside float64 inputs is read as if it were f
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_lss.attention.kernels.scores import Scores
-from lightning_lss.attention.kernels.widths import pad_heads
 
 aten = torch.ops.aten
+
+FLASH = frozenset({"bias"})
+
+
+def _padded(width: int, *tensors: Tensor) -> list[Tensor]:
+    """Pad heads [..., D] with zeros to ``width``: they change no score, and results are 0 there."""
+    return [F.pad(x, (0, width - x.size(-1))) if x.size(-1) < width else x for x in tensors]
 
 
 def _mask_of(scores: Scores, q: Tensor) -> Tensor | None:
@@ -20,7 +27,8 @@ def _mask_of(scores: Scores, q: Tensor) -> Tensor | None:
 
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     """Call torch's flash attention for CPUs."""
-    padded = pad_heads(max(q.size(-1), v.size(-1)), q, k, v)
+    assert scores.needs(q.size(2), k.size(2)) <= FLASH
+    padded = _padded(max(q.size(-1), v.size(-1)), q, k, v)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         *padded, 0.0, scores.causal, attn_mask=_mask_of(scores, q), scale=scores.scale
     )
@@ -34,7 +42,8 @@ def flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the adjoint of :func:`flash_forward`."""
-    padded = pad_heads(max(q.size(-1), v.size(-1)), grad, q, k, v, out)
+    assert scores.needs(q.size(2), k.size(2)) <= FLASH
+    padded = _padded(max(q.size(-1), v.size(-1)), grad, q, k, v, out)
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *padded, lse, 0.0, scores.causal, attn_mask=_mask_of(scores, q), scale=scores.scale
     )

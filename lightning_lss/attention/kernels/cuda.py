@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_lss.attention.kernels.scores import Scores
-from lightning_lss.attention.kernels.widths import pad_heads
 
 aten = torch.ops.aten
 
+FLASH = frozenset({"offset_diagonal", "windows"})
+CUDNN: frozenset[str] = frozenset()
+EFFICIENT = frozenset({"offset_diagonal", "bias"})
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
@@ -25,14 +27,24 @@ def _round_up(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
+def _padded(width: int, x: Tensor) -> Tensor:
+    """Pad the heads of a tensor with zeros to ``width``, a multiple of 8. Rows must also start at such multiples; those
+    of keys and values that are stored side by side may not, and are copied."""
+    starts = *x.stride()[:-1], x.storage_offset()
+    if x.size(-1) == width and not any(start % 8 for start in starts):
+        return x
+    return F.pad(x, (0, width - x.size(-1)))  # copies whatever the padding
+
+
 def _aligned(*tensors: Tensor) -> list[Tensor]:
-    """Pad the width of each tensor to a multiple of 8, as the kernels require."""
-    return [pad_heads(_round_up(x.size(-1), 8), x)[0] for x in tensors]
+    """Pad the width of each tensor to a multiple of 8."""
+    return [_padded(_round_up(x.size(-1), 8), x) for x in tensors]
 
 
 def _equal(*tensors: Tensor) -> list[Tensor]:
     """Pad all tensors to one width, a multiple of 8."""
-    return pad_heads(_round_up(max(x.size(-1) for x in tensors), 8), *tensors)
+    width = _round_up(max(x.size(-1) for x in tensors), 8)
+    return [_padded(width, x) for x in tensors]
 
 
 def _cut(grads: Sequence[Tensor], *like: Tensor) -> Gradients:
@@ -51,6 +63,7 @@ def _cut(grads: Sequence[Tensor], *like: Tensor) -> Gradients:
 
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     """Call FlashAttention (arXiv 2307.08691)."""
+    assert scores.needs(q.size(2), k.size(2)) <= FLASH
     padded = _equal(q, k, v)
     if scores.window is None:
         out, lse, *_ = aten._scaled_dot_product_flash_attention(*padded, 0.0, scores.causal, False, scale=scores.scale)
@@ -66,6 +79,7 @@ def flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
 ) -> Gradients:
     """Compute the adjoint of :func:`flash_forward`."""
+    assert scores.needs(q.size(2), k.size(2)) <= FLASH
     seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # loaded by the kernel, used only with dropout
     unused = torch.empty(0, dtype=torch.uint64, device=q.device)
     padded = _equal(grad, q, k, v, out)
@@ -96,6 +110,7 @@ def _window(scores: Scores) -> dict[str, int]:
 
 def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     """Call cuDNN's attention."""
+    assert scores.needs(q.size(2), k.size(2)) <= CUDNN
     out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
         *_equal(q, k, v), None, True, 0.0, scores.causal, scale=scores.scale
     )
@@ -106,6 +121,7 @@ def cudnn_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
 ) -> Gradients:
     """Compute the adjoint of :func:`cudnn_forward`."""
+    assert scores.needs(q.size(2), k.size(2)) <= CUDNN
     unused = torch.zeros((), dtype=torch.int64, device=q.device)  # the dropout generator's state
     lse = lse.contiguous()
     if _cudnn_keeps_last_dimension(q.device, q.dtype):
@@ -163,6 +179,7 @@ def _bias(scores: Scores, q: Tensor, keys: int) -> Tensor | None:
 
 def efficient_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     """Call memory-efficient attention (arXiv 2112.05682) as implemented by xFormers."""
+    assert scores.needs(q.size(2), k.size(2)) <= EFFICIENT
     padded = _aligned(q, _repeated(k, q.size(1)), _repeated(v, q.size(1)))
     mask, bias, lengths = _BOTTOM_RIGHT if scores.causal else _NO_MASK, _bias(scores, q, k.size(2)), [None] * 4
     out, lse, *_ = aten._efficient_attention_forward(
@@ -179,6 +196,7 @@ def efficient_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
 ) -> Gradients:
     """Compute the adjoint of :func:`efficient_forward`."""
+    assert scores.needs(q.size(2), k.size(2)) <= EFFICIENT
     heads, rows = q.shape[1:3]
     padded = _aligned(grad, q, _repeated(k, heads), _repeated(v, heads), out)
     *inputs, padded_out = (x.transpose(1, 2) for x in padded)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_lss.attention.kernels.scores import Scores
 
+TAKES = frozenset({"bias", "softcap", "dropout", "windows", "offset_diagonal"})
 _ROWS = 512  # query rows at a time, so that memory stays linear in the sequence length
 
 

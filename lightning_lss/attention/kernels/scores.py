@@ -27,6 +27,17 @@ class Scores(NamedTuple):
     """A row sees the keys from ``left`` before its place on the bottom-right diagonal to ``right`` after it, both
     included; -1 for no limit."""
 
+    def needs(self, m: int, n: int) -> frozenset[str]:
+        """Return what a kernel must take to compute such a tile, by the names of :attr:`Kernel.takes`."""
+        features = {
+            "bias": self.bias is not None,
+            "softcap": self.softcap is not None,
+            "dropout": self.kept is not None,
+            "windows": self.window is not None,
+            "offset_diagonal": self.causal and m != n,
+        }
+        return frozenset(name for name, needed in features.items() if needed)
+
     def band(self) -> tuple[int, int]:
         """Return the window with ``causal`` in it: (left, right), -1 for no limit."""
         left, right = self.window or (-1, -1)
