@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_lss import LSSAttention, SequenceShard, lss_attention
-from lightning_lss.attention.kernels import KERNELS
+from lightning_lss.attention.kernels import KERNELS, Scores
 from lightning_lss.testing.compare import assert_equal
 from lightning_lss.testing.fake_world import recorded_ranks
 from tests.kernel_checks import ROUNDING, SCALE, Inputs, make_inputs, textbook
@@ -17,7 +17,7 @@ NAMES = ("out", "dq", "dk", "dv")
 
 def expected(inputs: Inputs, causal: bool = True) -> dict[str, Tensor]:
     """Of the whole sequence in float64, with scores scaled by ``SCALE``."""
-    out, _, *grads = textbook(inputs, causal)
+    out, _, *grads = textbook(inputs, Scores(SCALE, causal))
     return dict(zip(NAMES, (out, *grads)))
 
 
