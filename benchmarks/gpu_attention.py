@@ -16,8 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.one_rank import Timed, time_call
 from benchmarks.turns import in_turn
-from lightning_lss import lss_attention
-from lightning_lss.attention.tiles import pairs_of_rank
+from lightning_lss import AttentionMask, lss_attention
 from lightning_lss.testing.fake_world import shard_of
 
 BACKENDS = {
@@ -100,9 +99,9 @@ def compare(
         seconds: time after which no further round begins.
     """
     shards = {name: shard_of(size, own["layout"]) for name, own in contestants.items()}
-    pairs = {name: pairs_of_rank(call.length, x.rank, size, x.layout, True) for name, x in shards.items()}
+    pairs = {name: AttentionMask.causal().plan(call.length, shard).pairs for name, shard in shards.items()}
     whole = replace(call, length=max(128, round(math.sqrt(2 * next(iter(pairs.values()))) / 128) * 128))
-    pairs["plain"] = pairs_of_rank(whole.length, 0, 1, "contiguous", True)
+    pairs["plain"] = AttentionMask.causal().plan(whole.length).pairs
     runs: dict[str, Callable[[], Timed]] = {"plain": partial(time_plain, whole, kernel)}
     for name, own in contestants.items():
         torchs = name == CONTEXT_PARALLEL

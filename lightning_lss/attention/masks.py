@@ -19,8 +19,10 @@ from lightning_lss.attention.kinds import (
     VisiblePair,
 )
 from lightning_lss.attention.packing import PackedMask, pack
+from lightning_lss.attention.plan import Plan, plan_segment
 from lightning_lss.attention.structure import ChunkWork, chunk_work
 from lightning_lss.sequence.layout import check_positive
+from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
 
 
 class AttentionMask:
@@ -150,7 +152,7 @@ class AttentionMask:
                 f"A dense mask is bool [B or 1, H or 1, L, L]; got {visible.dtype} {tuple(visible.shape)}."
                 " Where it is added to scores, pass the pairs that are not -inf."
             )
-        return cls(Dense(visible.detach().cpu()))
+        return cls(Dense(visible.detach().to("cpu", copy=True)))
 
     @classmethod
     def from_function(cls, visible: VisiblePair) -> "AttentionMask":
@@ -224,6 +226,14 @@ class AttentionMask:
         self.check(sizes)
         return chunk_work(self.packed, sizes, num_chunks)
 
+    def plan(self, length: int, shard: SequenceShard = WHOLE_SEQUENCE) -> Plan:
+        """What the rank of ``shard`` computes and fetches in self-attention of sequences of ``length`` L.
+
+        Raises ``ValueError`` if the mask is not for such sequences, or L cannot be divided evenly.
+        """
+        self.check(Sizes(self.rows, self.heads, length, length))
+        return plan_segment(self.packed, length, shard, self.rows, self.heads)
+
     @property
     def packed(self) -> PackedMask:
         """The mask as plans are made from it."""
@@ -260,10 +270,10 @@ def _integers(name: str, x: Tensor, dims: int) -> Tensor:
     if x.dim() != dims or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         shape = {1: "[n]", 2: "[B, L]"}[dims]
         raise ValueError(f"{name} must be integers {shape}; got {x.dtype} {tuple(x.shape)}.")
-    return x.detach().long().cpu()
+    return x.detach().to("cpu", torch.int64, copy=True)
 
 
 def _booleans(valid: Tensor) -> Tensor:
     if valid.dim() != 2 or not ((valid == 0) | (valid == 1)).all():
         raise ValueError(f"valid must be bool, or 0 and 1, [B, L]; got {valid.dtype} {tuple(valid.shape)}.")
-    return valid.detach().bool().cpu()
+    return valid.detach().to("cpu", torch.bool, copy=True)

@@ -223,8 +223,9 @@ class _Tiles:
     def _tile(self, band: Sequence[int], table: int | None = None) -> Tile:
         q0, q1, k0, k1, low, high = band
         index = int(np.flatnonzero((self.starts <= q0) & (q0 < self.starts + self.chunk))[0])
-        row, key = index * self.chunk + q0 - int(self.starts[index]), self.fetched(k0)
-        return Tile(row, row + q1 - q0, key, key + k1 - k0, max(low - q0 + k0, -FAR), min(high - q0 + k0, FAR), table)
+        row, key, shift = index * self.chunk + q0 - int(self.starts[index]), self.fetched(k0), k0 - q0
+        tile = Tile(row, row + q1 - q0, key, key + k1 - k0, low + shift, high + shift, table)
+        return tile._replace(low=tile.low if tile.cuts_right else -FAR, high=tile.high if tile.cuts_left else FAR)
 
     def _mixed_tile(self, batch: slice, band: list[int]) -> Tile:
         q0, q1, k0, k1, *_ = band

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_lss.attention.kernels import KERNELS, select_kernel
 from lightning_lss.attention.kinds import Diagonals, Sizes
@@ -63,12 +64,13 @@ class AttentionSpec:
             fetches=not self.whole_memory,
             fetches_all=self.keep_gathered,
         )
-        resolved = self._resolve(q, k, v, features_of(mask, call), self._features(modifiers))
-        takes = KERNELS[resolved.kernel_name].takes
-        # a kernel that takes a bias as well would compute all pairs of a window's tile, so its tiles are small
-        windows = "windows" in takes and "bias" not in takes
-        call = call._replace(offset_diagonal="offset_diagonal" in takes, windows=windows)
-        return resolved, plan_call(mask, call)
+        with _disable_current_modes():  # a plan is made of numbers, also where a step is traced with fake tensors
+            resolved = self._resolve(q, k, v, features_of(mask, call), self._features(modifiers))
+            takes = KERNELS[resolved.kernel_name].takes
+            # the reference computes all pairs of a window's tile, so its tiles are small
+            windows = "windows" in takes and "bias" not in takes
+            call = call._replace(offset_diagonal="offset_diagonal" in takes, windows=windows)
+            return resolved, plan_call(mask, call)
 
     @property
     def key_shard(self) -> SequenceShard:

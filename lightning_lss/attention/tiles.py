@@ -10,8 +10,9 @@ from lightning_lss.attention.bands import FAR, count_pairs, tighten
 Band = tuple[int, int, int, int, int, int]
 """A row of :data:`lightning_lss.attention.bands.Bands`: q_start, q_stop, k_start, k_stop, low, high."""
 
-# A kernel without windows computes what is hidden beside a diagonal that cuts off the left of a tile, so such tiles are small.
-ROWS = 256
+# A kernel without windows computes what is hidden beside a diagonal that cuts off the left of a tile, so such tiles have few
+# rows. One call for a strip of a window takes less time than three for its parts, unless these have many keys.
+ROWS, WIDE = 128, 2048
 
 
 class Tile(NamedTuple):
@@ -114,9 +115,13 @@ def cut_band(band: Band, offset_diagonal: bool, windows: bool) -> Iterator[Band]
         yield from _cut_right(band, offset_diagonal)
     elif not cuts_right:
         yield from _cut_left(band)
+    elif q1 - q0 <= ROWS:
+        yield from _cut_strip(band, offset_diagonal)
     else:
         for start in range(q0, q1, ROWS):
-            yield from _cut_window(band, start, min(start + ROWS, q1), offset_diagonal)
+            stop = min(start + ROWS, q1)
+            strip = start, stop, max(k0, start - high), min(k1, stop - low), low, high
+            yield from cut_band(strip, offset_diagonal, windows)
 
 
 def _cut_right(band: Band, offset_diagonal: bool) -> Iterator[Band]:
@@ -155,20 +160,17 @@ def _halve(q0: int, q1: int, k0: int, k1: int, high: int) -> Iterator[Band]:
     yield from _halve(middle, q1, middle - high, k1, high)
 
 
-def _cut_window(band: Band, start: int, stop: int, offset_diagonal: bool) -> Iterator[Band]:
-    """Cut the rows [start, stop) of a band with a diagonal on either side: two triangles and what is between them."""
-    _, _, k0, k1, low, high = band
-    k0, k1 = max(k0, start - high), min(k1, stop - low)
-    left, right = max(k0, stop - 1 - high), min(k1, start + 1 - low)  # between these all rows see all keys
-    if left > right:
-        yield start, stop, k0, k1, low, high
+def _cut_strip(band: Band, offset_diagonal: bool) -> Iterator[Band]:
+    """Cut a few rows with a diagonal on either side: a wide strip to two triangles and what is between them."""
+    q0, q1, k0, k1, low, high = band
+    left, right = max(k0, q1 - 1 - high), min(k1, q0 + 1 - low)  # between these all rows see all keys
+    if left > right or k1 - k0 <= WIDE:
+        yield band
         return
-    if left > k0:
-        yield start, min(stop, left + high), k0, left, -FAR, high
+    yield from _cut_left((q0, min(q1, left + high), k0, left, -FAR, high))
     if left < right:
-        yield start, stop, left, right, -FAR, FAR
-    if right < k1:
-        yield from _cut_right((start + 1, stop, right, k1, low, FAR), offset_diagonal)
+        yield q0, q1, left, right, -FAR, FAR
+    yield from _cut_right((q0 + 1, q1, right, k1, low, FAR), offset_diagonal)
 
 
 class RowGroup(NamedTuple):

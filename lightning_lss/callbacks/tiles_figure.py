@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Polygon
 
 from lightning_lss.attention.masks import AttentionMask
-from lightning_lss.attention.plan import Plan, plan_segment
+from lightning_lss.attention.plan import Plan
 from lightning_lss.attention.tiles import Tile
 from lightning_lss.sequence.segment import SequenceShard
 
@@ -18,8 +18,7 @@ _IN_LEGEND = 16  # ranks; more do not fit
 
 def plan_ranks(mask: AttentionMask, length: int, shard: SequenceShard) -> list[Plan]:
     """Plan self-attention of every rank of the group of ``shard``, for sequences of ``length`` L."""
-    ranks = [replace(shard, rank=rank, group=None) for rank in range(shard.size)]
-    return [plan_segment(mask.packed, length, rank, mask.rows, mask.heads) for rank in ranks]
+    return [mask.plan(length, replace(shard, rank=rank, group=None)) for rank in range(shard.size)]
 
 
 def draw_attention_tiles(axes: Axes, mask: AttentionMask, length: int, shard: SequenceShard, title: str) -> None:

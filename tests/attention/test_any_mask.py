@@ -15,7 +15,6 @@ from lightning_lss.testing.compare import assert_equal
 from lightning_lss.testing.fake_world import recorded_ranks
 from tests.attention.masks import masks
 
-
 WIDTH = 4
 
 
@@ -34,6 +33,7 @@ class Case(NamedTuple):
     options: dict[str, Any]
     block: int  # of masks without structure
     rows: int  # of tiles with a diagonal at the left
+    wide: int  # keys of a strip that is cut further
 
     def tensors(self) -> list[Tensor]:
         """Queries, keys, values, and the gradient of the output."""
@@ -71,7 +71,8 @@ def cases(draw: st.DrawFn) -> Case:
         draw(st.integers(0, 2**16)),
         options,
         draw(st.sampled_from([4, 16, 128])),
-        draw(st.sampled_from([1, 3, 16, 256])),
+        draw(st.sampled_from([1, 3, 16, 128])),
+        draw(st.sampled_from([0, 2048])),
     )
 
 
@@ -117,6 +118,7 @@ def test_output_and_gradients_are_those_of_the_dense_mask(case: Case) -> None:
         # small ones, so that short sequences have as many tiles as long ones
         patch.setattr(structure, "BLOCK", case.block)
         patch.setattr(tiles, "ROWS", case.rows)
+        patch.setattr(tiles, "WIDE", case.wide)
         for cached in (structure.structure_of, structure.chunk_work, plan.plan_call):
             cached.cache_clear()
         # where every query sees a single key, gradients of queries and keys are 0 but for rounding

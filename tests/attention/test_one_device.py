@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_lss import SequenceShard, lss_attention
+from lightning_lss import AttentionMask, SequenceShard, lss_attention
 from lightning_lss.attention.kernels import KERNELS
-from lightning_lss.attention.tiles import pairs_of_rank
 from lightning_lss.sequence import collectives
 from lightning_lss.testing.fake_world import one_rank_of, recorded_ranks, shard_of
 from tests.kernel_checks import ROUNDING, Inputs, check, make_inputs
@@ -103,5 +102,5 @@ def test_copies_stand_in_for_collectives(device) -> None:
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 def test_the_rank_that_is_timed_is_the_busiest(layout) -> None:
     with one_rank_of(4, torch.device("cpu")):
-        timed = pairs_of_rank(64, shard_of(4, layout).rank, 4, layout, causal=True)
-    assert timed == max(pairs_of_rank(64, rank, 4, layout, causal=True) for rank in range(4))
+        timed = AttentionMask.causal().plan(64, shard_of(4, layout)).pairs
+    assert timed == max(AttentionMask.causal().plan(64, SequenceShard(rank, 4, layout)).pairs for rank in range(4))

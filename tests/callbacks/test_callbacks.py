@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
 
+from lightning_lss import AttentionMask, SequenceShard
 from lightning_lss.callbacks import GradientNormMonitor, LSSThroughputMonitor, PeakMemoryMonitor, RunLayout
 from lightning_lss.callbacks.memory import peak_memory
 from lightning_lss.callbacks.tiles_figure import draw_attention_tiles
@@ -59,7 +60,8 @@ def test_peak_memory_never_falls() -> None:
 def test_the_picture_covers_the_visible_pairs_once(size, layout, causal) -> None:
     length = 24
     axes = Figure().subplots()
-    draw_attention_tiles(axes, length, size, layout, causal)
+    mask = AttentionMask.causal() if causal else AttentionMask.full()
+    draw_attention_tiles(axes, mask, length, SequenceShard(0, size, layout), "")
     areas = [_area(patch.get_xy()[:-1]) for patch in axes.patches]
     assert sum(areas) == pytest.approx(length**2 / 2 if causal else length**2)
     shares = [text.get_text() for text in axes.get_legend().get_texts()]

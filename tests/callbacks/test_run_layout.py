@@ -61,6 +61,8 @@ def test_the_table_says_how_the_run_is_split(world, tmp_path) -> None:
         "layout": "zigzag",
         "batch per sequence group": "2",
         "attention": "causal, 2 key/value heads of width 4",
+        "visible pairs per row of the batch": f"{LENGTH * (LENGTH + 1) // 2:,} of {LENGTH**2:,}",
+        "busiest rank / mean of the ranks": "1.000",
         "parameters": f"{sum(p.numel() for p in make_module(run).parameters()):,}",
         "precision": "32-true",
     }

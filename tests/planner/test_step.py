@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lss import LSSTransformer
-from lightning_lss.attention.tiles import pairs_of_rank
+from lightning_lss import AttentionMask, LSSTransformer, SequenceShard
 from lightning_lss.megatron import MegatronScheme
 from lightning_lss.planner.fakes import resized
 from lightning_lss.planner.step import Options, Rank, trace_step
@@ -83,7 +82,7 @@ def test_bytes_of_a_layer_against_megatron(kv_heads, kept, fraction) -> None:
 def test_attention_of_the_busiest_rank(layout, kernel) -> None:
     module = transformer(num_layers=1)
     trace = trace_step(module, batch_of(), rank_of(4, 4096, kernel, layout=layout))
-    pairs = max(pairs_of_rank(4096, rank, 4, layout, causal=True) for rank in range(4))
+    pairs = max(AttentionMask.causal().plan(4096, SequenceShard(rank, 4, layout)).pairs for rank in range(4))
     assert trace.work[:, 1].tolist() == [4 * 64 * pairs, 8 * 64 * pairs, 0]
 
 
