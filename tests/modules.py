@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_lss import LSSAttention, RotaryEmbedding, sequence_shard, token_mean
+from lightning_lss import (
+    AttentionMask,
+    LSSAttention,
+    RotaryEmbedding,
+    SegmentDropout,
+    sequence_shard,
+    token_mean,
+)
 from tests.training import LENGTH, Run, SGDTransformer, make_loader, make_module, make_samples, make_trainer
 
 
@@ -32,6 +39,45 @@ class OwnModule(pl.LightningModule):
         loss = F.cross_entropy(self.out(x + y).flatten(0, 1), targets, reduction="sum")
         assert sequence_shard(self).size * batch["inputs"].size(1) == 16
         return token_mean(loss, (targets >= 0).sum())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+class MaskedModule(pl.LightningModule):
+    """Packed documents with padding in one layer; a window, sinks and soft-capping in the next; dropout in both."""
+
+    def __init__(self, vocab_size: int, width: int, num_heads: int, dropout: float = 0.0, **_: Any) -> None:
+        super().__init__()
+        self.heads = num_heads
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.rotary = RotaryEmbedding(width // num_heads)
+        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(2))
+        self.packed = LSSAttention(dropout=dropout)
+        window = AttentionMask.sliding_window(3, 1)
+        self.windowed = LSSAttention(mask=window, softcap=0.5, dropout=dropout, head_chunks=2)
+        self.sinks = nn.Parameter(torch.randn(num_heads))
+        self.dropout = SegmentDropout(dropout)
+        self.out = nn.Linear(width, vocab_size)
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        tokens = batch["inputs"]
+        ids = (tokens == 0).cumsum(1)
+        valid = torch.arange(tokens.size(1)) < tokens.size(1) - tokens[:, :1] % 4
+        return {**batch, "mask": AttentionMask.documents(ids) & AttentionMask.causal() & AttentionMask.padding(valid)}
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        x = self.dropout(self.embedding(batch["inputs"]))
+        x = x + self.attend(x, 0, mask=batch["mask"])
+        x = x + self.attend(x, 1, sinks=self.sinks)
+        targets = batch["targets"].flatten()
+        loss = F.cross_entropy(self.out(self.dropout(x)).flatten(0, 1), targets, reduction="sum")
+        return token_mean(loss, (targets >= 0).sum())
+
+    def attend(self, x: Tensor, layer: int, **options: Any) -> Tensor:
+        q, k, v = self.qkv[layer](x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attention = (self.packed, self.windowed)[layer]
+        return attention(self.rotary(q), self.rotary(k), v, **options).transpose(1, 2).flatten(2)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.5)

@@ -12,9 +12,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from lightning_lss.sequence.layout import LAYOUTS
 from lightning_lss.testing.compare import assert_equal, assert_equal_on_ranks, worst_difference
 from lightning_lss.testing.world import World
-from tests.modules import OwnModule
+from tests.modules import MaskedModule, OwnModule
 from tests.training import Run, fit, make_loader, make_module, make_samples, make_trainer
 
 GRIDS = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]  # (W, S)
@@ -145,6 +146,32 @@ def test_a_users_own_module(world, grid) -> None:
     common = {"module": OwnModule, "steps": 5, "trainer": {"gradient_clip_val": 0.3}}
     reference = world.run(1, fit, Run(**common))[0]
     assert_equal_on_ranks(world.run(world_size, fit, Run(size=size, **common)), reference, 1e-5)
+
+
+MASKED_GRIDS = [(2, 1), (2, 2), (4, 2), (4, 4)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("grid", MASKED_GRIDS, ids=lambda grid: f"W{grid[0]}S{grid[1]}")
+@pytest.mark.parametrize("sharding", [None, "fsdp"])
+def test_documents_padding_windows_sinks_and_soft_capping(world, grid, layout, sharding) -> None:
+    world_size, size = grid
+    common = {"module": MaskedModule, "trainer": {"precision": "64-true", "accumulate_grad_batches": 2}}
+    reference = world.run(1, fit, Run(**common))[0]
+    run = Run(size=size, layout=layout, strategy={"sharding": sharding}, **common)
+    assert_equal_on_ranks(world.run(world_size, fit, run), reference, 1e-10)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("checkpointing", [None, "full", "selective"])
+def test_dropout_of_attention_and_of_elements(world, size, layout, checkpointing) -> None:
+    common = {"module": MaskedModule, "trainer": {"precision": "64-true"}, "model": {"dropout": 0.3}}
+    reference = world.run(1, fit, Run(**common))[0]
+    names = None if checkpointing is None else ["packed", "windowed"]
+    strategy = {"activation_checkpointing": checkpointing, "checkpointed_modules": names}
+    run = Run(size=size, layout=layout, strategy=strategy, **common)
+    assert_equal_on_ranks(world.run(size, fit, run), reference, 1e-10)
 
 
 def test_one_rank_a_sequence_is_bit_identical_to_ddp(world) -> None:

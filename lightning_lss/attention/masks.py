@@ -226,6 +226,11 @@ class AttentionMask:
         self.check(sizes)
         return chunk_work(self.packed, sizes, num_chunks)
 
+    def visible_pairs(self, length: int) -> float:
+        """Number of pairs that are visible in a sequence of ``length``, mean of the rows of the batch; a mask without
+        structure is counted in blocks."""
+        return float(self.chunk_work(length, 1).pairs.sum() / self.rows)
+
     def plan(self, length: int, shard: SequenceShard = WHOLE_SEQUENCE) -> Plan:
         """What the rank of ``shard`` computes and fetches in self-attention of sequences of ``length`` L.
 

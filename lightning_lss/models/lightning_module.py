@@ -10,12 +10,13 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from lightning_lss.attention.masks import AttentionMask
 from lightning_lss.models.transformer import Block, ExecutionConfig, Transformer, TransformerConfig
 from lightning_lss.nn.loss import IGNORED, token_mean
 from lightning_lss.nn.metrics import BitsPerByte
 from lightning_lss.sequence.segment import sequence_shard
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]  # tensors, and perhaps a mask
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class LSSTransformer(pl.LightningModule):
 
     A batch is a dict of ``inputs`` and ``targets``, int64 [B, L]. Targets must be shifted already (targets[i] =
     inputs[i + 1]), since a shift after the split would lose a target at every border between chunks. Targets of -100 do
-    not count.
+    not count. A further entry ``mask``, an :class:`~lightning_lss.AttentionMask`, says what each token sees, for example
+    only its own document.
 
     It runs under any strategy. Under :class:`~lightning_lss.LSSStrategy` each rank works on its segment.
 
@@ -102,10 +104,10 @@ class LSSTransformer(pl.LightningModule):
             assert isinstance(block, Block)
             block.compile_forward(fullgraph=self.model.config.dropout == 0)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, mask: AttentionMask | None = None) -> Tensor:
         """Compute logits [B, l, V] of tokens, int64 [B, l]; with targets, int64 [B, l], the sum of their cross
         entropies instead. During a run under LSS tokens are this rank's segment, else whole sequences."""
-        return self.model(tokens, targets)
+        return self.model(tokens, targets, mask)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return this rank's loss; its average over the ranks is the mean cross entropy over all tokens, in nats."""
@@ -115,7 +117,7 @@ class LSSTransformer(pl.LightningModule):
         self.log("train/bits_per_byte", loss.detach() / (math.log(2) * self.bytes_per_token), sync_dist=True)
         batch_size, local_length = batch["inputs"].shape
         size = sequence_shard(self).size
-        self._flops = self.model.config.training_flops(batch_size, local_length * size) / size
+        self._flops = self.model.config.training_flops(batch_size, local_length * size, batch.get("mask")) / size
         return loss
 
     @torch.compiler.disable  # Lightning's log cannot be traced and would fail in a module compiled as a whole
@@ -133,7 +135,7 @@ class LSSTransformer(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Predict the most probable token at every position of the whole sequence, int64 [B, L], on every rank."""
-        return sequence_shard(self).gather(self(batch["inputs"]).argmax(-1))
+        return sequence_shard(self).gather(self(batch["inputs"], mask=batch.get("mask")).argmax(-1))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Configure AdamW and the schedule of :class:`OptimizerConfig`."""
@@ -153,7 +155,7 @@ class LSSTransformer(pl.LightningModule):
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sum the cross entropies of the local tokens that count; also return their number."""
-        return self(batch["inputs"], batch["targets"]), (batch["targets"] != IGNORED).sum()
+        return self(batch["inputs"], batch["targets"], batch.get("mask")), (batch["targets"] != IGNORED).sum()
 
     def _evaluate(self, batch: Batch, stage: str, loss: MeanMetric, bits_per_byte: BitsPerByte) -> None:
         loss_sum, num_tokens = self._loss(batch)

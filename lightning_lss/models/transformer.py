@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_lss.attention.masks import AttentionMask
 from lightning_lss.attention.module import LSSAttention
 from lightning_lss.attention.spec import HeadChunks, check_head_chunks
 from lightning_lss.nn.dropout import SegmentDropout
@@ -90,9 +91,9 @@ class TransformerConfig:
             return self.mlp_width
         return 4 * self.width if self.mlp == "gelu" else -(-8 * self.width // 3 // 64) * 64
 
-    def training_flops(self, batch_size: int, length: int) -> float:
+    def training_flops(self, batch_size: int, length: int, mask: AttentionMask | None = None) -> float:
         """Count the floating-point operations of one training step, forward and backward, on ``batch_size`` sequences
-        of ``length`` tokens.
+        of ``length`` tokens under a mask; None for what ``causal`` says.
 
         It counts matrix multiplications only, as for model FLOP/s utilization (PaLM, arXiv 2204.02311, appendix B): 6
         for each weight and token, and 12 E for each layer and visible query-key pair. A causal mask hides half of the
@@ -101,7 +102,7 @@ class TransformerConfig:
         hidden_weights = self.hidden_width * (3 if self.mlp == "swiglu" else 2)
         projections = self.width * (2 * self.width + 2 * self.kv_heads * self.head_dim)
         weights = self.num_layers * (projections + self.width * hidden_weights) + self.width * self.vocab_size
-        pairs = length**2 / (2 if self.causal else 1)
+        pairs = length**2 / (2 if self.causal else 1) if mask is None else mask.visible_pairs(length)
         return batch_size * (6.0 * weights * length + 12.0 * self.num_layers * self.width * pairs)
 
 
@@ -141,14 +142,14 @@ class SelfAttention(nn.Module):
         )
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend from each local token to the whole sequence."""
+    def forward(self, x: Tensor, mask: AttentionMask | None = None) -> Tensor:
+        """Attend from each local token to what it sees of the whole sequence."""
         q = self.query(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, l, D]
         # key and value of a head side by side, so that heads can be split over ranks (tensor parallelism)
         k, v = self.key_value(x).unflatten(-1, (-1, 2, self.head_dim)).permute(3, 0, 2, 1, 4)  # [B, G, l, D] each
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
-        return self.out(self.attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out(self.attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class MLPBlock(nn.Module):
@@ -176,7 +177,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.width)
         self.mlp = MLPBlock(config)
         self.dropout = SegmentDropout(config.dropout)
-        self._compiled: Callable[[Tensor], Tensor] | None = None
+        self._compiled: Callable[[Tensor, AttentionMask | None], Tensor] | None = None
 
     def compile_forward(self, **options: Any) -> None:
         """Compile the block with ``torch.compile(**options)``, without the hooks around it, since those of FSDP cannot
@@ -186,12 +187,12 @@ class Block(nn.Module):
     def __getstate__(self) -> dict[str, Any]:  # compiled code belongs to this object and this process
         return {**super().__getstate__(), "_compiled": None}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: AttentionMask | None = None) -> Tensor:
         """Apply attention and MLP: [B, l, E] -> [B, l, E]."""
-        return self._forward(x) if self._compiled is None else self._compiled(x)
+        return self._forward(x, mask) if self._compiled is None else self._compiled(x, mask)
 
-    def _forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
+    def _forward(self, x: Tensor, mask: AttentionMask | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), mask))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -235,9 +236,9 @@ class Transformer(nn.Module):
         apply_tiles([block.get_submodule("mlp") for block in self.blocks], execution.mlp_tiles)
         apply_checkpointing(self.blocks, execution.activation_checkpointing)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, mask: AttentionMask | None = None) -> Tensor:
         """Compute logits [B, l, V] of the local tokens, int64 [B, l]; with targets, int64 [B, l], the sum of their
-        cross entropies instead."""
+        cross entropies instead. A mask takes the place of the configuration's ``causal``."""
         x = self.embedding(tokens)
         if self.positions is not None:
             x = x + self.positions(tokens.size(1))
@@ -245,7 +246,7 @@ class Transformer(nn.Module):
             self.rotary.prepare(x)
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, mask)
         x = self.norm(x)
         return self.head(x) if targets is None else self.head.loss(x.flatten(0, 1), targets.flatten())
 
