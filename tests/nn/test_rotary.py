@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_lss.nn.rotary import RotaryEmbedding
-from lightning_lss.sequence.layout import LAYOUTS
+from lightning_lss.sequence.layout import STATIC_LAYOUTS
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
 
 HEAD = 8
@@ -51,7 +51,7 @@ def test_rotary_is_a_complex_turn_by_position(base) -> None:
     torch.testing.assert_close(rotary(base=base)(x), turned_by_formula(x, range(50), base), rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", STATIC_LAYOUTS)
 @pytest.mark.parametrize("size", [2, 4])
 def test_splitting_then_turning_is_turning_then_splitting(size, layout) -> None:
     x = heads(16)
