@@ -129,8 +129,9 @@ def _check_lengths(masks: Mapping[Path, Any], lengths: Collection[int]) -> None:
 
 def _of_modules(module: nn.Module, lengths: Collection[int]) -> Counter[Any]:
     """Return the masks of the module's own attention, and how many layers have each."""
-    masks = (getattr(part, "mask", None) for part in segment_modules(module))
-    return Counter(x for x in masks if hasattr(x, "chunk_work") and _is_square(x, lengths))
+    attention = (x for x in segment_modules(module) if not getattr(x, "whole_memory", False))
+    masks = (getattr(part, "default_mask", None) for part in attention)
+    return Counter(x for x in masks if x is not None and _is_square(x, lengths))
 
 
 def _work(masks: Mapping[Any, int], length: int, num_chunks: int) -> tuple[Integers, Integers]:

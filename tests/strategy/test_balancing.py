@@ -6,10 +6,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lss import AttentionMask, InexactError, LSSStrategy, RotaryEmbedding, ShardedModule, sequence_shard
+from lightning_lss import (
+    AttentionMask,
+    InexactError,
+    LSSAttention,
+    LSSStrategy,
+    RotaryEmbedding,
+    ShardedModule,
+    sequence_shard,
+)
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard, segment_modules
 from lightning_lss.strategy.balancing import BatchLayouts
-from lightning_lss.testing.compare import assert_equal, assert_equal_on_ranks
+from lightning_lss.testing.compare import assert_equal, assert_equal_on_ranks, worst_difference
 from tests.training import LENGTH, Run, SGDTransformer, fit, make_loader, make_module, make_samples, make_trainer
 
 ROTARY = {"positions": "rotary"}
@@ -94,6 +102,25 @@ def test_every_stage_is_that_of_one_device(world, ranks) -> None:
     expected = world.run(1, stages, run_of(1, "zigzag", steps=3, samples=16))[0]
     for found in world.run(ranks, stages, run_of(ranks, "balanced", steps=3, samples=16)):
         assert_equal(found, expected, 1e-10)
+
+
+class Documents(Packed):
+    """Attends as the masks of its batches say."""
+
+    def _loss(self, batch: Any) -> Any:
+        for part in segment_modules(self):
+            if isinstance(part, LSSAttention):
+                part.mask = batch["mask"]
+        return super()._loss(batch)
+
+
+@pytest.mark.parametrize("layout", ["balanced", "auto"])
+def test_documents_are_apart_as_on_one_device(world, layout) -> None:
+    expected = world.run(1, fit, run_of(1, "zigzag", Documents, steps=5))[0]
+    causal = world.run(1, fit, run_of(1, "zigzag", steps=5))[0]
+    assert worst_difference(causal, expected).error > 1e-3
+    for ranks in (2, 4):
+        assert_equal_on_ranks(world.run(ranks, fit, run_of(ranks, layout, Documents, steps=5)), expected, 1e-10)
 
 
 # -- auto --------------------------------------------------------------------------------------------------------------
@@ -230,11 +257,10 @@ def test_masks_of_a_memory_are_not_this_attention() -> None:
 
 
 def test_modules_own_masks_count_where_the_batch_has_none() -> None:
-    module = RotaryEmbedding(2)
-    module.mask = AttentionMask.sliding_window(3)
+    module = nn.ModuleList([RotaryEmbedding(2), LSSAttention(mask=AttentionMask.sliding_window(3))])
     near = choose("balanced", torch.zeros(1, 64), module=module).assignment
     assert near.chunks == tuple(tuple(range(8 * rank, 8 * rank + 8)) for rank in range(4))
-    assert choose("balanced", torch.zeros(1, 64)).assignment != near
+    assert choose("balanced", torch.zeros(1, 64), module=LSSAttention()).assignment != near
 
 
 @pytest.mark.parametrize(("left", "layout"), [(8, "zigzag"), (12, "balanced")])  # uneven by 7 and by 10.3 percent
