@@ -114,7 +114,7 @@ def _received_in_place(k: Tensor, spec: AttentionSpec) -> bool:
     if shard.size == 1:
         return True
     own_dtype = shard.communication_dtype in (None, k.dtype)
-    return own_dtype and (_sends_messages(k, spec) or shard.num_chunks == shard.size)
+    return own_dtype and (_sends_messages(k, spec) or shard.held_chunks == tuple((rank,) for rank in range(shard.size)))
 
 
 def _gather(k: Tensor, v: Tensor, buffer: Tensor, spec: AttentionSpec) -> Pending:

@@ -100,7 +100,7 @@ def lss_attention(
     modifiers = Modifiers(
         sinks,
         None if mask is None else mask.words,
-        None,
+        None if shard.assignment is None else shard.assignment.tensor,
         bias,
         alibi_slopes,
         draw_seed() if dropout > 0.0 else None,

@@ -34,6 +34,7 @@ from lightning_lss.attention.compute import (
 from lightning_lss.attention.plan import Plan
 from lightning_lss.attention.scores import ScoreMaker
 from lightning_lss.attention.spec import AttentionSpec, Modifiers
+from lightning_lss.sequence.assignment import ChunkAssignment
 from lightning_lss.sequence.collectives import Pending, resolve_group
 from lightning_lss.sequence.segment import SequenceShard
 
@@ -45,7 +46,7 @@ _SPEC = (
 )
 """The keyword arguments of the operators: the fields of a spec and of its shard."""
 
-_SHARD_FIELDS = tuple(field.name for field in fields(SequenceShard) if field.name != "group")
+_SHARD_FIELDS = tuple(field.name for field in fields(SequenceShard) if field.name not in ("group", "assignment"))
 _SPEC_FIELDS = tuple(field.name for field in fields(AttentionSpec) if field.name != "shard")
 
 
@@ -58,9 +59,17 @@ def spec_fields(spec: AttentionSpec) -> dict[str, Any]:
 
 
 def _spec_of(
-    rank: int, size: int, layout: str, group: str, communication_dtype: torch.dtype | None, **options: Any
+    modifiers: Modifiers,
+    rank: int,
+    size: int,
+    layout: str,
+    group: str,
+    communication_dtype: torch.dtype | None,
+    **options: Any,
 ) -> AttentionSpec:
-    shard = SequenceShard(rank, size, layout, resolve_group(group) if size > 1 else None, communication_dtype)
+    of_group = resolve_group(group) if size > 1 else None
+    assignment = None if modifiers.assignment is None else ChunkAssignment.from_tensor(modifiers.assignment)
+    shard = SequenceShard(rank, size, layout, of_group, communication_dtype, assignment)
     return AttentionSpec(shard, **options)
 
 
@@ -93,7 +102,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *modifiers: Tensor | None, **options
         tensor.
     """
     changed = Modifiers(*modifiers)
-    spec, plan = _spec_of(**options).plan(q, k, v, changed)
+    spec, plan = _spec_of(changed, **options).plan(q, k, v, changed)
     out, lse, gathered = _empty_results(q, v)
     rows, width = ForwardRows(q, out, lse), q.size(-1)
     with no_autocast(q.device.type):
@@ -138,7 +147,7 @@ def attend_backward(
     [H] (empty without them), from that of the output and the results of :func:`attend`. Every rank of the sequence
     group must call it."""
     changed = Modifiers(*modifiers)
-    spec, plan = _spec_of(**options).plan(q, k, v, changed)
+    spec, plan = _spec_of(changed, **options).plan(q, k, v, changed)
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
     head_chunks = iter([gathered]) if spec.keep_gathered else exchange.fetched_head_chunks(k, v, spec, plan.needs)
@@ -265,5 +274,6 @@ def _flops_backward(
 
 
 def _pairs(q: Tensor, k: Tensor, v: Tensor, modifiers: tuple[Tensor | None, ...], options: dict[str, Any]) -> int:
-    _, plan = _spec_of(**options).plan(q, k, v, Modifiers(*modifiers))
+    changed = Modifiers(*modifiers)
+    _, plan = _spec_of(changed, **options).plan(q, k, v, changed)
     return q.size(1) * plan.pairs

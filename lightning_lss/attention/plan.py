@@ -18,7 +18,6 @@ from lightning_lss.attention.kinds import Kind, Sizes
 from lightning_lss.attention.packing import PackedMask, unpack
 from lightning_lss.attention.structure import Structure, chunk_work, structure_of
 from lightning_lss.attention.tiles import RowGroup, Tile, cut_band, group_rows, join_tiles
-from lightning_lss.sequence.layout import check_length
 from lightning_lss.sequence.segment import SequenceShard
 
 _FEW = 0.5  # of all keys: where ranks need fewer on average, these are sent one by one; else a collective is faster
@@ -125,7 +124,7 @@ def plan_segment(mask: PackedMask, length: int, shard: SequenceShard, batch: int
 
     Raises ``ValueError`` if the length cannot be divided evenly.
     """
-    check_length(length, shard.size, shard.layout)
+    shard.check_length(length)
     return plan_call(mask, Call(Sizes(batch, heads, length, length), shard.rank, shard.held_chunks))
 
 

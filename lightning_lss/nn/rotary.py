@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lss.sequence.segment import ShardedModule
+from lightning_lss.sequence.segment import SequenceShard, ShardedModule
 
 
 class RotaryEmbedding(ShardedModule):
@@ -25,6 +25,11 @@ class RotaryEmbedding(ShardedModule):
         self.head_dim, self.base = head_dim, base
         self._cached: tuple[Any, tuple[Tensor, Tensor]] | None = None
 
+    def set_shard(self, shard: SequenceShard) -> None:
+        """Turn by the positions of ``shard`` from now on."""
+        super().set_shard(shard)
+        self._cached = None
+
     def forward(self, x: Tensor) -> Tensor:
         """Rotate queries or keys [B, H, l, D] by their global positions; the dtype stays."""
         cos, sin = self.prepare(x)
@@ -37,14 +42,14 @@ class RotaryEmbedding(ShardedModule):
         The latest are cached for other layers. Compiled blocks cannot cache them: call it before, outside of them.
         """
         needs = x.size(-2), x.device, torch.float64 if x.dtype == torch.float64 else torch.float32
-        key = (*needs, self.shard)
-        if self._cached is not None and self._cached[0] == key:
+        # the shard is no part of the key: a compiled block would be compiled anew for every one
+        if self._cached is not None and self._cached[0] == needs:
             return self._cached[1]
         if torch.compiler.is_compiling():  # a graph's tensors may belong to inference mode and must not be cached
             return self._compute_turns(*needs)
         # after a validation in inference mode, training would find tensors that autograd cannot use
         with torch.inference_mode(False), torch.no_grad():
-            self._cached = (key, self._compute_turns(*needs))
+            self._cached = (needs, self._compute_turns(*needs))
         return self._cached[1]
 
     def _compute_turns(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

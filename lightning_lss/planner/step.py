@@ -29,7 +29,7 @@ from lightning_lss.planner.trace import Trace
 from lightning_lss.planner.tracker import Tracker
 from lightning_lss.sequence.batch import SequenceDims, split_batch, tensors_by_path
 from lightning_lss.sequence.dtypes import resolve_communication_dtype
-from lightning_lss.sequence.layout import LAYOUTS, check_positive
+from lightning_lss.sequence.layout import STATIC_LAYOUTS, check_positive
 from lightning_lss.sequence.segment import SequenceShard, segment_local_names, segment_modules
 from lightning_lss.strategy.memory import MemoryOptions
 from lightning_lss.testing.fake_world import fake_world
@@ -83,7 +83,12 @@ class Options:
         return {None: 1, "hybrid": size, "fsdp": data_size * size}[self.sharding]
 
     def __post_init__(self) -> None:
-        known = {"precision": PRECISIONS, "layout": LAYOUTS, "sharding": (None, "fsdp", "hybrid")}
+        if self.layout == "balanced":
+            raise ValueError(
+                "layout='balanced' is chosen for each batch by its mask, which a plan does not know. Plan with layout='zigzag', which is"
+                " as even under a causal mask."
+            )
+        known = {"precision": PRECISIONS, "layout": STATIC_LAYOUTS, "sharding": (None, "fsdp", "hybrid")}
         for name, values in known.items():
             if getattr(self, name) not in values:
                 choices = ", ".join(map(repr, values))

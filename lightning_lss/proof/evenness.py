@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lightning_lss.proof.shorten import sequence_dim_of
 from lightning_lss.sequence.batch import Path, SequenceDims, tensors_by_path
-from lightning_lss.sequence.layout import position_ranges
 from lightning_lss.sequence.segment import SequenceShard
 
 Sign = tuple[Path, str]
@@ -40,8 +39,7 @@ def uneven_signs(
 def by_rank(counts: Tensor, shard: SequenceShard) -> Tensor:
     """Sum numbers by position [length] over the segment of each rank, [S]."""
     sums = [
-        sum(counts[run.start : run.stop].sum() for run in position_ranges(len(counts), rank, shard.size, shard.layout))
-        for rank in range(shard.size)
+        sum(counts[run.start : run.stop].sum() for run in shard.ranges(len(counts), rank)) for rank in range(shard.size)
     ]
     return torch.stack([torch.as_tensor(x) for x in sums])
 

@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lss.sequence.batch import Path, SequenceDims, map_tensors, sequence_dim, tensors_by_path
-from lightning_lss.sequence.layout import chunks_of_rank
+from lightning_lss.sequence.batch import Path, SequenceDims, is_mask, map_entries, sequence_dim, tensors_by_path
 from lightning_lss.sequence.segment import SequenceShard
 
 POSITIONS = 512
@@ -28,17 +27,33 @@ def short_length(length: int, shard: SequenceShard) -> int:
 
 def shortened(batch: Any, length: int, starts: list[int], kept: int, dims: SequenceDims) -> Any:
     """Keep ``kept`` positions of each chunk, from ``starts`` on, of sequences of ``length``. Sequences of other lengths that
-    ``dims`` names are shortened in proportion."""
+    ``dims`` names are shortened in proportion, and masks with the sequences that they are for."""
 
-    def cut(path: Path, x: Tensor) -> Tensor:
+    def dim_to_cut(path: Path, x: Tensor) -> int | None:
         dim = sequence_dim_of(path, x, dims)
         is_named = not dims.keys().isdisjoint(path)
-        if dim is None or (x.size(dim) != length and not is_named):  # left whole by ``shard_batch``
-            return x
-        size = x.size(dim)
-        return torch.cat([x.narrow(dim, start * size // length, kept * size // length) for start in starts], dim)
+        return dim if dim is not None and (x.size(dim) == length or is_named) else None
 
-    return map_tensors(batch, cut)
+    def windows(size: int) -> list[tuple[int, int]]:
+        return [(start * size // length, kept * size // length) for start in starts]
+
+    def cut(path: Path, x: Any) -> Any:
+        if is_mask(x):
+            size = length if x.num_queries is None and x.num_keys is None else x.num_queries or x.num_keys
+            is_square = x.num_keys in (None, size)  # else it stays: such a batch is refused shortened, and proved whole
+            return x.select(_positions(windows(size))) if is_square and size in sizes else x
+        dim = dim_to_cut(path, x) if isinstance(x, Tensor) else None
+        if dim is None:  # left whole by ``shard_batch``, or no sequence
+            return x
+        return torch.cat([x.narrow(dim, *window) for window in windows(x.size(dim))], dim)
+
+    cuts = [(x, dim) for path, x in tensors_by_path(batch) if (dim := dim_to_cut(path, x)) is not None]
+    sizes = {length, *(x.size(dim) for x, dim in cuts)}
+    return map_entries(batch, cut)
+
+
+def _positions(windows: list[tuple[int, int]]) -> Tensor:
+    return torch.cat([torch.arange(start, start + count) for start, count in windows])
 
 
 def window_starts(length: int, kept: int, shard: SequenceShard, counts: Tensor | None) -> list[int]:
@@ -52,8 +67,7 @@ def window_starts(length: int, kept: int, shard: SequenceShard, counts: Tensor |
         return list(range(0, length, run))
     windows = counts.view(-1, run).unfold(1, kept, 1).sum(2)  # [chunks, starts]
     totals = counts.view(-1, run).sum(1)
-    held = [list(chunks_of_rank(rank, shard.size, shard.layout)) for rank in range(shard.size)]
-    most = max(held, key=lambda chunks: int(totals[chunks].sum()))
+    most = max(shard.held_chunks, key=lambda chunks: int(totals[list(chunks)].sum()))
     best = [windows[chunk].argmax() if chunk in most else windows[chunk].argmin() for chunk in range(len(windows))]
     return [chunk * run + int(start) for chunk, start in enumerate(best)]
 

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_lss.sequence.layout import check_length
 from lightning_lss.sequence.segment import SequenceShard
 
 Key = str | int
@@ -25,7 +24,8 @@ DEFAULT_DIM = 1
 def split_batch(batch: Any, shard: SequenceShard, sequence_dims: SequenceDims | None = None) -> Any:
     """Cut a batch to this rank's segment.
 
-    Tensors with two or more dimensions are cut along dimension 1 (``[batch, length, ...]``); others stay whole. All may
+    Tensors with two or more dimensions are cut along dimension 1 (``[batch, length, ...]``); others stay whole, and so do
+    attention masks. All may
     be nested in dicts, dict-like containers, lists, tuples, namedtuples and dataclasses, which keep their types. What was
     cut is contiguous.
 
@@ -74,7 +74,7 @@ def _check(leaves: list[tuple[Path, Tensor]], shard: SequenceShard, dims: Sequen
         )
     for path, tensor, dim in cuts:
         try:
-            check_length(tensor.size(dim), shard.size, shard.layout)
+            shard.check_length(tensor.size(dim))
         except ValueError as error:
             raise ValueError(
                 f"Batch entry {_show(path, tensor)}, dimension {dim}: {error} If another dimension is the sequence, or none is,"
@@ -99,33 +99,54 @@ def _show(path: Path, tensor: Tensor) -> str:
     return f"{'.'.join(map(str, path)) or 'batch'} {tuple(tensor.shape)}"
 
 
+def is_mask(node: Any) -> bool:
+    """Whether a batch entry is an attention mask, which every rank is given whole."""
+    return hasattr(node, "chunk_work") and hasattr(node, "content_digest")
+
+
 def _children(node: Any) -> list[tuple[Key, Any]] | None:
     """Keys and values of a container; None for anything else."""
+    if isinstance(node, Tensor) or is_mask(node):
+        return None
     if isinstance(node, (list, tuple)):
         return list(enumerate(node))
     if isinstance(node, Mapping) or (hasattr(node, "keys") and hasattr(node, "__getitem__")):
         return [(key, node[key]) for key in list(node.keys())]
-    if dataclasses.is_dataclass(node) and not isinstance(node, (type, Tensor)):
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
         return [(field.name, getattr(node, field.name)) for field in dataclasses.fields(node)]
     return None
 
 
-def tensors_by_path(node: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """Yield all tensors of a batch, in any nesting, with the keys that lead to each."""
-    if isinstance(node, Tensor):
-        yield path, node
-    for key, child in _children(node) or ():
-        yield from tensors_by_path(child, (*path, key))
-
-
-def map_tensors(node: Any, function: Callable[[Path, Tensor], Tensor], path: Path = ()) -> Any:
-    """Copy nested containers with ``function`` applied to every tensor; non-containers are returned unchanged."""
-    if isinstance(node, Tensor):
-        return function(path, node)
+def _entries_by_path(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Yield everything in a batch that is not a container, in any nesting, with the keys that lead to each."""
     children = _children(node)
     if children is None:
-        return node
-    mapped = [(key, map_tensors(child, function, (*path, key))) for key, child in children]
+        yield path, node
+    for key, child in children or ():
+        yield from _entries_by_path(child, (*path, key))
+
+
+def tensors_by_path(batch: Any) -> Iterator[tuple[Path, Tensor]]:
+    """Yield all tensors of a batch, in any nesting, with the keys that lead to each."""
+    return ((path, x) for path, x in _entries_by_path(batch) if isinstance(x, Tensor))
+
+
+def masks_by_path(batch: Any) -> Iterator[tuple[Path, Any]]:
+    """Yield all attention masks of a batch, in any nesting, with the keys that lead to each."""
+    return ((path, x) for path, x in _entries_by_path(batch) if is_mask(x))
+
+
+def map_tensors(batch: Any, function: Callable[[Path, Tensor], Tensor]) -> Any:
+    """Copy nested containers with ``function`` applied to every tensor; other entries are returned unchanged."""
+    return map_entries(batch, lambda path, x: function(path, x) if isinstance(x, Tensor) else x)
+
+
+def map_entries(node: Any, function: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+    """Copy nested containers with ``function`` applied to everything that is not a container."""
+    children = _children(node)
+    if children is None:
+        return function(path, node)
+    mapped = [(key, map_entries(child, function, (*path, key))) for key, child in children]
     if isinstance(node, (list, tuple)):
         values = [value for _, value in mapped]
         return type(node)(*values) if hasattr(node, "_fields") else type(node)(values)
@@ -141,11 +162,13 @@ def map_tensors(node: Any, function: Callable[[Path, Tensor], Tensor], path: Pat
 
 
 def batch_digest(batch: Any) -> int:
-    """Hash every tensor in a batch (path, shape, dtype and bytes) to 63 bits."""
+    """Hash every tensor in a batch (path, shape, dtype and bytes), and every attention mask, to 63 bits."""
     digest = hashlib.blake2b(digest_size=8)
     for path, tensor in tensors_by_path(batch):
         digest.update(repr((path, tuple(tensor.shape), str(tensor.dtype))).encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for path, mask in masks_by_path(batch):
+        digest.update(repr((path, mask.content_digest)).encode())
     return int.from_bytes(digest.digest(), "big") >> 1
 
 

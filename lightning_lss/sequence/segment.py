@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lightning_lss.sequence.assignment import ChunkAssignment
 from lightning_lss.sequence.collectives import all_gather, reduce_scatter
-from lightning_lss.sequence.layout import check_layout, check_length, chunks_of_rank, chunks_per_rank, position_ranges
+from lightning_lss.sequence.layout import check_layout, check_length, chunks_of_ranks, position_ranges
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,17 @@ class SequenceShard:
     Args:
         rank: index of the segment, in ``[0, size)``.
         size: number of ranks S that share one sequence.
-        layout: which positions a rank holds, ``contiguous`` or ``zigzag`` (see :mod:`lightning_lss.sequence.layout`).
+        layout: which positions a rank holds, ``contiguous``, ``zigzag`` or ``balanced`` (see
+            :mod:`lightning_lss.sequence.layout`).
         group: process group of the S ranks, in segment order; :meth:`gather` and attention need it.
         communication_dtype: dtype in which keys, values and their gradients are sent between the ranks, such as
             ``torch.bfloat16``; None for the one that they are computed in.
+        assignment: with ``layout="balanced"``, which chunks of the batch at hand each rank holds. Without one, whoever
+            asks for positions gets a ``RuntimeError``.
 
     Raises:
-        ValueError: if ``rank`` is not in ``[0, size)`` or the layout is unknown.
+        ValueError: if ``rank`` is not in ``[0, size)``, the layout is unknown, or the assignment is not for this layout
+            and size.
     """
 
     rank: int = 0
@@ -33,6 +38,7 @@ class SequenceShard:
     layout: str = "zigzag"
     group: dist.ProcessGroup | None = None
     communication_dtype: torch.dtype | None = None
+    assignment: ChunkAssignment | None = None
 
     def __post_init__(self) -> None:
         check_layout(self.layout)
@@ -40,29 +46,47 @@ class SequenceShard:
             raise ValueError(
                 f"rank={self.rank} is out of range for a sequence group of size={self.size}: use 0 to {self.size - 1}."
             )
+        if self.assignment is not None and (self.layout != "balanced" or self.assignment.size != self.size):
+            raise ValueError(
+                f"An assignment of chunks to {self.assignment.size} ranks does not fit layout={self.layout!r} and size={self.size}:"
+                " use layout='balanced' and an assignment to as many ranks."
+            )
+
+    @property
+    def held_chunks(self) -> tuple[tuple[int, ...], ...]:
+        """Indices of the chunks that each rank holds, in its local order."""
+        return chunks_of_ranks(self.size, self.layout, self.assignment)
 
     @property
     def num_chunks(self) -> int:
         """Number of equal runs of positions that the whole sequence is divided into."""
-        return self.size * chunks_per_rank(self.size, self.layout)
+        return self.size * len(self.held_chunks[0])
 
-    @property
-    def held_chunks(self) -> tuple[tuple[int, ...], ...]:
-        """The chunks that each rank holds, in local order."""
-        return tuple(chunks_of_rank(rank, self.size, self.layout) for rank in range(self.size))
+    def check_length(self, length: int) -> None:
+        """Raise ``ValueError`` if ``length`` positions cannot be divided evenly."""
+        check_length(length, self.size, self.layout, self.assignment)
 
     def local_length(self, length: int) -> int:
         """Positions per rank, L / S; raises ``ValueError`` if ``length`` cannot be divided evenly."""
-        return sum(map(len, self.ranges(length)))
+        self.check_length(length)
+        return length // self.size
 
-    def ranges(self, length: int) -> tuple[range, ...]:
-        """The runs of global positions that the rank holds, in local order; raises as :meth:`local_length`."""
-        return position_ranges(length, self.rank, self.size, self.layout)
+    def ranges(self, length: int, rank: int | None = None) -> tuple[range, ...]:
+        """The runs of global positions that the rank, or another one, holds, in local order; raises as
+        :meth:`local_length`."""
+        rank = self.rank if rank is None else rank
+        return position_ranges(length, rank, self.size, self.layout, self.assignment)
 
     def positions(self, local_length: int, device: torch.device | str | None = None) -> Tensor:
-        """Global positions of the local tokens, int64 [l]."""
-        runs = self.ranges(local_length * self.size)
-        return torch.cat([torch.arange(run.start, run.stop, device=device) for run in runs])
+        """Global positions of the local tokens, int64 [l]; ``ValueError`` if l cannot be divided into chunks."""
+        if self.assignment is None:
+            runs = self.ranges(local_length * self.size)
+            return torch.cat([torch.arange(run.start, run.stop, device=device) for run in runs])
+        starts = self.assignment.tensor[self.rank]  # tensors alone: compiled code serves every assignment
+        chunk = local_length // starts.size(0)
+        if chunk == 0 or local_length % starts.size(0):
+            self.check_length(local_length * self.size)
+        return (starts.unsqueeze(1) * chunk + torch.arange(chunk)).flatten().to(device)
 
     def split(self, x: Tensor, dim: int = 1) -> Tensor:
         """Cut ``x`` to this rank's segment along ``dim``: [..., L, ...] -> [..., l, ...], contiguous where S > 1.
@@ -85,22 +109,20 @@ class SequenceShard:
         """
         if self.size == 1:
             return x
-        check_length(x.size(dim) * self.size, self.size, self.layout)
+        self.check_length(x.size(dim) * self.size)
         return _Gather.apply(x, self, dim % x.dim())
 
     def chunks_in_order(self, segments: Tensor, dim: int) -> list[Tensor]:
         """View segments stacked by rank, [S, ..., l, ...], as chunks in position order; ``dim`` is l's in a segment."""
         chunks = dict[int, Tensor]()
-        for rank, segment in enumerate(segments):
-            held = chunks_of_rank(rank, self.size, self.layout)
+        for held, segment in zip(self.held_chunks, segments):
             chunks.update(zip(held, segment.chunk(len(held), dim)))
         return [chunks[index] for index in range(len(chunks))]
 
     def chunks_by_rank(self, x: Tensor, dim: int) -> list[list[Tensor]]:
         """View a sequence [..., L, ...] as the chunks of each rank, in the rank's local order."""
-        held = [chunks_of_rank(rank, self.size, self.layout) for rank in range(self.size)]
-        chunks = x.chunk(sum(map(len, held)), dim)
-        return [[chunks[index] for index in indices] for indices in held]
+        chunks = x.chunk(self.num_chunks, dim)
+        return [[chunks[index] for index in held] for held in self.held_chunks]
 
     def require_group(self) -> dist.ProcessGroup:
         """Return the process group; raise ``RuntimeError`` if there is none."""
@@ -118,7 +140,8 @@ class SequenceShard:
     __copy__ = __deepcopy__
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (SequenceShard, (self.rank, self.size, self.layout, None, self.communication_dtype))
+        place = (self.rank, self.size, self.layout, None, self.communication_dtype, self.assignment)
+        return (SequenceShard, place)
 
 
 WHOLE_SEQUENCE = SequenceShard()

@@ -38,6 +38,7 @@ from lightning_lss.sequence.grid import SequenceGrid, build_grid
 from lightning_lss.sequence.layout import check_layout
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard, segment_modules
 from lightning_lss.strategy import validation
+from lightning_lss.strategy.balancing import BatchLayouts
 from lightning_lss.strategy.memory import MemoryOptions
 from lightning_lss.strategy.proving import ProvedRuns
 
@@ -51,7 +52,14 @@ class LSSStrategy(ProvedRuns):
 
     Args:
         sequence_parallel_size: S, a divisor of the world size; ``"auto"`` puts all ranks into one sequence group.
-        layout: ``"contiguous"``, ``"zigzag"`` or ``"auto"``, which is zigzag (balances causal attention).
+        layout: which positions of a sequence a rank holds, ``"contiguous"``, ``"zigzag"`` (balances causal attention),
+            ``"balanced"`` or ``"auto"``.
+
+            - ``"balanced"``: for each batch, up to 8 chunks a rank are chosen by the work of the batch's
+              :class:`~lightning_lss.AttentionMask` (without one, of the module's own masks), so that all ranks have the
+              same and receive few keys. Segment-local parameters need a static layout.
+            - ``"auto"``: zigzag; balanced for a batch with a mask under which zigzag gives a rank over 10 % more work
+              than the mean, unless the module has segment-local parameters.
         sequence_dims: for batch entries by key, the dimension of the sequence, or None to leave an entry whole; see
             :func:`lightning_lss.sequence.batch.split_batch`.
         check_batches: how many of the first batches of each data loader are compared over a sequence group, in every
@@ -98,7 +106,7 @@ class LSSStrategy(ProvedRuns):
     def __init__(
         self,
         sequence_parallel_size: int | Literal["auto"] = "auto",
-        layout: Literal["contiguous", "zigzag", "auto"] = "auto",
+        layout: Literal["contiguous", "zigzag", "balanced", "auto"] = "auto",
         sequence_dims: SequenceDims | None = None,
         check_batches: int = 2,
         communication_dtype: torch.dtype | str | None = None,
@@ -117,7 +125,7 @@ class LSSStrategy(ProvedRuns):
         validation.warn_of_other_lightning()
         if layout != "auto":
             check_layout(layout)
-        self._layout = "zigzag" if layout == "auto" else layout
+        self._layouts = BatchLayouts(layout)
         self._communication_dtype = resolve_communication_dtype(communication_dtype)
         self._memory = MemoryOptions(activation_checkpointing, checkpointed_modules, mlp_tiles, tiled_modules)
         self._parameters: Replicated | FullyShard = Replicated(validation.keeps_frozen(ddp_kwargs))
@@ -128,13 +136,13 @@ class LSSStrategy(ProvedRuns):
         if save_distributed_checkpoint:
             self._checkpoints = FolderCheckpoints()
         self._grid: SequenceGrid | None = None
-        self._shard = WHOLE_SEQUENCE
+        self._shard = self._place = WHOLE_SEQUENCE  # with the batch at hand, and without one
         self._segment_local: SegmentLocal | None = None
         self._running = self._failed = False
 
     def __repr__(self) -> str:  # shown by pytorch_lightning.Trainer when it refuses the object
         size = self._requested_size
-        return f"LSSStrategy(sequence_parallel_size={size!r}, layout={self._layout!r}) for lightning.pytorch.Trainer"
+        return f"LSSStrategy(sequence_parallel_size={size!r}, layout={self._layouts.requested!r}) for lightning.pytorch.Trainer"
 
     # -- who this process is -------------------------------------------------------------------------------------------
 
@@ -144,7 +152,7 @@ class LSSStrategy(ProvedRuns):
         if self._grid is not None or self.cluster_environment is None or not self.num_processes:
             return self._shard
         size = self.sequence_parallel_size
-        return SequenceShard(self.global_rank % size, size, self._layout)
+        return SequenceShard(self.global_rank % size, size, self._layouts.base)
 
     @property
     def shard_of_run(self) -> SequenceShard:
@@ -176,7 +184,7 @@ class LSSStrategy(ProvedRuns):
     def setup_environment(self) -> None:
         self._failed = False
         if self.lightning_module is not None:
-            validation.check_module(self._module, self.sequence_parallel_size, self._layout)
+            validation.check_module(self._module, self.sequence_parallel_size, self._layouts.base)
             validation.check_communication_dtype(self._communication_dtype, self.precision_plugin)
             self._parameters.check(self._module, self.sequence_parallel_size, self.num_ranks)
         super().setup_environment()
@@ -184,7 +192,7 @@ class LSSStrategy(ProvedRuns):
         if grid is None:
             self._grid = grid = build_grid(self.world_size, self.global_rank, size, self._timeout)
         group, dtype = grid.sequence_group, self._communication_dtype
-        self._shard = SequenceShard(grid.sequence_rank, size, self._layout, group, dtype)
+        self._shard = self._place = SequenceShard(grid.sequence_rank, size, self._layouts.base, group, dtype)
         self._running = True
         if group is not None:
             share_random_state(group, self.root_device)
@@ -242,7 +250,7 @@ class LSSStrategy(ProvedRuns):
             finally:
                 self._lightning_module = self.model = module
                 self.optimizers = optimizers
-        self._running, self._segment_local = False, None
+        self._running, self._segment_local, self._shard = False, None, self._place
         if module is not None:
             reset_segments(module)
 
@@ -267,7 +275,16 @@ class LSSStrategy(ProvedRuns):
         if not self._interrupted:  # the other ranks would not arrive
             super().barrier(*args, **kwargs)
 
+    @override
+    def arrange(self, batch: Any) -> None:
+        shard = self._layouts.shard_for(batch, self._module, self._place, self._sequence_dims)
+        if shard != self._shard:
+            self._shard = shard
+            for module in segment_modules(self._module):
+                module.set_shard(shard)
+
     def _assign_segments(self) -> None:
+        validation.check_segment_local(self._module, self._place.size, self._place.layout)
         assign_segments(segment_modules(self._module), self._shard, self.root_device)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------

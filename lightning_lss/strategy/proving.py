@@ -26,6 +26,7 @@ class ProvedRuns(SequenceParallel, GradientAveraging):
     def __init__(self, *args: Any, verify: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._verification = Verification(verify)
+        self._on_host: Any = None  # the batch that is being split
 
     def _start_proof(self) -> None:
         if self._shard.size == 1:
@@ -46,14 +47,18 @@ class ProvedRuns(SequenceParallel, GradientAveraging):
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        if self._shard.size > 1 and self._module.trainer.training:  # here it is still on the host
-            self._verification.look_at(batch, self._shard, self._sequence_dims)
-        return super().batch_to_device(batch, device, dataloader_idx)
+        self._on_host = batch
+        try:
+            return super().batch_to_device(batch, device, dataloader_idx)
+        finally:
+            self._on_host = None
 
     @override
     def split_batch(self, batch: Any) -> Any:
         if self._module.trainer.training and self._verification.rehearsal is None:
             self._verification.batch = batch
+            if self._shard.size > 1:
+                self._verification.look_at(self._on_host, self._shard, self._sequence_dims)
         return super().split_batch(batch)
 
     @override

@@ -158,6 +158,7 @@ class SequenceParallel(ParallelStrategy):
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         batch = super().batch_to_device(batch, device, dataloader_idx)
+        self.arrange(batch)
         shard = self.shard_of_run
         if shard.size == 1 and self.data_group_of_run is None:
             return batch
@@ -172,6 +173,9 @@ class SequenceParallel(ParallelStrategy):
         if seen < self._batches_to_check:
             self._compare(batch, module.trainer)
         return part
+
+    def arrange(self, batch: Any) -> None:
+        """Choose who holds which part of the whole ``batch``, before it is split."""
 
     @property
     def proves_batches(self) -> bool:

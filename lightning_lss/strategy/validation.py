@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from lightning_lss.nn.positions import SegmentPositionalEmbedding
 from lightning_lss.sequence.batch import SequenceDims, how_to_name, tensors_by_path
 from lightning_lss.sequence.layout import chunks_per_rank
+from lightning_lss.sequence.segment import segment_local_names
 
 _OTHER_LIGHTNING = (
     "`pytorch_lightning` has been imported. lightning_lss works with `lightning` (`import lightning.pytorch as pl`): the"
@@ -30,9 +31,10 @@ def check_module(module: pl.LightningModule, size: int, layout: str) -> None:
     """Refuse a module that cannot run on segments.
 
     Raises:
-        MisconfigurationException: if a step takes ``dataloader_iter``, or a positional table cannot be divided evenly
-            among ``size`` ranks.
+        MisconfigurationException: if a step takes ``dataloader_iter``, a positional table cannot be divided evenly
+            among ``size`` ranks, or the layout changes with each batch and parameters stand for one segment.
     """
+    check_segment_local(module, size, layout)
     for step in ("training_step", "validation_step", "test_step", "predict_step"):
         if is_param_in_hook_signature(getattr(module, step), "dataloader_iter", explicit=True):
             raise MisconfigurationException(
@@ -47,6 +49,19 @@ def check_module(module: pl.LightningModule, size: int, layout: str) -> None:
                 f" sequence_parallel_size={size} with layout={layout!r}: it needs a multiple of {divisor}. Change one of"
                 " them, or use RotaryEmbedding, which takes any length."
             )
+
+
+def check_segment_local(module: nn.Module, size: int, layout: str) -> None:
+    """Refuse segment-local parameters and buffers under a layout that changes with each batch.
+
+    Raises:
+        MisconfigurationException: naming the first that there is.
+    """
+    if layout == "balanced" and size > 1 and (names := segment_local_names(module)):
+        raise MisconfigurationException(
+            f"layout='balanced' gives every rank other positions in each batch, but {names[0]} stands for the same ones in all. Use"
+            " RotaryEmbedding instead of SegmentPositionalEmbedding, or layout='zigzag'."
+        )
 
 
 _OF_DDP_STRATEGY = {

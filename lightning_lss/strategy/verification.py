@@ -43,8 +43,13 @@ class Verification:
         self.is_due, self.report, self.proved = self.wanted, None, frozenset()
 
     def look_at(self, batch: Any, shard: SequenceShard, dims: SequenceDims | None) -> None:
-        """Look at the training batch of the next step for entries that are the first with uneven segments."""
-        self._news = frozenset(uneven_signs(batch, shard, dims or {}, self.proved)) if self.wanted else frozenset()
+        """Look at the training batch of the next step for entries that are the first with uneven segments, and for a layout
+        that is the first of its kind: a module that keeps the shard of another one would go unseen."""
+        if not self.wanted:
+            self._news = frozenset()
+            return
+        layout: Sign = ((), f"layout {shard.layout}")
+        self._news = frozenset(uneven_signs(batch, shard, dims or {}, self.proved)) | ({layout} - self.proved)
 
     @property
     def has_news(self) -> bool:

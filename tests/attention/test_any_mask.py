@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_lss import AttentionMask, SequenceShard, lss_attention
 from lightning_lss.attention import plan, structure, tiles
-from lightning_lss.sequence.layout import LAYOUTS
+from lightning_lss.sequence.layout import STATIC_LAYOUTS
 from lightning_lss.testing.compare import assert_equal
 from lightning_lss.testing.fake_world import recorded_ranks
 from tests.attention.masks import masks
@@ -61,7 +61,7 @@ def cases(draw: st.DrawFn) -> Case:
         options |= {"keep_gathered": True, "head_chunks": "auto"}
     return Case(
         size,
-        draw(st.sampled_from(LAYOUTS)),
+        draw(st.sampled_from(STATIC_LAYOUTS)),
         draw(masks(batch, heads, length)),
         batch,
         heads,

@@ -17,7 +17,7 @@ from lightning_lss.attention.module import LSSAttention
 from lightning_lss.attention.operator import spec_fields
 from lightning_lss.attention.spec import AttentionSpec
 from lightning_lss.sequence import collectives
-from lightning_lss.sequence.layout import LAYOUTS
+from lightning_lss.sequence.layout import STATIC_LAYOUTS
 from lightning_lss.sequence.segment import SequenceShard
 from lightning_lss.testing.collectives import Collective, CollectiveCounter, Tally, Watch, kinds
 from lightning_lss.testing.compare import assert_equal, assert_equal_on_ranks
@@ -138,7 +138,7 @@ def travel(
     return whole, {collective.dtype for collective in counter.tally}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", STATIC_LAYOUTS)
 @pytest.mark.parametrize("options", [{}, {"keep_gathered": True}, {"head_chunks": 4}])
 def test_keys_and_values_may_travel_in_another_dtype(world, options, layout) -> None:
     inputs = make_inputs(dtype=torch.float32)
@@ -311,7 +311,7 @@ def count_copies(rank: int, layout: str, options: dict[str, Any]) -> tuple[int, 
     return sum(forward), sum(backward)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", STATIC_LAYOUTS)
 @pytest.mark.parametrize("options", [{"head_chunks": 4}, {"keep_gathered": True}])
 def test_nothing_is_copied_without_a_reason(world, options, layout) -> None:
     # docs/how-it-works.md gives the reason of each

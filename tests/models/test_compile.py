@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from lightning_lss.models.lightning_module import LSSTransformer
 from lightning_lss.models.transformer import Block, Transformer, TransformerConfig
+from lightning_lss.sequence.assignment import ChunkAssignment
 from lightning_lss.sequence.segment import SequenceShard, segment_modules
 from lightning_lss.testing.compare import assert_equal
 from tests.training import Run, fit, make_loader, make_module, make_samples, make_trainer
@@ -54,6 +56,29 @@ def compare(rank: int, layout: str, whole: bool, options: dict[str, Any]) -> Non
 )
 def test_compiled_models_have_no_graph_break_and_the_same_gradients(world, layout, whole, options) -> None:
     world.run(2, compare, layout, whole, options, timeout=200)
+
+
+def compare_assignments(rank: int) -> int:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = LSSTransformer(CONFIG, positions="rotary").model.double()
+    tokens, counter = torch.randint(11, (2, CONFIG.seq_len)), CompileCounterWithBackend("aot_eager")
+    expected = model(tokens)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for seed in range(4):
+        owners = torch.randperm(16, generator=torch.Generator().manual_seed(seed)) % 2
+        assignment = ChunkAssignment.from_owners(owners, 2)
+        shard = SequenceShard(rank, 2, "balanced", dist.group.WORLD, assignment=assignment)
+        for module in segment_modules(model):
+            module.set_shard(shard)
+        out = compiled(shard.split(tokens))
+        out.sum().backward()
+        torch.testing.assert_close(out, shard.split(expected), rtol=1e-11, atol=1e-11)
+    return counter.frame_count
+
+
+def test_a_compiled_model_serves_every_assignment(world) -> None:
+    assert world.run(2, compare_assignments, timeout=200) == [1, 1]
 
 
 NEEDS_COMPILER = pytest.mark.skipif(

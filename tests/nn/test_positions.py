@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_lss.nn.positions import DeferredTable, InitialRows, SegmentPositionalEmbedding
-from lightning_lss.sequence.layout import LAYOUTS, position_ranges
+from lightning_lss.sequence.layout import STATIC_LAYOUTS, position_ranges
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
 
 NUM, DIM = 24, 4
@@ -36,7 +36,7 @@ def is_deferred(table: SegmentPositionalEmbedding) -> bool:
 
 
 @pytest.mark.parametrize("num_positions", [NUM, 240, 768, 1200])  # within a block of 256 rows, and over several
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", STATIC_LAYOUTS)
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_a_position_starts_from_the_same_row_whatever_the_spread(size, layout, num_positions) -> None:
     whole = whole_table(num_positions)
@@ -46,7 +46,7 @@ def test_a_position_starts_from_the_same_row_whatever_the_spread(size, layout, n
         assert torch.equal(table.weight, whole[shard.positions(num_positions // size)])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", STATIC_LAYOUTS)
 def test_a_table_that_was_looked_at_before_it_is_spread_keeps_its_rows(layout) -> None:
     shard = SequenceShard(1, 2, layout)
     touched = make_table()
@@ -192,7 +192,7 @@ def test_a_built_table_is_copied_and_pickled_with_its_values(shard) -> None:
         assert twin.shard == shard
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", STATIC_LAYOUTS)
 def test_no_rank_holds_more_than_its_own_rows_when_the_shard_comes_first(monkeypatch, layout) -> None:
     made = []
 
@@ -227,7 +227,7 @@ def become_whole_on_rank(rank: int, layout: str) -> Any:
     return weight.detach(), table.shard
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", STATIC_LAYOUTS)
 def test_a_spread_table_can_become_whole_again(world, layout) -> None:
     for rows, shard in world.run(2, become_whole_on_rank, layout):
         assert torch.equal(rows, whole_table())
@@ -237,7 +237,7 @@ def test_a_spread_table_can_become_whole_again(world, layout) -> None:
 # -- forward and gradients ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", STATIC_LAYOUTS)
 def test_forward_gives_the_rows_of_the_local_positions_with_their_gradients(layout) -> None:
     upstream = torch.randn(NUM, DIM, generator=torch.Generator().manual_seed(0))
     for rank in range(2):
@@ -301,7 +301,7 @@ def test_the_state_dict_of_one_rank_is_the_whole_table() -> None:
 
 
 @pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", STATIC_LAYOUTS)
 def test_loading_a_whole_table_keeps_the_own_rows(layout, assign) -> None:
     saved = {"0.weight": torch.randn(NUM, DIM)}
     shard = SequenceShard(1, 2, layout)

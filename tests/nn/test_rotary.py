@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from lightning_lss.nn.rotary import RotaryEmbedding
-from lightning_lss.sequence.layout import LAYOUTS
+from lightning_lss.sequence.assignment import ChunkAssignment
+from lightning_lss.sequence.layout import STATIC_LAYOUTS
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
 
 HEAD = 8
@@ -51,7 +53,7 @@ def test_rotary_is_a_complex_turn_by_position(base) -> None:
     torch.testing.assert_close(rotary(base=base)(x), turned_by_formula(x, range(50), base), rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", STATIC_LAYOUTS)
 @pytest.mark.parametrize("size", [2, 4])
 def test_splitting_then_turning_is_turning_then_splitting(size, layout) -> None:
     x = heads(16)
@@ -120,3 +122,32 @@ def test_rotary_has_nothing_to_train_or_to_save() -> None:
 def test_rotary_turns_pairs(head_dim) -> None:
     with pytest.raises(ValueError, match=f"head_dim={head_dim} must be even"):
         RotaryEmbedding(head_dim)
+
+
+class Projected(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.rotary = nn.Linear(HEAD, HEAD, dtype=torch.float64), RotaryEmbedding(HEAD)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rotary(self.linear(x))
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_compiled_code_serves_every_assignment(prepared) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    block, counter, x = Projected(), CompileCounterWithBackend("aot_eager"), heads(32)
+    compiled = torch.compile(block, backend=counter, fullgraph=True)
+    for seed in range(6):
+        owners = torch.randperm(16, generator=torch.Generator().manual_seed(seed)) % 2
+        shard = SequenceShard(1, 2, "balanced", assignment=ChunkAssignment.from_owners(owners, 2))
+        block.rotary.set_shard(shard)
+        own = shard.split(x, 2)
+        if prepared:
+            block.rotary.prepare(own)
+        found = compiled(own)
+        found.sum().backward()
+        expected = shard.split(rotary()(block.linear(x)), 2)
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    assert counter.frame_count <= 2

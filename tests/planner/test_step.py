@@ -86,6 +86,11 @@ def test_attention_of_the_busiest_rank(layout, kernel) -> None:
     assert trace.work[:, 1].tolist() == [4 * 64 * pairs, 8 * 64 * pairs, 0]
 
 
+def test_a_layout_that_each_batch_has_of_its_own_is_refused() -> None:
+    with pytest.raises(ValueError, match="Plan with layout='zigzag'"):
+        rank_of(2, layout="balanced")
+
+
 def test_matrix_multiplications() -> None:
     module = transformer()
     whole, split = (trace_step(module, batch_of(), rank_of(size)) for size in (1, 2))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_lss import SequenceShard
+from lightning_lss import AttentionMask, SequenceShard
 from lightning_lss.proof.evenness import by_rank, uneven_signs
 from lightning_lss.proof.shorten import POSITIONS, short_length, shortened, window_starts
 
@@ -58,3 +58,20 @@ def test_signs_of_tokens_that_do_not_count(entry: Tensor, sign: str | None) -> N
     found = uneven_signs({"x": entry}, SequenceShard(0, 2, "contiguous"), {})
     assert list(found) == ([(("x",), sign)] if sign else [])
     assert not uneven_signs({"x": entry}, SequenceShard(0, 2, "contiguous"), {}, known=found)
+
+
+@pytest.mark.parametrize("starts", [[0, 8, 16, 24], [3, 8, 20, 28]])
+def test_a_mask_is_shortened_with_its_sequences(starts) -> None:
+    ids = torch.tensor([3, 10, 19]).repeat_interleave(torch.tensor([5, 12, 15]))[None]
+    memory = AttentionMask.key_padding(torch.ones(1, 7))
+    masks = {
+        "documents": AttentionMask.documents(ids),
+        "prefix": AttentionMask.prefix(11) & AttentionMask.documents(ids),
+        "any length": AttentionMask.prefix(11),
+    }
+    short = shortened({"tokens": ids, "memory": memory, **masks}, 32, starts, 2, {})
+    positions = torch.cat([torch.arange(start, start + 2) for start in starts])
+    assert torch.equal(short["tokens"], ids[:, positions])
+    assert short["memory"] is memory
+    for name, mask in masks.items():
+        assert short[name] == mask.select(positions), name

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_lss.sequence.batch import batch_digest, check_same_batch, split_batch
-from lightning_lss.sequence.layout import LAYOUTS
+from lightning_lss.sequence.batch import batch_digest, check_same_batch, masks_by_path, split_batch, tensors_by_path
+from lightning_lss.sequence.layout import STATIC_LAYOUTS
 from lightning_lss.sequence.segment import SequenceShard
 
 L = 8
@@ -143,7 +143,7 @@ def test_one_rank_gets_the_very_batch() -> None:
     assert split_batch(batch, SequenceShard(0, 1)) is batch
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", STATIC_LAYOUTS)
 @pytest.mark.parametrize("size", [2, 4])
 def test_all_tensors_are_cut_at_the_same_positions(size, layout) -> None:
     for rank in range(size):
@@ -194,7 +194,7 @@ def test_a_name_holds_for_everything_below_and_the_innermost_counts() -> None:
     assert torch.equal(part["sample"].tokens, PIXELS[:, :, L // 2 :])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", STATIC_LAYOUTS)
 @pytest.mark.parametrize("memory", ["rows", "columns", "channels last"])
 def test_what_was_cut_can_be_viewed_flat(layout, memory) -> None:
     images = numbered(2, L, 4, 4)
@@ -311,3 +311,23 @@ def test_a_sequence_group_with_two_batches_raises_on_every_rank_and_names_causes
 def test_groups_are_compared_each_by_itself(world) -> None:
     batches = [{"a": TOKENS}, {"a": TOKENS}, {"a": TOKENS + 1}, {"a": TOKENS + 2}]
     assert [bool(message) for message in world.run(4, check_on_rank, batches)] == [False, False, True, True]
+
+
+@dataclass(frozen=True)
+class MaskLike:
+    """An attention mask, of which only the interface matters here; its tensor is not one of the batch."""
+
+    ids: Tensor
+    content_digest: int = 1
+
+    def chunk_work(self) -> None: ...
+
+
+def test_a_mask_stays_whole_and_is_compared() -> None:
+    mask = MaskLike(numbered(2, 8))
+    batch = {"tokens": numbered(2, 8), "more": [mask]}
+    assert split_batch(batch, SHARD)["more"][0] is mask
+    assert list(masks_by_path(batch)) == [(("more", 0), mask)]
+    assert [path for path, _ in tensors_by_path(batch)] == [("tokens",)]
+    other = {**batch, "more": [MaskLike(mask.ids, 2)]}
+    assert batch_digest(batch) != batch_digest(other) == batch_digest(other)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_lss.sequence.layout import (
-    LAYOUTS,
+    STATIC_LAYOUTS,
     check_layout,
     check_length,
     position_ranges,
@@ -15,7 +15,7 @@ from lightning_lss.sequence.layout import (
 )
 
 SIZES, LENGTHS = range(1, 9), range(1, 65)
-any_size, any_layout = st.integers(1, 200), st.sampled_from(LAYOUTS)
+any_size, any_layout = st.integers(1, 200), st.sampled_from(STATIC_LAYOUTS)
 
 
 def divisor(size: int, layout: str) -> int:
@@ -27,7 +27,7 @@ def positions(length: int, rank: int, size: int, layout: str) -> list[int]:
     return [position for run in position_ranges(length, rank, size, layout) for position in run]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", STATIC_LAYOUTS)
 @pytest.mark.parametrize("size", SIZES)
 def test_every_position_is_held_exactly_once_in_equal_shares(size, layout) -> None:
     for length in LENGTHS:
@@ -37,7 +37,7 @@ def test_every_position_is_held_exactly_once_in_equal_shares(size, layout) -> No
             assert sorted(position for share in held for position in share) == list(range(length))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", STATIC_LAYOUTS)
 @pytest.mark.parametrize("size", SIZES)
 def test_a_length_is_refused_exactly_if_it_is_no_multiple(size, layout) -> None:
     for length in (0, *LENGTHS):
@@ -64,7 +64,7 @@ def test_zigzag_pairs_an_early_chunk_with_the_late_one_that_mirrors_it() -> None
     ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", STATIC_LAYOUTS)
 def test_one_rank_holds_everything_in_order(layout) -> None:
     assert position_ranges(7, 0, 1, layout) == (range(0, 7),)
 

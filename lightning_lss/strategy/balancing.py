@@ -1,0 +1,142 @@
+"""Which chunks of each batch every rank works on, chosen by the work of its masks."""
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from math import gcd
+from typing import Any
+
+from torch import nn
+
+from lightning_lss.sequence.assignment import ChunkAssignment, static_assignment
+from lightning_lss.sequence.balance import Integers, balance, causal_work, imbalance
+from lightning_lss.sequence.batch import Path, SequenceDims, masks_by_path, sequence_dim, tensors_by_path
+from lightning_lss.sequence.layout import STATIC_LAYOUTS
+from lightning_lss.sequence.segment import SequenceShard, segment_modules
+
+CHUNKS = 8
+"""How many chunks a rank holds at most: with more, tiles are too small; with four, the busiest rank has a tenth too much."""
+
+UNEVEN = 1.1
+"""With how much work of the busiest rank over the mean ``layout="auto"`` leaves zigzag."""
+
+_KEPT = 32  # choices that are kept: a batch may come again, and modules' own masks are always the same
+
+
+class BatchLayouts:
+    """Chooses the layout of every batch.
+
+    Args:
+        layout: ``"contiguous"``, ``"zigzag"``, ``"balanced"`` or ``"auto"``, see :class:`~lightning_lss.LSSStrategy`.
+    """
+
+    def __init__(self, layout: str) -> None:
+        self.requested = layout
+        self.base = "zigzag" if layout == "auto" else layout
+        """The layout of a run while it has no batch."""
+        self._choices: dict[Any, ChunkAssignment | None] = {}
+
+    def shard_for(
+        self, batch: Any, module: nn.Module, place: SequenceShard, dims: SequenceDims | None
+    ) -> SequenceShard:
+        """Return the shard under which ``module`` works on the whole ``batch``; ``place`` is the rank's in the base layout.
+
+        Raises:
+            ValueError: if a mask in the batch is for sequences of another length than the batch has, or nothing says how
+                long they are.
+        """
+        masks = dict(masks_by_path(batch))
+        if place.size == 1 or self.requested in STATIC_LAYOUTS or (self.requested == "auto" and not masks):
+            return place
+        if self.requested == "auto" and any(x.segment_local for x in segment_modules(module)):
+            return place  # a rank has the rows of its own segment only
+        if hasattr(module, "shard_batch"):
+            lengths = sorted({x for mask in masks.values() if (x := _length(mask)) is not None})
+            if not lengths:
+                return self._without_length(place)
+        else:
+            lengths = _lengths(batch, dims or {})
+            _check_lengths(masks, lengths)
+        own = _chunks_per_rank(lengths, place.size, even=self.requested == "auto")
+        if own == 0:  # the batch cannot be divided: split_batch says so
+            return place
+        wanted = Counter(x for x in masks.values() if _is_square(x, lengths)) or _of_modules(module, lengths)
+        key = (tuple(sorted((x.content_digest, n) for x, n in wanted.items())), lengths[0], own, place.size)
+        if key not in self._choices:
+            if len(self._choices) == _KEPT:
+                del self._choices[next(iter(self._choices))]
+            self._choices[key] = self._choose(wanted, lengths[0], own, place.size)
+        assignment = self._choices[key]
+        return place if assignment is None else _on(place, assignment)
+
+    def _without_length(self, place: SequenceShard) -> SequenceShard:
+        if self.requested == "auto":
+            return place
+        raise ValueError(
+            "layout='balanced' cannot know how long the sequences are that shard_batch will cut. Put the AttentionMask of the batch into"
+            " it, made from these sequences, or use layout='zigzag'."
+        )
+
+    def _choose(self, masks: Mapping[Any, int], length: int, own: int, size: int) -> ChunkAssignment | None:
+        """Return who holds which of ``own`` chunks a rank; None for the base layout."""
+        pairs, keys = _work(masks, length, own * size)
+        if self.requested == "balanced":
+            return balance(pairs, keys, size)
+        zigzag = imbalance(pairs, static_assignment(size, "zigzag").refined(own // 2))
+        if zigzag <= UNEVEN:
+            return None
+        assignment = balance(pairs, keys, size)
+        return assignment if imbalance(pairs, assignment) < zigzag else None
+
+
+def _on(place: SequenceShard, assignment: ChunkAssignment) -> SequenceShard:
+    return SequenceShard(place.rank, place.size, "balanced", place.group, place.communication_dtype, assignment)
+
+
+def _lengths(batch: Any, dims: SequenceDims) -> list[int]:
+    """Return the lengths of all sequences of a batch, that of most of its tensors first."""
+    cuts = [(x, dim) for path, x in tensors_by_path(batch) if (dim := sequence_dim(path, x, dims)) is not None]
+    sizes = Counter(x.size(dim) for x, dim in cuts if -x.dim() <= dim < x.dim())
+    return [size for size, _ in sizes.most_common()]
+
+
+def _chunks_per_rank(lengths: Collection[int], size: int, even: bool) -> int:
+    """Return into how many chunks a rank's part of every sequence can be cut; 0 where they cannot be divided."""
+    common = gcd(*lengths)
+    numbers = range(CHUNKS, 0, -2 if even else -1)
+    return next((n for n in numbers if common and common % (n * size) == 0), 0)
+
+
+def _length(mask: Any) -> int | None:
+    """Return the length of the sequences that a mask is for; None for any."""
+    return mask.num_keys if mask.num_queries is None else mask.num_queries
+
+
+def _is_square(mask: Any, lengths: Collection[int]) -> bool:
+    """Whether a mask is for queries and keys of one of the sequences, and not of a memory (cross-attention)."""
+    length = _length(mask)
+    return length is None or (mask.num_keys in (None, length) and length in lengths)
+
+
+def _check_lengths(masks: Mapping[Path, Any], lengths: Collection[int]) -> None:
+    for path, mask in masks.items():
+        if mask.num_queries is not None and mask.num_queries not in lengths:
+            has = " and ".join(map(str, sorted(lengths)))
+            raise ValueError(
+                f"Batch entry {'.'.join(map(str, path)) or 'batch'}: {mask} is for sequences of length {mask.num_queries}, and the batch"
+                f" has sequences of length {has}. Make the mask from the whole sequences that are in the batch."
+            )
+
+
+def _of_modules(module: nn.Module, lengths: Collection[int]) -> Counter[Any]:
+    """Return the masks of the module's own attention, and how many layers have each."""
+    attention = (x for x in segment_modules(module) if not getattr(x, "whole_memory", False))
+    masks = (getattr(part, "default_mask", None) for part in attention)
+    return Counter(x for x in masks if x is not None and _is_square(x, lengths))
+
+
+def _work(masks: Mapping[Any, int], length: int, num_chunks: int) -> tuple[Integers, Integers]:
+    """Add up what all masks make of each chunk; where nothing is known, attention is causal."""
+    if not masks:
+        return causal_work(length, num_chunks)
+    work = [(mask.chunk_work(_length(mask) or length, num_chunks), times) for mask, times in masks.items()]
+    return sum(x.pairs * times for x, times in work), sum(x.keys * times for x, times in work)

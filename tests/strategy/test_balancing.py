@@ -1,0 +1,285 @@
+"""Each batch has its own layout: the training is that of one device, and nothing of it stays after a run."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lss import (
+    AttentionMask,
+    InexactError,
+    LSSAttention,
+    LSSStrategy,
+    RotaryEmbedding,
+    ShardedModule,
+    sequence_shard,
+)
+from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard, segment_modules
+from lightning_lss.strategy.balancing import BatchLayouts
+from lightning_lss.testing.compare import assert_equal, assert_equal_on_ranks, worst_difference
+from tests.training import LENGTH, Run, SGDTransformer, fit, make_loader, make_module, make_samples, make_trainer
+
+ROTARY = {"positions": "rotary"}
+
+
+def documents(tokens: Tensor) -> AttentionMask:
+    """A document starts at every token 0 and 1."""
+    return AttentionMask.documents((tokens < 2).cumsum(1)) & AttentionMask.causal()
+
+
+class Packed(SGDTransformer):
+    """Its batches carry masks. Here they decide about layouts only."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.seen: list[tuple[str, SequenceShard]] = []
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return {**batch, "mask": documents(batch["inputs"])}
+
+    def _loss(self, batch: Any) -> Any:
+        assert isinstance(batch["mask"], AttentionMask)
+        self.seen.append((self.trainer.state.stage.value, sequence_shard(self)))
+        return super()._loss(batch)
+
+
+def run_of(size: int, layout: str, module: Any = Packed, **more: Any) -> Run:
+    trainer = {"precision": "64-true", **more.pop("trainer", {})}
+    return Run(size, layout, more.pop("model", ROTARY), trainer, module=module, **more)
+
+
+# -- parity ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks", "size", "options"),
+    [
+        (2, 2, {"trainer": {"accumulate_grad_batches": 3, "gradient_clip_val": 0.3}}),
+        (4, 2, {}),
+        (2, 2, {"module": SGDTransformer}),  # without masks
+    ],
+)
+def test_training_is_that_of_one_device(world, ranks, size, options) -> None:
+    expected = world.run(1, fit, run_of(1, "zigzag", steps=4, **options))[0]
+    by_rank = world.run(ranks, fit, run_of(size, "balanced", steps=4, **options))
+    assert_equal_on_ranks(by_rank, expected, 1e-10)
+
+
+def fit_sharded(rank: int, run: Run) -> dict[str, Tensor]:
+    module, trainer = make_module(run), make_trainer(rank, run)
+    trainer.fit(module, make_loader(trainer, make_samples(run.samples), run.global_batch))
+    return dict(trainer.strategy.lightning_module_state_dict())
+
+
+def test_parameters_may_be_sharded_and_activations_recomputed(world) -> None:
+    expected = world.run(1, fit, run_of(1, "zigzag"))[0]
+    strategy = {"sharding": "fsdp", "activation_checkpointing": "full"}
+    assert_equal(world.run(4, fit_sharded, run_of(4, "balanced", strategy=strategy))[0], expected, 1e-10)
+
+
+def stages(rank: int, run: Run) -> dict[str, Tensor]:
+    """Train with validation in between, test and predict; everything that comes out, and check the shards."""
+    module, trainer = make_module(run), make_trainer(rank, run, val_check_interval=1, limit_val_batches=2)
+    loader = make_loader(trainer, make_samples(run.samples), 4)
+    found = {}
+    for name, run_stage in (("fit", trainer.fit), ("test", trainer.test)):
+        run_stage(module, loader, loader) if name == "fit" else run_stage(module, loader, verbose=False)
+        found |= {f"{name} {key}": value for key, value in trainer.callback_metrics.items()}
+        assert {part.shard for part in segment_modules(module)} == {WHOLE_SEQUENCE}
+        if run.size > 1:
+            assert trainer.strategy.sequence_shard.assignment is None
+    found["predictions"] = torch.cat(trainer.predict(module, loader)).double()
+    if run.size > 1:
+        stages_seen = {stage for stage, shard in module.seen if shard.assignment is not None}
+        assert stages_seen == {"train", "validate", "sanity_check", "test"}
+        assert len({shard.assignment for _, shard in module.seen} - {None}) > 3  # they differ from batch to batch
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_stage_is_that_of_one_device(world, ranks) -> None:
+    expected = world.run(1, stages, run_of(1, "zigzag", steps=3, samples=16))[0]
+    for found in world.run(ranks, stages, run_of(ranks, "balanced", steps=3, samples=16)):
+        assert_equal(found, expected, 1e-10)
+
+
+class Documents(Packed):
+    """Attends as the masks of its batches say."""
+
+    def _loss(self, batch: Any) -> Any:
+        for part in segment_modules(self):
+            if isinstance(part, LSSAttention):
+                part.mask = batch["mask"]
+        return super()._loss(batch)
+
+
+@pytest.mark.parametrize("layout", ["balanced", "auto"])
+def test_documents_are_apart_as_on_one_device(world, layout) -> None:
+    expected = world.run(1, fit, run_of(1, "zigzag", Documents, steps=5))[0]
+    causal = world.run(1, fit, run_of(1, "zigzag", steps=5))[0]
+    assert worst_difference(causal, expected).error > 1e-3
+    for ranks in (2, 4):
+        assert_equal_on_ranks(world.run(ranks, fit, run_of(ranks, layout, Documents, steps=5)), expected, 1e-10)
+
+
+# -- auto --------------------------------------------------------------------------------------------------------------
+
+
+class Sometimes(Packed):
+    """The mask of the fourth batch, unlike those before it, has one long document and many of a token."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        odd = int(batch["inputs"].sum()) % 2 == 1
+        ids = (torch.arange(LENGTH) - LENGTH // 2).clamp(min=0)
+        uneven = AttentionMask.documents(ids[None]) & AttentionMask.causal()
+        return {**batch, "mask": AttentionMask.causal() if odd else uneven}
+
+
+def layouts_seen(rank: int, run: Run) -> tuple[list[str], dict[str, Tensor]]:
+    module, trainer = make_module(run), make_trainer(rank, run)
+    trainer.fit(module, make_loader(trainer, make_samples(run.samples), 4))
+    return [shard.layout for _, shard in module.seen], {x: y.clone() for x, y in module.state_dict().items()}
+
+
+def test_auto_balances_only_what_zigzag_leaves_uneven(world) -> None:
+    expected = world.run(1, fit, run_of(1, "zigzag", Sometimes, steps=5))[0]
+    strategy = {"verify": False}
+    seen, weights = world.run(2, layouts_seen, run_of(2, "auto", Sometimes, steps=5, strategy=strategy))[0]
+    batches = torch.stack([x["inputs"] for x in make_samples(20)]).view(5, 4, LENGTH)
+    assert seen == ["zigzag" if int(x.sum()) % 2 == 1 else "balanced" for x in batches]
+    assert seen.index("balanced") == 3
+    assert_equal(weights, expected, 1e-10)
+
+
+def test_auto_leaves_learned_tables_their_rows(world) -> None:
+    run = run_of(2, "auto", Sometimes, steps=5, model={"positions": "learned"}, strategy={"verify": False})
+    assert set(world.run(2, layouts_seen, run)[0][0]) == {"zigzag"}
+
+
+class KeepsShard(Sometimes):
+    """Weighs tokens by their positions under the shard that it was given at the start."""
+
+    def on_train_start(self) -> None:
+        self.kept = sequence_shard(self)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        weights = torch.cos(self.kept.positions(batch["inputs"].size(1)))
+        return super().training_step(batch, batch_idx) + (self(batch["inputs"]).sum(-1) * weights).mean()
+
+
+def message_of_fit(rank: int, run: Run) -> str:
+    try:
+        fit(rank, run)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def test_a_module_that_keeps_a_shard_is_found_on_the_first_batch_of_another_layout(world) -> None:
+    assert world.run(2, message_of_fit, run_of(2, "auto", KeepsShard, steps=3)) == ["nothing was raised"] * 2
+    for message in world.run(2, message_of_fit, run_of(2, "auto", KeepsShard, steps=5)):
+        assert message.startswith(InexactError.__name__), message
+
+
+# -- refused -----------------------------------------------------------------------------------------------------------
+
+
+class OwnTable(ShardedModule):
+    segment_local = ("rows",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.zeros(4))
+
+
+class WithTable(SGDTransformer):
+    def configure_model(self) -> None:
+        self.table = OwnTable()
+
+
+class WrongLength(Packed):
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return {**batch, "mask": documents(batch["inputs"][:, 2:])}
+
+
+class SplitsItself(SGDTransformer):
+    def shard_batch(self, batch: Any, shard: SequenceShard) -> Any:
+        return {name: shard.split(x) for name, x in batch.items()}
+
+
+@pytest.mark.parametrize(
+    ("module", "model", "words"),
+    [
+        (SGDTransformer, {}, "model.positions.weight stands for the same ones in all. Use RotaryEmbedding"),
+        (WithTable, ROTARY, "table.rows stands for the same ones in all"),
+        (WrongLength, ROTARY, f"for sequences of length {LENGTH - 2}, and the batch has sequences of length {LENGTH}"),
+        (SplitsItself, ROTARY, "Put the AttentionMask of the batch into it"),
+    ],
+)
+def test_what_cannot_be_balanced_is_refused_with_the_remedy(world, module, model, words) -> None:
+    for message in world.run(2, message_of_fit, run_of(2, "balanced", module, model=model)):
+        assert words in message
+
+
+class SplitsMasked(Packed):
+    def shard_batch(self, batch: Any, shard: SequenceShard) -> Any:
+        return {name: x if name == "mask" else shard.split(x) for name, x in batch.items()}
+
+
+def test_a_module_that_splits_its_own_batches_is_balanced_by_their_masks(world) -> None:
+    expected = world.run(1, fit, run_of(1, "zigzag"))[0]
+    assert_equal_on_ranks(world.run(2, fit, run_of(2, "balanced", SplitsMasked)), expected, 1e-10)
+
+
+# -- the choice --------------------------------------------------------------------------------------------------------
+
+
+def choose(layout: str, batch: Any, size: int = 4, dims: Any = None, module: nn.Module | None = None) -> SequenceShard:
+    return BatchLayouts(layout).shard_for(batch, module or RotaryEmbedding(2), SequenceShard(1, size, "zigzag"), dims)
+
+
+@pytest.mark.parametrize(("length", "own"), [(64, 8), (16, 4), (56, 7), (44, 1), (36, 3), (46, None)])
+def test_a_rank_has_as_many_chunks_as_the_length_allows_up_to_eight(length, own) -> None:
+    chosen = choose("balanced", torch.zeros(2, length)).assignment
+    assert (chosen and chosen.per_rank) == own
+
+
+def test_all_sequences_of_a_batch_can_be_cut_into_the_chunks() -> None:
+    batch = {"tokens": torch.zeros(1, 64), "frames": torch.zeros(1, 3, 24)}
+    assert choose("balanced", batch, dims={"frames": 2}).assignment.per_rank == 2  # of 16 and of 6
+
+
+def test_masks_of_a_memory_are_not_this_attention() -> None:
+    memory = AttentionMask.key_padding(torch.ones(1, 5))
+    batch = {"tokens": torch.zeros(1, 64), "memory": memory}
+    assert choose("balanced", batch) == choose("balanced", torch.zeros(1, 64))
+
+
+def test_modules_own_masks_count_where_the_batch_has_none() -> None:
+    module = nn.ModuleList([RotaryEmbedding(2), LSSAttention(mask=AttentionMask.sliding_window(3))])
+    near = choose("balanced", torch.zeros(1, 64), module=module).assignment
+    assert near.chunks == tuple(tuple(range(8 * rank, 8 * rank + 8)) for rank in range(4))
+    assert choose("balanced", torch.zeros(1, 64), module=LSSAttention()).assignment != near
+
+
+@pytest.mark.parametrize(("left", "layout"), [(8, "zigzag"), (12, "balanced")])  # uneven by 7 and by 10.3 percent
+def test_auto_bears_a_tenth_too_much(left, layout) -> None:
+    batch = {"tokens": torch.zeros(1, 64), "mask": AttentionMask.sliding_window(left)}
+    assert choose("auto", batch).layout == layout
+
+
+def test_a_choice_is_made_once() -> None:
+    layouts, batch = BatchLayouts("balanced"), {"x": torch.zeros(1, 64), "mask": documents(torch.ones(1, 64))}
+    place = SequenceShard(0, 2, "balanced")
+    first, again = (layouts.shard_for(batch, RotaryEmbedding(2), place, None) for _ in range(2))
+    assert first.assignment is again.assignment
+
+
+def test_one_rank_holds_everything() -> None:
+    place = SequenceShard(0, 1, "balanced")
+    assert BatchLayouts("balanced").shard_for(torch.zeros(1, 64), RotaryEmbedding(2), place, None) is place
+
+
+def test_the_layout_is_shown_as_it_was_asked_for() -> None:
+    assert "layout='balanced'" in repr(LSSStrategy(layout="balanced"))
