@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from lightning_lss.sequence import collectives
+from lightning_lss.sequence.assignment import ChunkAssignment
 from lightning_lss.sequence.segment import SequenceShard
 
 GATHER, SCATTER = "copy for all-gather", "copy for reduce-scatter"  # of one_rank_of, in traces
@@ -92,8 +93,15 @@ Payload = Sequence[Sequence[Tensor]]
 RUNS = 3  # of one layer of attention, until every result is right
 
 
-def recorded_ranks(work: Callable[[SequenceShard], Any], size: int, layout: str, late: bool = False) -> list[Any]:
-    """Return what ``work(shard)`` returns on each of ``size`` ranks, which take turns on one device.
+def recorded_ranks(
+    work: Callable[[SequenceShard], Any],
+    size: int,
+    layout: str,
+    late: bool = False,
+    assignment: ChunkAssignment | None = None,
+) -> list[Any]:
+    """Return what ``work(shard)`` returns on each of ``size`` ranks, which take turns on one device; the layout
+    ``balanced`` needs an ``assignment``.
 
     The work is run several times and must do the same each time. What a rank sends in the n-th collective of a run is
     written down; in the next run the n-th collective gives every rank what all of them sent in the run before (in the
@@ -149,7 +157,7 @@ def recorded_ranks(work: Callable[[SequenceShard], Any], size: int, layout: str,
         for _ in range(RUNS):
             before, sent, results = sent, [[] for _ in range(size)], []
             for rank in range(size):
-                results.append(work(SequenceShard(rank, size, layout, group)))
+                results.append(work(SequenceShard(rank, size, layout, group, assignment=assignment)))
     return results
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_lss import AttentionMask, SequenceShard, lss_attention
 from lightning_lss.attention import plan, structure, tiles
-from lightning_lss.sequence.layout import STATIC_LAYOUTS
+from lightning_lss.sequence.assignment import ChunkAssignment
+from lightning_lss.sequence.layout import LAYOUTS
 from lightning_lss.testing.compare import assert_equal
 from lightning_lss.testing.fake_world import recorded_ranks
 from tests.attention.masks import masks
@@ -23,6 +24,7 @@ class Case(NamedTuple):
 
     size: int
     layout: str
+    assignment: ChunkAssignment | None
     mask: AttentionMask
     batch: int
     heads: int
@@ -52,6 +54,10 @@ def cases(draw: st.DrawFn) -> Case:
     size, batch, groups = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2]))
     heads = groups * draw(st.sampled_from([1, 2]))
     length = 2 * size * draw(st.integers(-(-4 // size), 200 // size))
+    layout, assignment = draw(st.sampled_from(LAYOUTS)), None
+    if layout == "balanced" and size > 1:
+        chunks = draw(st.permutations(range(size * draw(st.sampled_from([1, 2])))))
+        assignment = ChunkAssignment(tuple(tuple(sorted(chunks[rank::size])) for rank in range(size)))
     options = {
         "kernel": draw(st.sampled_from(["cpu_flash", "reference"])),
         "head_chunks": draw(st.sampled_from(["auto", 1, groups])),
@@ -61,7 +67,8 @@ def cases(draw: st.DrawFn) -> Case:
         options |= {"keep_gathered": True, "head_chunks": "auto"}
     return Case(
         size,
-        draw(st.sampled_from(STATIC_LAYOUTS)),
+        layout,
+        assignment,
         draw(masks(batch, heads, length)),
         batch,
         heads,
@@ -100,10 +107,13 @@ def attend(case: Case) -> dict[str, Tensor]:
         out = lss_attention(*leaves, shard, mask=case.mask, **case.options)
         return [out.detach(), *torch.autograd.grad(out, leaves, shard.split(grad, 2))]
 
-    by_rank = recorded_ranks(work, case.size, case.layout, late=True)
+    by_rank = recorded_ranks(work, case.size, case.layout, late=True, assignment=case.assignment)
     local_length = case.length // case.size
     order = torch.cat(
-        [SequenceShard(rank, case.size, case.layout).positions(local_length) for rank in range(case.size)]
+        [
+            SequenceShard(rank, case.size, case.layout, assignment=case.assignment).positions(local_length)
+            for rank in range(case.size)
+        ]
     )
     return {
         name: torch.cat(parts, 2)[:, :, order.argsort()]
