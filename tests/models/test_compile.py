@@ -2,6 +2,7 @@
 
 import shutil
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from lightning_lss import AttentionMask
 from lightning_lss.models.lightning_module import LSSTransformer
 from lightning_lss.models.transformer import Block, Transformer, TransformerConfig
 from lightning_lss.sequence.assignment import ChunkAssignment
@@ -58,27 +60,33 @@ def test_compiled_models_have_no_graph_break_and_the_same_gradients(world, layou
     world.run(2, compare, layout, whole, options, timeout=200)
 
 
-def compare_assignments(rank: int) -> int:
+def compare_assignments(rank: int, options: dict[str, Any]) -> int:
+    """Compile once for batches of which each has its own assignment and mask; return how often it was compiled."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = LSSTransformer(CONFIG, positions="rotary").model.double()
+    model = LSSTransformer(CONFIG, positions="rotary", **options).model.double()
+    whole = deepcopy(model)
     tokens, counter = torch.randint(11, (2, CONFIG.seq_len)), CompileCounterWithBackend("aot_eager")
-    expected = model(tokens)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for seed in range(4):
-        owners = torch.randperm(16, generator=torch.Generator().manual_seed(seed)) % 2
-        assignment = ChunkAssignment.from_owners(owners, 2)
+        generator = torch.Generator().manual_seed(seed)
+        assignment = ChunkAssignment.from_owners(torch.randperm(16, generator=generator) % 2, 2)
+        ids = (torch.rand(2, CONFIG.seq_len, generator=generator) < 0.2).cumsum(1)
+        mask = AttentionMask.documents(ids) & AttentionMask.causal()
         shard = SequenceShard(rank, 2, "balanced", dist.group.WORLD, assignment=assignment)
         for module in segment_modules(model):
             module.set_shard(shard)
-        out = compiled(shard.split(tokens))
-        out.sum().backward()
-        torch.testing.assert_close(out, shard.split(expected), rtol=1e-11, atol=1e-11)
+        expected = gradients(whole, partial(whole, mask=mask), tokens)
+        found = gradients(model, partial(compiled, mask=mask), shard.split(tokens))
+        for x in found.values():
+            dist.all_reduce(x)
+        assert_equal(found, expected, 1e-10)
     return counter.frame_count
 
 
-def test_a_compiled_model_serves_every_assignment(world) -> None:
-    assert world.run(2, compare_assignments, timeout=200) == [1, 1]
+@pytest.mark.parametrize("options", [{}, {"activation_checkpointing": "selective"}])
+def test_a_compiled_model_serves_every_assignment_and_mask(world, options) -> None:
+    assert world.run(2, compare_assignments, options, timeout=200) == [1, 1]
 
 
 NEEDS_COMPILER = pytest.mark.skipif(
