@@ -261,6 +261,11 @@ class AttentionMask:
     def __hash__(self) -> int:
         return self.content_digest
 
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> "AttentionMask":
+        return self
+
+    __copy__ = __deepcopy__
+
     def __reduce__(self) -> tuple[Any, ...]:
         return AttentionMask, (self.kind,)
 

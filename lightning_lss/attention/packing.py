@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_lss.attention import kinds
 from lightning_lss.attention.kinds import Function, Kind
@@ -21,6 +22,11 @@ DIGEST = 16  # bytes at the start
 _LENGTH = 8  # bytes that say how long the header is
 
 
+no_modes = _disable_current_modes
+"""Masks and plans are made of numbers, also where a step is traced with fake tensors: ``@no_modes()`` around a function."""
+
+
+@no_modes()
 def pack(kind: Kind) -> Tensor:
     """Write a mask as words."""
     tensors: list[bytes] = []
@@ -46,7 +52,8 @@ class PackedMask:
 
     def __init__(self, words: Tensor) -> None:
         self.words = words
-        self.digest = words[:DIGEST].numpy().tobytes()
+        with no_modes():
+            self.digest = words[:DIGEST].numpy().tobytes()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PackedMask) and self.digest == other.digest

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_lss.attention.bands import FAR, HIGH, K0, Q1, Bands, intersect, rectangles
 from lightning_lss.attention.kinds import Kind, Sizes
-from lightning_lss.attention.packing import PackedMask, unpack
+from lightning_lss.attention.packing import PackedMask, no_modes, unpack
 from lightning_lss.attention.structure import Structure, chunk_work, structure_of
 from lightning_lss.attention.tiles import RowGroup, Tile, cut_band, group_rows, join_tiles
 from lightning_lss.sequence.segment import SequenceShard
@@ -92,6 +92,7 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=64)
+@no_modes()
 def plan_call(mask: PackedMask, call: Call) -> Plan:
     """Plan what ``call.rank`` does; every rank's plan is made in the same way."""
     sizes, num_chunks = call.sizes, call.num_chunks

@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_lss.attention.kernels import KERNELS, select_kernel
 from lightning_lss.attention.kinds import Diagonals, Sizes
@@ -57,20 +56,18 @@ class AttentionSpec:
         Raises ``ValueError`` if the spec names a kernel that cannot take what is asked.
         """
         mask = PackedMask(modifiers.mask) if modifiers.mask is not None else _CAUSAL if self.causal else _FULL
-        call = Call(
-            Sizes(q.size(0), q.size(1), q.size(2) * self.shard.size, k.size(2) * self.key_shard.size),
-            self.shard.rank,
-            self.shard.held_chunks,
-            fetches=not self.whole_memory,
-            fetches_all=self.keep_gathered,
-        )
-        with _disable_current_modes():  # a plan is made of numbers, also where a step is traced with fake tensors
-            resolved = self._resolve(q, k, v, features_of(mask, call), self._features(modifiers))
-            takes = KERNELS[resolved.kernel_name].takes
-            # the reference computes all pairs of a window's tile, so its tiles are small
-            windows = "windows" in takes and "bias" not in takes
-            call = call._replace(offset_diagonal="offset_diagonal" in takes, windows=windows)
-            return resolved, plan_call(mask, call)
+        call = self._call(q, k)
+        resolved = self._resolve(q, k, v, features_of(mask, call), self._features(modifiers))
+        takes = KERNELS[resolved.kernel_name].takes
+        # the reference computes all pairs of a window's tile, so its tiles are small
+        windows = "windows" in takes and "bias" not in takes
+        call = call._replace(offset_diagonal="offset_diagonal" in takes, windows=windows)
+        return resolved, plan_call(mask, call)
+
+    def _call(self, q: Tensor, k: Tensor) -> Call:
+        sizes = Sizes(q.size(0), q.size(1), q.size(2) * self.shard.size, k.size(2) * self.key_shard.size)
+        chunks, fetches = self.shard.held_chunks, not self.whole_memory
+        return Call(sizes, self.shard.rank, chunks, fetches, fetches_all=self.keep_gathered)
 
     @property
     def key_shard(self) -> SequenceShard:

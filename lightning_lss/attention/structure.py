@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lightning_lss.attention.bands import EMPTY, K0, K1, Q0, Bands, count_pairs, intersect, rectangles
 from lightning_lss.attention.kinds import Kind, Sizes
-from lightning_lss.attention.packing import PackedMask, unpack
+from lightning_lss.attention.packing import PackedMask, no_modes, unpack
 
 Edges = NDArray[np.int64]
 
@@ -37,6 +37,7 @@ class ChunkWork(NamedTuple):
 
 
 @lru_cache(maxsize=32)
+@no_modes()
 def structure_of(mask: PackedMask, sizes: Sizes, query_chunks: int, key_chunks: int) -> Structure:
     """Find what a mask shows; a mask without structure is looked at in blocks that do not cross the borders of equal
     chunks."""

@@ -192,7 +192,7 @@ class Block(nn.Module):
         return self._forward(x, mask) if self._compiled is None else self._compiled(x, mask)
 
     def _forward(self, x: Tensor, mask: AttentionMask | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), mask))
+        x = x + self.dropout(self.attention(self.attention_norm(x), mask=mask))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -246,7 +246,7 @@ class Transformer(nn.Module):
             self.rotary.prepare(x)
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, mask)
+            x = block(x, mask=mask)  # by name, since tensor parallelism lists what is given by position
         x = self.norm(x)
         return self.head(x) if targets is None else self.head.loss(x.flatten(0, 1), targets.flatten())
 

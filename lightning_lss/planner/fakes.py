@@ -17,7 +17,7 @@ from lightning_lss.attention.kernels import KERNELS, Kernel, Scores
 from lightning_lss.nn import recompute
 from lightning_lss.nn.positions import DeferredTable
 from lightning_lss.planner.tracker import Tracker
-from lightning_lss.sequence.batch import SequenceDims, map_tensors, sequence_dim, tensors_by_path
+from lightning_lss.sequence.batch import SequenceDims, map_tensors, masks_by_path, sequence_dim, tensors_by_path
 from lightning_lss.sequence.segment import SequenceShard
 
 # -- a module and its batch --------------------------------------------------------------------------------------------
@@ -40,8 +40,17 @@ def without_contents(module: pl.LightningModule, mode: FakeTensorMode, precision
 
 
 def resized(batch: Any, length: int, batch_size: int, sequence_dims: SequenceDims | None) -> Any:
-    """Return a batch like ``batch`` without contents, of ``batch_size`` sequences of ``length``."""
+    """Return a batch like ``batch`` without contents, of ``batch_size`` sequences of ``length``.
+
+    Raises ``ValueError`` if it has a mask that is for sequences of a certain length or for certain rows.
+    """
     before = batch_size_of(batch)
+    for path, mask in masks_by_path(batch):
+        if mask.rows > 1 or (mask.num_queries, mask.num_keys) != (None, None):
+            raise ValueError(
+                f"The mask {'.'.join(map(str, path))} of the batch is for sequences of one length, and the planner cannot know it for"
+                " others. Plan with one that is for any, such as AttentionMask.causal(): other masks hide more."
+            )
 
     def resize(path: Any, x: Tensor) -> Tensor:
         shape = list(x.shape)

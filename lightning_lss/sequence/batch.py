@@ -101,7 +101,7 @@ def _show(path: Path, tensor: Tensor) -> str:
 
 def is_mask(node: Any) -> bool:
     """Whether a batch entry is an attention mask, which every rank is given whole."""
-    return hasattr(node, "chunk_work") and hasattr(node, "content_digest")
+    return hasattr(type(node), "chunk_work") and hasattr(type(node), "content_digest")
 
 
 def _children(node: Any) -> list[tuple[Key, Any]] | None:

@@ -218,3 +218,22 @@ def test_what_cannot_be_traced_is_refused(build: Callable[[], Any], message: str
 def test_options_that_make_no_sense_are_refused(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         Options(**options)
+
+
+@pytest.mark.parametrize("kernel", ["cpu_flash", "cuda_flash"])
+def test_masks_for_any_length(kernel) -> None:
+    module, window = transformer(num_layers=1, positions="rotary"), AttentionMask.sliding_window(100)
+    counted = []
+    for batch in (batch_of(), {**batch_of(), "mask": window}):
+        counted.append(trace_step(module, batch, rank_of(2, 4096, kernel)).work[0, 1])
+    pairs = [mask.plan(4096, SequenceShard(0, 2)).pairs for mask in (AttentionMask.causal(), window)]
+    assert counted[0] == 4 * 64 * pairs[0]
+    assert pairs[1] <= counted[1] / (4 * 64) < 3 * pairs[1]  # a kernel without windows computes some of what is hidden
+
+
+def test_masks_for_one_length_are_refused() -> None:
+    mask = AttentionMask.documents(torch.zeros(1, 4096, dtype=torch.int64))
+    with pytest.raises(
+        ValueError, match=r"The mask mask of the batch is for sequences of one length.* AttentionMask.causal\(\)"
+    ):
+        trace_step(transformer(num_layers=1), {**batch_of(), "mask": mask}, rank_of(2))
