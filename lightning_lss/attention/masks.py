@@ -18,7 +18,7 @@ from lightning_lss.attention.kinds import (
     Sizes,
     VisiblePair,
 )
-from lightning_lss.attention.packing import PackedMask, pack
+from lightning_lss.attention.packing import PackedMask, pack, unpack
 from lightning_lss.attention.plan import Plan, plan_segment
 from lightning_lss.attention.structure import ChunkWork, chunk_work
 from lightning_lss.sequence.layout import check_positive
@@ -42,9 +42,9 @@ class AttentionMask:
     """
 
     def __init__(self, kind: Kind) -> None:
-        self.kind = kind
-        self.rows, self.heads, self.num_queries, self.num_keys = kind.rows, kind.heads, kind.queries, kind.keys
         self.words = pack(kind)  # what attention's operator is given: a compiled graph takes nothing but tensors
+        self.kind = kind = unpack(PackedMask(self.words))  # its tensors are views of the words, and nobody else's
+        self.rows, self.heads, self.num_queries, self.num_keys = kind.rows, kind.heads, kind.queries, kind.keys
 
     # -- kinds ---------------------------------------------------------------------------------------------------------
 
@@ -152,7 +152,7 @@ class AttentionMask:
                 f"A dense mask is bool [B or 1, H or 1, L, L]; got {visible.dtype} {tuple(visible.shape)}."
                 " Where it is added to scores, pass the pairs that are not -inf."
             )
-        return cls(Dense(visible.detach().to("cpu", copy=True)))
+        return cls(Dense(visible.detach().cpu()))
 
     @classmethod
     def from_function(cls, visible: VisiblePair) -> "AttentionMask":
@@ -280,10 +280,10 @@ def _integers(name: str, x: Tensor, dims: int) -> Tensor:
     if x.dim() != dims or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         shape = {1: "[n]", 2: "[B, L]"}[dims]
         raise ValueError(f"{name} must be integers {shape}; got {x.dtype} {tuple(x.shape)}.")
-    return x.detach().to("cpu", torch.int64, copy=True)
+    return x.detach().to("cpu", torch.int64)
 
 
 def _booleans(valid: Tensor) -> Tensor:
     if valid.dim() != 2 or not ((valid == 0) | (valid == 1)).all():
         raise ValueError(f"valid must be bool, or 0 and 1, [B, L]; got {valid.dtype} {tuple(valid.shape)}.")
-    return valid.detach().to("cpu", torch.bool, copy=True)
+    return valid.detach().to("cpu", torch.bool)

@@ -1,8 +1,8 @@
 """Masks as tensors: under ``torch.compile`` nothing else reaches attention's operator.
 
 The words of a mask, uint8 [n], are a digest of its content, the length of its header, the header, which names the kinds
-and their arguments in JSON, and the bytes of its tensors. Equal masks have equal words on every rank. A function stays
-in its process: the header has its number.
+and their arguments in JSON, and the bytes of its tensors. Each part is padded to 8 bytes, so that tensors can be viewed
+in place. Equal masks have equal words on every rank. A function stays in its process: the header has its number.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from lightning_lss.attention import kinds
 from lightning_lss.attention.kinds import Function, Kind
 
 DIGEST = 16  # bytes at the start
-_LENGTH = 8  # bytes that say how long the header is
+_ALIGNED = 8  # bytes, of the widest dtype
 
 
 no_modes = _disable_current_modes
@@ -27,6 +27,7 @@ no_modes = _disable_current_modes
 
 
 @no_modes()
+@torch.inference_mode(False)  # training may follow a validation with the same mask
 def pack(kind: Kind) -> Tensor:
     """Write a mask as words."""
     tensors: list[bytes] = []
@@ -37,14 +38,20 @@ def pack(kind: Kind) -> Tensor:
         if isinstance(x, Kind):
             return [type(x).__name__, *map(describe, x.arguments)]
         if isinstance(x, Tensor):
-            tensors.append(x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            tensors.append(_padded(x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()))
             return {"dtype": str(x.dtype).removeprefix("torch."), "shape": list(x.shape)}
         return x
 
-    header = json.dumps(describe(kind)).encode()
-    content = len(header).to_bytes(_LENGTH, "big") + header + b"".join(tensors)
-    digest = hashlib.blake2b(content, digest_size=DIGEST).digest()
-    return torch.frombuffer(bytearray(digest + content), dtype=torch.uint8)
+    header = _padded(json.dumps(describe(kind)).encode(), b" ")
+    parts = [len(header).to_bytes(_ALIGNED, "big"), header, *tensors]
+    digest = hashlib.blake2b(digest_size=DIGEST)
+    for part in parts:
+        digest.update(part)
+    return torch.frombuffer(bytearray(b"".join((digest.digest(), *parts))), dtype=torch.uint8)
+
+
+def _padded(part: bytes, filling: bytes = b"\0") -> bytes:
+    return part + filling * (-len(part) % _ALIGNED)
 
 
 class PackedMask:
@@ -62,18 +69,20 @@ class PackedMask:
         return hash(self.digest)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
+@no_modes()
 def unpack(packed: PackedMask) -> Kind:
-    """Read the words of a mask.
+    """Read the words of a mask; its tensors are views of them.
 
     Raises ``RuntimeError`` if it is made of a function that has been deleted.
     """
-    content = memoryview(packed.words.numpy().tobytes())[DIGEST:]
-    start = _LENGTH + int.from_bytes(content[:_LENGTH], "big")
-    rest = content[start:]
+    words = packed.words
+    size = int.from_bytes(words[DIGEST : DIGEST + _ALIGNED].numpy().tobytes(), "big")
+    start = DIGEST + _ALIGNED
+    header, place = words[start : start + size].numpy().tobytes(), start + size
 
     def build(x: Any) -> Any:
-        nonlocal rest
+        nonlocal place
         if isinstance(x, list):
             name, *arguments = x
             return getattr(kinds, name)(*map(build, arguments))
@@ -81,12 +90,12 @@ def unpack(packed: PackedMask) -> Kind:
             return _function(x["function"])
         if isinstance(x, dict):
             dtype = getattr(torch, x["dtype"])
-            size = math.prod(x["shape"]) * dtype.itemsize
-            own, rest = rest[:size], rest[size:]
-            return torch.frombuffer(bytearray(own), dtype=dtype).view(x["shape"])
+            own = words[place : place + math.prod(x["shape"]) * dtype.itemsize]
+            place += -(-len(own) // _ALIGNED) * _ALIGNED
+            return own.view(dtype).view(x["shape"])
         return x
 
-    return build(json.loads(bytes(content[_LENGTH:start])))
+    return build(json.loads(header))
 
 
 def _function(number: int) -> Function:

@@ -91,7 +91,7 @@ class Plan(NamedTuple):
         return sum((batch.stop - batch.start) * tile.pairs for batch, tile in self.tiles)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 @no_modes()
 def plan_call(mask: PackedMask, call: Call) -> Plan:
     """Plan what ``call.rank`` does; every rank's plan is made in the same way."""

@@ -149,7 +149,7 @@ class SelfAttention(nn.Module):
         k, v = self.key_value(x).unflatten(-1, (-1, 2, self.head_dim)).permute(3, 0, 2, 1, 4)  # [B, G, l, D] each
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
-        return self.out(self.attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        return self.out(self.attention(q, k, v, mask=mask).transpose(1, 2).flatten(2))
 
 
 class MLPBlock(nn.Module):

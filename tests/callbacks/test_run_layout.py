@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
+from lightning_lss import AttentionMask
 from lightning_lss.callbacks import RunLayout
 from tests.training import LENGTH, VOCAB, Run, SGDTransformer, make_loader, make_module, make_samples, make_trainer
 
@@ -84,6 +86,33 @@ def test_the_table_says_how_the_run_is_split(world, tmp_path) -> None:
 def test_the_table_counts_the_bytes_that_a_rank_receives(world, tmp_path, ranks, run, received) -> None:
     world.run(ranks, fit, replace(run, steps=1), str(tmp_path))
     assert read_table(tmp_path)["bytes received per layer and rank, forward"] == f"{received:,}"
+
+
+class Packed(SGDTransformer):
+    """Gets documents of eight tokens in a batch."""
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        ids = torch.arange(batch["inputs"].size(1)) // 8
+        return {**batch, "mask": AttentionMask.documents(ids) & AttentionMask.causal()}
+
+
+def test_the_table_shows_the_work_of_a_mask(world, tmp_path) -> None:
+    run = Run(size=2, steps=1, module=Packed, model={"positions": "rotary"}, strategy={"sequence_dims": None})
+    world.run(2, fit, run, str(tmp_path / "zigzag"))
+    world.run(2, fit, replace(run, layout="balanced"), str(tmp_path / "balanced"))
+    zigzag, balanced = (read_table(tmp_path / layout) for layout in ("zigzag", "balanced"))
+    for table in (zigzag, balanced):
+        assert table["attention"] == "own mask, 2 key/value heads of width 4"
+        assert table["visible pairs per row of the batch"] == f"{2 * 36} of {LENGTH**2}"
+    assert balanced["layout"] == "balanced"
+    of_a_key = 4 * 2 * 2 * 4 * 4  # batch, heads, K and V, width, bytes
+    assert (zigzag["busiest rank / mean of the ranks"], zigzag["bytes received per layer and rank, forward"]) == (
+        "1.000",
+        f"{8 * of_a_key:,}",  # half of this is needed, but one collective is faster
+    )
+    # each rank has a document of its own
+    assert balanced["bytes received per layer and rank, forward"] == "0"
+    assert len(read_events(tmp_path / "balanced").Images("attention tiles")) == 1
 
 
 def test_hyperparameters_stand_beside_the_monitored_metric(world, tmp_path) -> None:
