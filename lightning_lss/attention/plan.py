@@ -70,7 +70,10 @@ class Plan(NamedTuple):
     groups: tuple[RowGroup, ...]
     tables: tuple[Table, ...]
     needs: tuple[tuple[Run, ...], ...] | None
-    """The keys that each rank fetches, in position order; None for the whole sequence."""
+    """The keys that each rank fetches, in position order, as far as this rank receives or sends them; None for the whole
+    sequence."""
+    received: tuple[int, ...]
+    """How many keys each rank receives from others."""
     hides_rows: bool
     """Whether a row may see nothing."""
     sums: int
@@ -97,7 +100,7 @@ def plan_call(mask: PackedMask, call: Call) -> Plan:
     """Plan what ``call.rank`` does; every rank's plan is made in the same way."""
     sizes, num_chunks = call.sizes, call.num_chunks
     structure = structure_of(mask, sizes, num_chunks, num_chunks if call.fetches else 1)
-    needs = _needs(mask, call)
+    needs, received = _needs(mask, call)
     everything = range(sizes.keys)
     runs = [everything] if needs is None else [range(x.position, x.position + x.size) for x in needs[call.rank]]
     chunk = sizes.queries // num_chunks
@@ -113,6 +116,7 @@ def plan_call(mask: PackedMask, call: Call) -> Plan:
         tuple(groups),
         tuple(planner.tables),
         needs,
+        tuple(received),
         rows < sizes.batch * len(starts) * chunk or bool(planner.tables),
         _most_tiles(groups, sum(map(len, runs))),
         torch.cat([torch.arange(start, start + chunk) for start in starts.tolist()]),
@@ -139,25 +143,32 @@ def features_of(mask: PackedMask, call: Call) -> frozenset[str]:
 # -- which keys --------------------------------------------------------------------------------------------------------
 
 
-def _needs(mask: PackedMask, call: Call) -> tuple[tuple[Run, ...], ...] | None:
-    """The keys that each rank fetches; None if these are nearly all."""
-    size, keys = len(call.chunks), call.sizes.keys
-    if size == 1 or not call.fetches or call.fetches_all:
-        return None
-    work = chunk_work(mask, call.sizes, call.num_chunks)
-    owner, local = np.empty(call.num_chunks, np.int64), np.empty(call.num_chunks, np.int64)
-    chunk = keys // call.num_chunks
-    for rank, held in enumerate(call.chunks):
-        owner[list(held)], local[list(held)] = rank, np.arange(len(held)) * chunk
-    needs, received = [], 0
-    for rank, held in enumerate(call.chunks):
-        first = work.first[list(held)].min(0)
-        width = (work.first + work.keys)[list(held)].max(0, initial=0, where=work.keys[list(held)] > 0) - first
-        wanted = np.flatnonzero(width > 0)
-        received += int(width[wanted][owner[wanted] != rank].sum())
-        columns = owner[wanted], local[wanted] + first[wanted] - wanted * chunk, width[wanted], first[wanted]
-        needs.append(tuple(Run(*row) for row in np.stack(columns, 1).tolist()))
-    return None if received >= _FEW * (size - 1) * keys else tuple(needs)
+def _needs(mask: PackedMask, call: Call) -> tuple[tuple[tuple[Run, ...], ...] | None, list[int]]:
+    """The keys that ranks fetch, None if these are nearly all, and how many each receives."""
+    size, keys, num_chunks = len(call.chunks), call.sizes.keys, call.num_chunks
+    if size == 1 or not call.fetches:
+        return None, [0] * size
+    everything = None, [keys - keys // size] * size
+    if call.fetches_all:
+        return everything
+    work, held, chunk = chunk_work(mask, call.sizes, num_chunks), np.array(call.chunks), keys // num_chunks
+    owner, local = np.empty(num_chunks, np.int64), np.empty(num_chunks, np.int64)
+    owner[held], local[held] = np.arange(size)[:, None], np.arange(held.shape[1]) * chunk
+    stop = np.where(work.keys > 0, work.first + work.keys, 0)
+    first, width = work.first[held].min(1), stop[held].max(1)  # [S, C]
+    width -= first
+    wanted = width > 0
+    received = np.where(wanted & (owner != np.arange(size)[:, None]), width, 0).sum(1)
+    if received.sum() >= _FEW * (size - 1) * keys:
+        return everything
+    wanted[np.arange(size) != call.rank] &= owner == call.rank  # what others exchange does not matter here
+    ranks, columns = np.nonzero(wanted)
+    first, width = first[ranks, columns], width[ranks, columns]
+    runs = np.stack((owner[columns], local[columns] + first - columns * chunk, width, first), 1)
+    needs: list[list[Run]] = [[] for _ in range(size)]
+    for rank, run in zip(ranks.tolist(), runs.tolist()):
+        needs[rank].append(Run(*run))
+    return tuple(map(tuple, needs)), received.tolist()
 
 
 class _Fetched:

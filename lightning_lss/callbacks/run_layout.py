@@ -126,8 +126,6 @@ def _received(call: _Call, shard: SequenceShard, plans: list[Plan], splits_heads
         return 0
     batch, heads, local_length, width = call.keys
     of_a_key = batch * heads * (width + call.value_width) * call.dtype.itemsize
-    needs = plans[0].needs if plans and not call.module.keep_gathered else None
-    if needs is None:
-        return of_a_key * local_length * (shard.size - 1)
-    keys = sum(run.size for rank, runs in enumerate(needs) for run in runs if run.owner != rank)
-    return of_a_key * keys / shard.size
+    if plans and not call.module.keep_gathered:
+        return of_a_key * sum(plans[0].received) / shard.size
+    return of_a_key * local_length * (shard.size - 1)
