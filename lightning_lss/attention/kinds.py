@@ -64,6 +64,11 @@ class Kind:
         return self
 
     @property
+    def has_function(self) -> bool:
+        """Whether a function is a part of it."""
+        return any(isinstance(x, Kind) and x.has_function for x in self.arguments)
+
+    @property
     def arguments(self) -> list[Any]:
         """What the kind was made of."""
         return [getattr(self, x.name) for x in fields(self) if x.init]  # type: ignore[arg-type]  # each is a dataclass
@@ -240,6 +245,7 @@ class Function(Kind):
     depends: tuple[bool, bool] = field(init=False)
     """Whether the function looks at the row of the batch, and at the head."""
     number: int = field(init=False)
+    has_function = True
 
     def __post_init__(self) -> None:
         self.number = next(_numbers)
@@ -258,6 +264,9 @@ class Function(Kind):
         for dims in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, None, None)):
             over_all = torch.vmap(over_all, in_dims=dims)
         return over_all(torch.arange(rows), torch.arange(heads), queries, keys).bool().cpu()
+
+    def __reduce__(self) -> tuple[Any, ...]:  # in another process it gets another number
+        return Function, (self.function, self.positions)
 
     @override
     def select(self, positions: Tensor) -> "Function":

@@ -1,5 +1,6 @@
 """Which pairs of queries and keys are visible: the public value ``AttentionMask``."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from lightning_lss.sequence.layout import check_positive
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
 
 
+@dataclass(init=False, repr=False, eq=False)  # without fields: Lightning looks into other objects for the batch size
 class AttentionMask:
     """Which pairs of queries and keys are visible, for whole sequences; it means the same on any number of ranks.
 
@@ -246,8 +248,9 @@ class AttentionMask:
 
     @property
     def content_digest(self) -> int:
-        """Hash of what the mask shows, 63 bits."""
-        return int.from_bytes(self.words[:8].numpy().tobytes(), "big") >> 1
+        """Hash of what the mask shows, 63 bits; it sees of a function only its name."""
+        words = pack(self.kind, by_name=True) if self.kind.has_function else self.words
+        return int.from_bytes(words[:8].numpy().tobytes(), "big") >> 1
 
     # -- a value -------------------------------------------------------------------------------------------------------
 
@@ -259,7 +262,7 @@ class AttentionMask:
         return isinstance(other, AttentionMask) and torch.equal(self.words, other.words)
 
     def __hash__(self) -> int:
-        return self.content_digest
+        return hash(self.packed)
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> "AttentionMask":
         return self

@@ -28,13 +28,13 @@ no_modes = _disable_current_modes
 
 @no_modes()
 @torch.inference_mode(False)  # training may follow a validation with the same mask
-def pack(kind: Kind) -> Tensor:
-    """Write a mask as words."""
+def pack(kind: Kind, by_name: bool = False) -> Tensor:
+    """Write a mask as words; with ``by_name`` for comparisons between processes, where functions have other numbers."""
     tensors: list[bytes] = []
 
     def describe(x: Any) -> Any:
         if isinstance(x, Function):
-            return {"function": x.number}
+            return {"function": getattr(x.function, "__qualname__", "") if by_name else x.number}
         if isinstance(x, Kind):
             return [type(x).__name__, *map(describe, x.arguments)]
         if isinstance(x, Tensor):

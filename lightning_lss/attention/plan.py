@@ -216,6 +216,7 @@ class _Tiles:
     def __init__(self, call: Call, kind: Kind, starts: NDArray[np.int64], chunk: int, fetched: _Fetched) -> None:
         self.call, self.kind, self.starts, self.chunk, self.fetched = call, kind, starts, chunk, fetched
         self.tables: list[Table] = []
+        self._looked_at: tuple[tuple[int, int] | None, Tensor] = (None, torch.empty(0))
 
     def groups(self, batch: slice, exact: Bands, mixed: Bands) -> list[RowGroup]:
         """The tiles of some rows of the batch, by the query rows that they share."""
@@ -240,7 +241,9 @@ class _Tiles:
 
     def _mixed_tile(self, batch: slice, band: list[int]) -> Tile:
         q0, q1, k0, k1, *_ = band
-        visible = self.kind.visible(torch.arange(q0, q1), self.call.sizes)[..., k0:k1]
+        if self._looked_at[0] != (q0, q1):  # one strip of queries often has several such tiles
+            self._looked_at = (q0, q1), self.kind.visible(torch.arange(q0, q1), self.call.sizes)
+        visible = self._looked_at[1][..., k0:k1]
         tile = self._tile((q0, q1, k0, k1, -FAR, FAR), len(self.tables))
         self.tables.append(Table(tile.q_start, tile.k_start, visible[batch] if len(visible) > 1 else visible))
         return tile

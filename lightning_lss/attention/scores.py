@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class ScoreMaker:
         """Cut a tile to what one call of its kernel computes."""
         kernel = self.kernel(tile)
         keys = kernel.forward_keys(tile.rows) if forward else kernel.backward_keys
-        if self._by_pair:
+        if self._by_pair or tile.table is not None:
             return tile.cut(_ROWS, min(keys or _KEYS, _KEYS))
         return tile.cut(None, None if tile.cuts_right or tile.cuts_left else keys)
 
@@ -62,13 +62,15 @@ class ScoreMaker:
 
     def _hide(self, batch: slice, tile: Tile, bias: Tensor | None) -> Tensor:
         """Add minus infinity to a bias where pairs are hidden."""
-        hidden = _hidden_by_diagonals(tile.rows, tile.keys, tile.low, tile.high, self.like.device)
+        bias = self.like.new_zeros(1, 1, tile.rows, tile.keys) if bias is None else bias
+        if tile.cuts_right or tile.cuts_left:
+            hidden = _hidden_by_diagonals(tile.rows, tile.keys, tile.low, tile.high, self.like.device)
+            bias = bias.masked_fill(hidden, float("-inf"))
         if tile.table is not None:
-            hidden = hidden | ~self._visible(batch, tile, tile.table)
-        bias = self.like.new_zeros(hidden.shape) if bias is None else bias
-        return bias.masked_fill(hidden, float("-inf"))
+            bias = torch.where(self._visible(tile, tile.table), bias, float("-inf"))
+        return bias
 
-    def _visible(self, batch: slice, tile: Tile, index: int) -> Tensor:
+    def _visible(self, tile: Tile, index: int) -> Tensor:
         table = self.plan.tables[index]
         row, key = tile.q_start - table.q_start, tile.k_start - table.k_start
         heads = self.heads if table.visible.size(1) > 1 else slice(None)
@@ -99,8 +101,12 @@ class ScoreMaker:
 
     def _positions(self, tile: Tile) -> tuple[Tensor, Tensor]:
         """Global positions of a tile's queries and keys."""
-        q, k = self.plan.q_positions[tile.q_start : tile.q_stop], self.plan.k_positions[tile.k_start : tile.k_stop]
-        return q.to(self.like.device), k.to(self.like.device)
+        q, k = self._all_positions
+        return q[tile.q_start : tile.q_stop], k[tile.k_start : tile.k_stop]
+
+    @cached_property
+    def _all_positions(self) -> tuple[Tensor, Tensor]:
+        return self.plan.q_positions.to(self.like.device), self.plan.k_positions.to(self.like.device)
 
 
 @lru_cache(maxsize=32)

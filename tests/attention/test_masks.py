@@ -2,12 +2,15 @@
 
 import pickle
 import re
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.utilities.data import extract_batch_size
 
 from lightning_lss import AttentionMask, lss_attention
 from lightning_lss.attention.bands import Bands
@@ -138,6 +141,29 @@ def test_a_function_is_asked_for_rows_and_heads_only_if_it_looks_at_them() -> No
         (lambda b, h, q, k: (k <= q) & (b > 0), (3, 1)),
     ):
         assert AttentionMask.from_function(function).dense(4, batch=3, heads=2).shape == (*shape, 4, 4)
+
+
+def even(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return (q + k) % 2 == 0
+
+
+def test_a_function_is_sent_to_other_processes_by_itself_and_compared_by_name() -> None:
+    mask = AttentionMask.from_function(even) & AttentionMask.causal()
+    sent = pickle.dumps(mask)
+    number = mask.kind.one.number
+    AttentionMask.from_function(lambda b, h, q, k: q == k)  # takes the next number
+    arrived = pickle.loads(sent)
+    assert arrived.kind.one.number not in (number, number + 1)
+    assert torch.equal(arrived.dense(6), mask.dense(6))
+    assert arrived.content_digest == mask.content_digest != AttentionMask.causal().content_digest
+
+
+def test_lightning_finds_no_batch_size_in_a_mask() -> None:
+    batch = {"inputs": torch.zeros(3, 8), "mask": AttentionMask.causal()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert extract_batch_size(batch) == 3
+    assert move_data_to_device(batch, "meta")["mask"] is batch["mask"]
 
 
 @pytest.mark.parametrize(
