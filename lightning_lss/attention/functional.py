@@ -69,6 +69,7 @@ def lss_attention(
 
     Raises:
         ValueError: if shapes, dtypes or options are incompatible; the message names the values.
+        TypeError: if the mask is not an :class:`~lightning_lss.AttentionMask`.
     """
     q, k, v = in_autocast_dtype(q, k, v)
     queries, keys = q.size(2) * shard.size, k.size(2) * (1 if whole_memory else shard.size)
@@ -77,6 +78,7 @@ def lss_attention(
     check_dropout(dropout)
     _check_modifiers(q, queries, keys, sinks, bias, alibi_slopes)
     if mask is not None:
+        _check_mask(mask)
         mask.check(Sizes(q.size(0), q.size(1), queries, keys))
     # with grouped-query heads torch's attention stores all scores, except in its flash kernels
     untouched = all(x is None for x in (mask, softcap, sinks, bias, alibi_slopes)) and dropout == 0.0
@@ -127,6 +129,14 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, causal_memory: bool) -> None:
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"Queries, keys and values must have one dtype; got {q.dtype}, {k.dtype} and {v.dtype}.")
+
+
+def _check_mask(mask: object) -> None:
+    if not isinstance(mask, AttentionMask):
+        raise TypeError(
+            f"mask must be an AttentionMask, not {type(mask).__name__}: make one with AttentionMask.from_dense(visible), or, for far"
+            " less, with AttentionMask.documents, .padding, .sliding_window and the like."
+        )
 
 
 def check_dropout(p: float) -> None:

@@ -117,7 +117,7 @@ class LSSTransformer(pl.LightningModule):
         self.log("train/bits_per_byte", loss.detach() / (math.log(2) * self.bytes_per_token), sync_dist=True)
         batch_size, local_length = batch["inputs"].shape
         size = sequence_shard(self).size
-        self._flops = self.model.config.training_flops(batch_size, local_length * size, batch.get("mask")) / size
+        self._flops = self.model.config.training_flops(batch_size, local_length * size, **_mask_of(batch)) / size
         return loss
 
     @torch.compiler.disable  # Lightning's log cannot be traced and would fail in a module compiled as a whole
@@ -135,7 +135,7 @@ class LSSTransformer(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Predict the most probable token at every position of the whole sequence, int64 [B, L], on every rank."""
-        return sequence_shard(self).gather(self(batch["inputs"], mask=batch.get("mask")).argmax(-1))
+        return sequence_shard(self).gather(self(batch["inputs"], **_mask_of(batch)).argmax(-1))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Configure AdamW and the schedule of :class:`OptimizerConfig`."""
@@ -155,7 +155,7 @@ class LSSTransformer(pl.LightningModule):
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sum the cross entropies of the local tokens that count; also return their number."""
-        return self(batch["inputs"], batch["targets"], batch.get("mask")), (batch["targets"] != IGNORED).sum()
+        return self(batch["inputs"], batch["targets"], **_mask_of(batch)), (batch["targets"] != IGNORED).sum()
 
     def _evaluate(self, batch: Batch, stage: str, loss: MeanMetric, bits_per_byte: BitsPerByte) -> None:
         loss_sum, num_tokens = self._loss(batch)
@@ -163,6 +163,11 @@ class LSSTransformer(pl.LightningModule):
         bits_per_byte.update(loss_sum, num_tokens * self.bytes_per_token)
         self.log(f"{stage}/loss", loss)
         self.log(f"{stage}/bits_per_byte", bits_per_byte, prog_bar=True)
+
+
+def _mask_of(batch: Batch) -> dict[str, AttentionMask]:
+    """The mask as an argument of ``forward``; nothing where there is none, since a subclass may not take any."""
+    return {"mask": batch["mask"]} if isinstance(batch.get("mask"), AttentionMask) else {}
 
 
 def _with_options(config: Any, options: dict[str, Any]) -> Any:

@@ -142,14 +142,14 @@ class SelfAttention(nn.Module):
         )
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, mask: AttentionMask | None = None) -> Tensor:
-        """Attend from each local token to what it sees of the whole sequence."""
+    def forward(self, x: Tensor, **mask: AttentionMask) -> Tensor:
+        """Attend from each local token to what it sees of the whole sequence; a ``mask`` is handed to attention."""
         q = self.query(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, l, D]
         # key and value of a head side by side, so that heads can be split over ranks (tensor parallelism)
         k, v = self.key_value(x).unflatten(-1, (-1, 2, self.head_dim)).permute(3, 0, 2, 1, 4)  # [B, G, l, D] each
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
-        return self.out(self.attention(q, k, v, mask=mask).transpose(1, 2).flatten(2))
+        return self.out(self.attention(q, k, v, **mask).transpose(1, 2).flatten(2))
 
 
 class MLPBlock(nn.Module):
@@ -177,7 +177,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.width)
         self.mlp = MLPBlock(config)
         self.dropout = SegmentDropout(config.dropout)
-        self._compiled: Callable[[Tensor, AttentionMask | None], Tensor] | None = None
+        self._compiled: Callable[..., Tensor] | None = None
 
     def compile_forward(self, **options: Any) -> None:
         """Compile the block with ``torch.compile(**options)``, without the hooks around it, since those of FSDP cannot
@@ -187,12 +187,12 @@ class Block(nn.Module):
     def __getstate__(self) -> dict[str, Any]:  # compiled code belongs to this object and this process
         return {**super().__getstate__(), "_compiled": None}
 
-    def forward(self, x: Tensor, mask: AttentionMask | None = None) -> Tensor:
-        """Apply attention and MLP: [B, l, E] -> [B, l, E]."""
-        return self._forward(x, mask) if self._compiled is None else self._compiled(x, mask)
+    def forward(self, x: Tensor, **mask: AttentionMask) -> Tensor:
+        """Apply attention and MLP: [B, l, E] -> [B, l, E]; a ``mask`` is handed to attention."""
+        return self._forward(x, **mask) if self._compiled is None else self._compiled(x, **mask)
 
-    def _forward(self, x: Tensor, mask: AttentionMask | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), mask=mask))
+    def _forward(self, x: Tensor, **mask: AttentionMask) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), **mask))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -245,8 +245,10 @@ class Transformer(nn.Module):
         if self.rotary is not None:
             self.rotary.prepare(x)
         x = self.dropout(x)
+        # by name and only if there is one: hooks and other kinds of attention know q, k and v alone
+        given = {} if mask is None else {"mask": mask}
         for block in self.blocks:
-            x = block(x, mask=mask)  # by name, since tensor parallelism lists what is given by position
+            x = block(x, **given)
         x = self.norm(x)
         return self.head(x) if targets is None else self.head.loss(x.flatten(0, 1), targets.flatten())
 

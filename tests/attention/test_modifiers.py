@@ -228,3 +228,11 @@ def test_a_memory_is_not_causal() -> None:
     q, k, v, *_ = make_inputs(memory=18)
     with pytest.raises(ValueError, match=r"Causal attention needs as many keys as queries.* write causal=False"):
         lss_attention(q, k, v)
+
+
+def test_a_tensor_is_not_a_mask() -> None:
+    q, k, v, *_ = make_inputs()
+    with pytest.raises(
+        TypeError, match=r"mask must be an AttentionMask, not Tensor: make one with AttentionMask.from_dense"
+    ):
+        lss_attention(q, k, v, mask=torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool))
