@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import commands, figures, gpu, paper, planner, results
+from benchmarks import commands, figures, gpu, masks, paper, planner, results
 from benchmarks.contestants import CONTESTANTS
 from lightning_lss.sequence.layout import check_length
 
@@ -94,6 +94,9 @@ def make_parser() -> ArgumentParser:
     alone.add_argument("--kv-heads", type=_count, help="key/value heads; by default as many as heads")
     alone.add_argument("--head-width", type=_count, default=64)
     alone.add_argument("--bidirectional", action="store_true", help="without a causal mask")
+
+    shown = figure("masks", masks.run, dict(draws=2, rounds=1, window_ranks=2, shorten=16))
+    masks.add_arguments(shown, _count)
 
     loss = figure("loss", commands.run_loss, dict(tokens=2048, tokens_checked=512, width=64, vocabulary=4096))
     loss.add_argument("--tokens", type=_count, default=65_536, help="tracked on shapes")

@@ -26,6 +26,7 @@ class Chart(NamedTuple):
         left_out: a contestant without bars.
         limit: the ideal.
         timed: whether ``y`` comes from a clock. Then repeated series are dots, and the title names shared cores.
+        own_scales: whether panels show different quantities, each on a scale of its own.
     """
 
     title: str
@@ -40,6 +41,7 @@ class Chart(NamedTuple):
     left_out: str | None = None
     limit: Limit | None = None
     timed: bool = True
+    own_scales: bool = False
 
 
 CHARTS = {
@@ -131,6 +133,16 @@ CHARTS = {
         series=("contestant", "measured_on"),
         unit=2**10,
         timed=False,
+    ),
+    "masks": Chart(
+        "Masks: even work, keys that are received, speed and planning",
+        x="ranks",
+        x_label="ranks S",
+        y="value",
+        y_label="",
+        panels=("check", "mask"),
+        limit=Limit(lambda row: float(row["bar"]), "bar to reach"),
+        own_scales=True,
     ),
     "gpu": Chart(
         "One rank's attention on a GPU",

@@ -59,7 +59,9 @@ def _draw_chart(chart: Chart, rows: list[Row]) -> Figure:
     figure = Figure(figsize=(max(6.4, 3.8 * columns), 1.2 + 2.8 * lines), layout="constrained")
     # where all panels stand in one line, each is as wide as its bars need
     widths = [len(_newest(chart, panels[key])) + 1 for key in order] if lines == 1 else None
-    grid = figure.subplots(lines, columns, squeeze=False, sharey=True, width_ratios=widths or None).ravel()
+    grid = figure.subplots(
+        lines, columns, squeeze=False, sharey=not chart.own_scales, width_ratios=widths or None
+    ).ravel()
     for place, (axes, key) in enumerate(zip(grid, order)):
         _draw_bars(axes, chart, panels[key], labels)
         axes.set_title(_panel_title(chart.panels, key), fontsize=9)
@@ -167,7 +169,8 @@ def _shared_cores(rows: list[Row]) -> list[str]:
     """Compose a line such as "4 and 8 ranks on 2 cores", if ranks shared cores."""
     shared: dict[str, set[int]] = {}
     for row in rows:
-        if row.get("ranks") and row.get("cores") and not row.get("gpu") and int(row["ranks"]) > int(row["cores"]):
+        timed = not row.get("gpu") and row.get("measured_on", "ranks") == "ranks"
+        if timed and row.get("ranks") and row.get("cores") and int(row["ranks"]) > int(row["cores"]):
             shared.setdefault(row["cores"], set()).add(int(row["ranks"]))
     return [f"({' and '.join(map(str, sorted(sizes)))} ranks on {cores} cores)" for cores, sizes in shared.items()]
 
