@@ -17,7 +17,6 @@ from lightning_lss.attention.kernels import FEATURES, KERNELS
 from lightning_lss.attention.kinds import Sizes
 from lightning_lss.attention.plan import Call, features_of
 from lightning_lss.callbacks.tiles_figure import draw_attention_tiles, draw_keys, plan_ranks, share_fetched
-from lightning_lss.sequence.balance import imbalance
 from lightning_lss.strategy.balancing import BatchLayouts
 
 DOCS = Path(__file__).parent
@@ -40,7 +39,7 @@ TITLES = {
 
 DEVICES = {
     "cpu_flash": ("CPU", "any"),
-    "cuda_flash": ("NVIDIA from Ampere, AMD", "float16, bfloat16; heads up to 256"),
+    "cuda_flash": ("NVIDIA from Ampere; AMD without windows", "float16, bfloat16; heads up to 256"),
     "cudnn": ("NVIDIA from Ampere", "float16, bfloat16; heads up to 128"),
     "efficient": ("NVIDIA", "float32, float16, and bfloat16 from Ampere"),
     "flex": ("NVIDIA, with `torch.compile`", "float32, float16, bfloat16"),
@@ -151,9 +150,10 @@ def tables() -> dict[str, str]:
 def with_tables(text: str) -> str:
     """Return the text of docs/masks.md with its tables as they should be."""
     for name, table in tables().items():
-        start = f"<!-- table: {name} -->\n"
-        assert start in text
-        text = re.sub(re.escape(start) + ".*?<!-- end -->", lambda _: f"{start}\n{table}\n\n<!-- end -->", text, flags=re.S)
+        before, _, rest = text.partition(f"<!-- table: {name} -->\n")
+        end = "<!-- end -->"
+        assert end in rest, name
+        text = f"{before}<!-- table: {name} -->\n\n{table}\n\n{rest[rest.index(end) :]}"
     return text
 
 

@@ -62,19 +62,17 @@ def draw_keys(axes: Axes, plans: list[Plan], length: int, shard: SequenceShard) 
         axes.axhline(rank, color="white", linewidth=2)
     axes.set(xlim=(0, length), ylim=(shard.size, 0), xticks=[], yticks=[], ylabel="rank")
     if shard.size <= _IN_LEGEND:
-        axes.set_yticks([rank + 0.5 for rank in range(shard.size)], range(shard.size))
+        axes.set_yticks([rank + 0.5 for rank in range(shard.size)], list(map(str, range(shard.size))))
     axes.tick_params(length=0)
-    axes.set_title(f"keys: own, and fetched (pale), {100 * share_fetched(plans, length):.0f} % of the others'", fontsize=9)
+    axes.set_title(
+        f"keys: own, and fetched (pale), {100 * share_fetched(plans, length):.0f} % of the others'", fontsize=9
+    )
 
 
 def share_fetched(plans: list[Plan], length: int) -> float:
     """Return how many of the keys that others hold a rank fetches, mean of the ranks, as a share of all; ``plans`` are those
     of :func:`plan_ranks` for sequences of ``length`` L."""
-    needs = plans[0].needs
-    if needs is None:
-        return float(len(plans) > 1)
-    fetched = sum(run.size for rank, runs in enumerate(needs) for run in runs if run.owner != rank)
-    return fetched / (len(plans) - 1) / length
+    return sum(plans[0].received) / max(1, len(plans) - 1) / length
 
 
 def _runs_of_keys(plan: Plan, rank: int, length: int) -> list[range]:
