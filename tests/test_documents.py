@@ -1,7 +1,9 @@
-"""Links in the documents lead somewhere."""
+"""Links in the documents lead somewhere, their code runs, and their tables say what the code says."""
 
 import re
+import runpy
 
+from lightning_lss.attention.kernels import KERNELS
 from tests.processes import ROOT
 
 REPOSITORY = r"https://(?:github.com/lightning-lss/lightning-lss/blob|raw.githubusercontent.com/lightning-lss/lightning-lss)/main/"
@@ -20,3 +22,19 @@ def test_links_in_the_readme_are_absolute_since_pypi_shows_it_too() -> None:
     files = [re.sub(REPOSITORY, "", link) for link in links if re.match(REPOSITORY, link)]
     assert len(files) > 5
     assert all((ROOT / file).exists() for file in files), files
+
+
+def test_masks_of_the_document_and_its_tables_are_those_of_the_code() -> None:
+    """Its code blocks run, since the masks of the tables are made by them."""
+    figures = runpy.run_path(str(ROOT / "docs/make_figures.py"))
+    text = (ROOT / "docs/masks.md").read_text()
+    assert figures["with_tables"](text) == text, "run: python docs/make_figures.py"
+    assert all(f"| `{name}` |" in text for name in KERNELS)
+    assert set(re.findall(r"\]\(masks/(\w+)\.png\)", text)) == set(figures["TITLES"])
+
+
+def test_every_program_of_the_readme_is_one_of_the_examples_which_other_tests_run() -> None:
+    programs = [path.read_text() for path in (ROOT / "examples").glob("*.py")]
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) == len(programs)
+    assert all(any(block.strip() in program for program in programs) for block in blocks)

@@ -8,11 +8,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from lightning_lss import AttentionMask
+from lightning_lss import AttentionMask, SequenceShard
 from lightning_lss.callbacks import RunLayout
+from lightning_lss.callbacks.tiles_figure import draw_keys, plan_ranks, share_fetched
 from tests.training import LENGTH, VOCAB, Run, SGDTransformer, make_loader, make_module, make_samples, make_trainer
 
 
@@ -128,3 +131,19 @@ def test_hyperparameters_stand_beside_the_monitored_metric(world, tmp_path) -> N
     assert hyperparameters["positions"].string_value == "learned"
     points = {(point.step, round(point.value, 4)) for point in events.Scalars("val/bits_per_byte")}
     assert points == {(1, round(value, 4))}  # the measured value and no placeholder
+
+
+def test_keys_that_a_rank_holds_and_fetches_are_drawn() -> None:
+    shard, colors = SequenceShard(0, 2, "contiguous"), [to_rgb("C0"), to_rgb("C1")]
+    plans = plan_ranks(AttentionMask.sliding_window(16), 64, shard)
+    axes = Figure().subplots()
+    draw_keys(axes, plans, 64, shard)
+    drawn = {}
+    for patch in axes.patches:  # the last one that lies over a place is seen
+        rank, paint = int(patch.get_y()), (patch.get_facecolor()[:3], patch.get_alpha())
+        drawn |= {(rank, key): paint for key in range(int(patch.get_x()), int(patch.get_x() + patch.get_width()))}
+    fetched = {place for place, (_, alpha) in drawn.items() if alpha is not None}
+    assert fetched == {(1, key) for key in range(16, 32)}
+    assert drawn.keys() - fetched == {(key // 32, key) for key in range(64)}
+    assert all(color == colors[rank] for (rank, _), (color, _) in drawn.items())
+    assert share_fetched(plans, 64) == 0.25  # none of 32, and 16 of 32
