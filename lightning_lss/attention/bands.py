@@ -58,6 +58,22 @@ def subtract(one: Bands, other: Bands) -> Bands:
     return one
 
 
+def split_queries(found: Bands, size: int) -> Bands:
+    """Cut bands where their queries cross a multiple of ``size``."""
+    index, block = spread(found[:, Q0] // size, (found[:, Q1] - 1) // size)
+    parts = found[index]
+    parts[:, Q0] = np.maximum(parts[:, Q0], block * size)
+    parts[:, Q1] = np.minimum(parts[:, Q1], (block + 1) * size)
+    return tighten(parts)
+
+
+def spread(first: Bands, last: Bands) -> tuple[Bands, Bands]:
+    """All integers from ``first`` to ``last``, [n] each, one range after the other, and for each the index of its range."""
+    counts = last - first + 1
+    index = np.repeat(np.arange(len(counts)), counts)
+    return index, first[index] + np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
 def count_pairs(sets: Bands) -> NDArray[np.int64]:
     """Number of pairs of each band, [n]."""
     last = _sum_of_minima(sets[:, Q0], sets[:, Q1], 1 - sets[:, LOW], sets[:, K1])

@@ -22,7 +22,8 @@ from lightning_lss.attention.bands import FAR, Bands, intersect, make_bands, rec
 VisiblePair = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """visible(b, h, q, k) -> bool, of int64 scalars, as FlexAttention's ``mask_mod``."""
 
-MOST_BANDS = 4096  # of one row of the batch; a mask of more is treated as one without structure
+# Of one row of the batch: a mask with more bands, or of which finding them takes more, is treated as one without structure.
+MOST_BANDS, MOST_PRODUCTS, MOST_DIFFERENCES = 2**16, 2**20, 2**10
 
 
 class Sizes(NamedTuple):
@@ -308,11 +309,15 @@ class Combined(Kind):
         one, other = (kind.bands(sizes) for kind in (self.one, self.other))
         if one is None or other is None:
             return None
-        join = intersect if self.both else unite
         rows = max(len(one), len(other))
-        if any(len(x) * len(y) > 64 * MOST_BANDS for x, y in zip(_repeat(one, rows), _repeat(other, rows))):
+        pairs = list(zip(_repeat(one, rows), _repeat(other, rows)))
+        if self.both:
+            too_many = any(len(x) * len(y) > MOST_PRODUCTS for x, y in pairs)
+        else:
+            too_many = any(min(len(x), len(y)) > MOST_DIFFERENCES for x, y in pairs)
+        if too_many:
             return None
-        joined = [join(x, y) for x, y in zip(_repeat(one, rows), _repeat(other, rows))]
+        joined = [intersect(x, y) if self.both else unite(x, y) for x, y in pairs]
         return None if any(len(x) > MOST_BANDS for x in joined) else joined
 
     @override

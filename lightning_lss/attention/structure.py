@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lightning_lss.attention.bands import EMPTY, K0, K1, Q0, Bands, count_pairs, intersect, rectangles
+from lightning_lss.attention.bands import EMPTY, K0, K1, Q0, Bands, count_pairs, rectangles, split_queries, spread
 from lightning_lss.attention.kinds import Kind, Sizes
 from lightning_lss.attention.packing import PackedMask, no_modes, unpack
 
@@ -84,16 +84,11 @@ def chunk_work(mask: PackedMask, sizes: Sizes, num_chunks: int) -> ChunkWork:
     """Find what each of ``num_chunks`` equal chunks of the queries looks at."""
     exact, mixed = structure_of(mask, sizes, num_chunks, num_chunks)
     chunk, key_chunk = sizes.queries // num_chunks, sizes.keys // num_chunks
-    starts = np.arange(num_chunks) * chunk
-    whole = np.full_like(starts, sizes.keys)
-    pieces = intersect(np.concatenate(exact + mixed), rectangles(starts, starts + chunk, 0 * whole, whole))
+    pieces = split_queries(np.concatenate(exact + mixed), chunk)
     chunks = pieces[:, Q0] // chunk
     pairs = np.zeros(num_chunks, np.int64)
     np.add.at(pairs, chunks, count_pairs(pieces) * (sizes.batch // len(exact)))
-    first_chunk, last_chunk = pieces[:, K0] // key_chunk, (pieces[:, K1] - 1) // key_chunk
-    counts = last_chunk - first_chunk + 1
-    index = np.repeat(np.arange(len(pieces)), counts)
-    of_keys = first_chunk[index] + np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
+    index, of_keys = spread(pieces[:, K0] // key_chunk, (pieces[:, K1] - 1) // key_chunk)
     first = np.full((num_chunks, num_chunks), sizes.keys)
     stop = np.zeros_like(first)
     at = chunks[index], of_keys

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from lightning_lss.attention.bands import EMPTY, Bands, count_pairs, intersect, make_bands, subtract, unite
+from lightning_lss.attention.bands import (
+    EMPTY,
+    Bands,
+    count_pairs,
+    intersect,
+    make_bands,
+    split_queries,
+    subtract,
+    unite,
+)
 
 LENGTH = 12
 
@@ -52,6 +61,14 @@ def test_each_row_and_column_of_a_band_has_a_pair(found) -> None:
         seen = paint(band[None])[q0:q1, k0:k1]
         assert seen.any(0).all()
         assert seen.any(1).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(sets(), st.integers(1, LENGTH))
+def test_bands_are_cut_where_their_queries_cross_a_border(found, size) -> None:
+    parts = split_queries(found, size)
+    assert (paint(parts) == paint(found)).all()
+    assert (parts[:, 0] // size == (parts[:, 1] - 1) // size).all()
 
 
 @pytest.mark.parametrize("length", [1, 2**20])
