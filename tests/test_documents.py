@@ -3,7 +3,9 @@
 import re
 import runpy
 
-from lightning_lss.attention.kernels import KERNELS
+import torch
+
+from lightning_lss.attention.kernels import KERNELS, _obstacle_of_tensors
 from tests.processes import ROOT
 
 REPOSITORY = r"https://(?:github.com/lightning-lss/lightning-lss/blob|raw.githubusercontent.com/lightning-lss/lightning-lss)/main/"
@@ -31,6 +33,12 @@ def test_masks_of_the_document_and_its_tables_are_those_of_the_code() -> None:
     assert figures["with_tables"](text) == text, "run: python docs/make_figures.py"
     assert all(f"| `{name}` |" in text for name in KERNELS)
     assert set(re.findall(r"\]\(masks/(\w+)\.png\)", text)) == set(figures["TITLES"])
+
+
+def test_the_table_of_kernels_says_which_run_on_a_cpu() -> None:
+    devices = runpy.run_path(str(ROOT / "docs/make_figures.py"))["DEVICES"]
+    runs = [name for name in KERNELS if _obstacle_of_tensors(name, torch.zeros(1, 1, 2, 8), 8) is None]
+    assert runs == [name for name in KERNELS if devices[name][0] in ("CPU", "any")]
 
 
 def test_every_program_of_the_readme_is_one_of_the_examples_which_other_tests_run() -> None:

@@ -6,6 +6,7 @@ structure, as bands (:mod:`lightning_lss.attention.bands`), from which tiles are
 
 import itertools
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -264,7 +265,10 @@ class Function(Kind):
         over_all = self.function
         for dims in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, None, None)):
             over_all = torch.vmap(over_all, in_dims=dims)
-        return over_all(torch.arange(rows), torch.arange(heads), queries, keys).bool().cpu()
+        # in a thread of its own, since vmap fails under the dispatch modes that watch a step, such as a proof's
+        with ThreadPoolExecutor(1) as thread:
+            seen: Tensor = thread.submit(over_all, torch.arange(rows), torch.arange(heads), queries, keys).result()
+        return seen.bool().cpu()
 
     def __reduce__(self) -> tuple[Any, ...]:  # in another process it gets another number
         return Function, (self.function, self.positions)

@@ -88,7 +88,8 @@ class AttentionSpec:
     ) -> "AttentionSpec":
         kernel = masked = select_kernel(q, self.kernel_name, of_all, v.size(-1))
         if not of_mask <= kernel.takes and "bias" not in kernel.takes:
-            masked = select_kernel(q, self.kernel_name, of_all | {"bias"}, v.size(-1))
+            needs = {"bias"} if self.kernel_name == "auto" else of_mask  # or it is refused for what the mask needs
+            masked = select_kernel(q, self.kernel_name, of_all | needs, v.size(-1))
         heads, head_chunks = k.size(1), self.head_chunks
         if head_chunks is None:
             most = 1 if self.keep_gathered else min(_MOST_HEAD_CHUNKS, max(1, (k.nbytes + v.nbytes) // _LEAST_BYTES))

@@ -3,6 +3,7 @@
 import pickle
 import re
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities.data import extract_batch_size
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lss import AttentionMask, lss_attention
 from lightning_lss.attention.bands import Bands
 from lightning_lss.attention.kinds import Sizes
 from lightning_lss.attention.packing import PackedMask, unpack
-from lightning_lss.attention.structure import chunk_work
+from lightning_lss.attention.plan import plan_call
+from lightning_lss.attention.structure import chunk_work, structure_of
 from tests.attention.masks import masks
 
 BATCH, HEADS, LENGTH = 2, 2, 24
@@ -156,6 +159,21 @@ def test_a_function_is_sent_to_other_processes_by_itself_and_compared_by_name() 
     assert arrived.kind.one.number not in (number, number + 1)
     assert torch.equal(arrived.dense(6), mask.dense(6))
     assert arrived.content_digest == mask.content_digest != AttentionMask.causal().content_digest
+
+
+class Watched(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_function_is_asked_under_the_modes_of_a_proof() -> None:
+    q = torch.randn(1, 1, 8, 4)
+    mask = AttentionMask.from_function(even)
+    with Watched():
+        watched = lss_attention(q, q, q, mask=mask)
+    structure_of.cache_clear()
+    plan_call.cache_clear()
+    assert torch.equal(watched, lss_attention(q, q, q, mask=mask))
 
 
 def test_lightning_finds_no_batch_size_in_a_mask() -> None:
