@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lss import (
+    AttentionMask,
     LSSAttention,
     LSSTransformer,
     SegmentDropout,
@@ -18,7 +19,7 @@ from lightning_lss import (
     token_mean,
 )
 from tests.modules import OwnModule
-from tests.proof.faulty import LENGTH, VOCAB, WIDTH, Right
+from tests.proof.faulty import HEADS, LENGTH, VOCAB, WIDTH, Right
 from tests.proof.verdict import verdict
 from tests.training import Run
 
@@ -206,6 +207,34 @@ class ZeroHead(Right):
         nn.init.zeros_(self.out.weight)
 
 
+class Documents(Right):
+    """Its batches have a mask, which is shortened with them."""
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        ids = (batch["inputs"] < 2).cumsum(1)
+        return {**batch, "mask": AttentionMask.documents(ids) & AttentionMask.causal()}
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        self.attention.mask = batch["mask"]
+        return super().training_step(batch, batch_idx)
+
+
+class OfAFunction(Right):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = LSSAttention(mask=AttentionMask.from_function(lambda b, h, q, k: (q - k).abs() <= 3 + h))
+
+
+class WindowWithSinks(Right):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = LSSAttention(mask=AttentionMask.sliding_window(5), softcap=3.0, dropout=0.2)
+        self.sinks = nn.Parameter(torch.zeros(HEADS))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.attention(self.rotary(q), self.rotary(k), v, sinks=self.sinks)
+
+
 SOUND = [
     Ours,
     OursLearned,
@@ -223,6 +252,12 @@ SOUND += [MeanOfMeans, LogsAMean, OwnAutocast, KeepsItsShard, Sparse, ZeroHead, 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("module", SOUND)
 def test_a_sound_module_is_proved(world, module, layout) -> None:
+    assert world.run(2, verdict, module, Run(size=2, layout=layout, steps=1)) == ["", ""]
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "balanced"])
+@pytest.mark.parametrize("module", [Documents, OfAFunction, WindowWithSinks])
+def test_a_sound_module_with_a_mask_is_proved(world, module, layout) -> None:
     assert world.run(2, verdict, module, Run(size=2, layout=layout, steps=1)) == ["", ""]
 
 
