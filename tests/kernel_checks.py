@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_lss.attention.exchange import empty_head_chunk, heads_first
-from lightning_lss.attention.kernels import KERNELS, Scores
+from lightning_lss.attention.kernels import KERNELS, Packed, Scores, Segments
 from lightning_lss.testing.compare import assert_equal
 
 SCALE = 0.3
@@ -125,3 +125,47 @@ def laid_out_as_in_attention(inputs: Inputs) -> Inputs:
     larger = [x.new_zeros(x.size(0), x.size(2) + 3, x.size(1) + 2, x.size(3)) for x in (q, grad)]
     q, grad = [whole.transpose(1, 2)[:, 1:-1, 2:-1].copy_(x) for whole, x in zip(larger, (q, grad))]
     return Inputs(q, k, v, grad)
+
+
+def packed_loop(name: str) -> Packed:
+    """The kernel on one segment after the other; what belongs to no segment stays hidden."""
+    kernel = KERNELS[name]
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scores: Scores) -> tuple[Tensor, Tensor]:
+        out, lse = q.new_zeros(*q.shape[:3], v.size(-1)), q.new_full(q.shape[:3], float("-inf"))
+        for rows, keys in segments.parts:
+            if rows.start < rows.stop and keys.start < keys.stop:
+                out[:, :, rows], lse[:, :, rows] = kernel.forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], scores)
+        return out, lse
+
+    def backward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments, scores: Scores
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grads = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for rows, keys in segments.parts:
+            if rows.start < rows.stop and keys.start < keys.stop:
+                own = [x[:, :, rows] for x in (grad, q, out, lse)]
+                parts = kernel.backward(own[0], own[1], k[:, :, keys], v[:, :, keys], own[2], own[3], scores)
+                for whole, part, span in zip(grads, parts, (rows, keys, keys)):
+                    whole[:, :, span] = part
+        return grads
+
+    return Packed(forward, backward)
+
+
+def check_packed(
+    name: str, rows: Sequence[int], keys: Sequence[int], inputs: Inputs, how: Scores, bound: float
+) -> None:
+    """Compare the kernel's one call for segments with the textbook's result for each, in the first row of the batch."""
+    packed, segments = KERNELS[name].packed, Segments(tuple(rows), tuple(keys))
+    assert packed is not None
+    q, k, v, grad = (x[:1] for x in inputs)
+    out, lse = packed.forward(q, k, v, segments, how)
+    expected = [torch.zeros_like(x, dtype=torch.float64) for x in (out, lse, q, k, v)]
+    expected[1].fill_(float("-inf"))
+    for row, key in segments.parts:
+        if row.start < row.stop and key.start < key.stop:
+            own = textbook(Inputs(q[:, :, row], k[:, :, key], v[:, :, key], grad[:, :, row]), how)
+            for whole, part, span in zip(expected, own, (row, row, row, key, key)):
+                whole[:, :, span] = part
+    check([out, lse, *packed.backward(grad, q, k, v, out, finite(lse), segments, how)], expected, bound)

@@ -13,8 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_lss.attention.kernels import Packed, Segments
 from lightning_lss.attention.plan import Plan
 from lightning_lss.attention.scores import ScoreMaker
+from lightning_lss.attention.series import Series
 from lightning_lss.attention.tiles import RowGroup, Tile
 
 
@@ -44,8 +46,12 @@ def rows_of_heads(rows: Rows, heads: slice) -> Rows:
     return type(rows)(*(x[:, heads] for x in rows))
 
 
+def _rows_of(rows: Rows, batch: slice, span: slice) -> Rows:
+    return type(rows)(*(x[batch, :, span] for x in rows))
+
+
 def _rows_of_group(rows: Rows, group: RowGroup) -> Rows:
-    return type(rows)(*(x[group.batch, :, group.q_start : group.q_stop] for x in rows))
+    return _rows_of(rows, group.batch, slice(group.q_start, group.q_stop))
 
 
 def no_autocast(device: str) -> AbstractContextManager[Any]:
@@ -66,22 +72,40 @@ def compute_rows(
     if plan.hides_rows:
         rows.out.zero_()
         rows.lse.fill_(float("-inf"))
-    for group in plan.groups:
-        q, out, lse = _rows_of_group(rows, group)
-        joint = _Joint(q.size(2))
-        for tile in group.tiles:
-            kernel = maker.kernel(tile)
-            for part in maker.parts(tile, forward=True):
-                span, keys = _place(part, group)
-                computed = kernel.forward(
-                    q[:, :, span], k[group.batch, :, keys], v[group.batch, :, keys], maker.scores(group.batch, part)
-                )
-                joint.add(span, *computed)
-        for into, result in zip((out, lse), joint.results):
-            into.copy_(result)
+    for series in plan.series:
+        packed = maker.packed(series)
+        if packed is not None:
+            _compute_series(rows, k, v, series, packed, maker)
+            continue
+        for group in series.groups:
+            _compute_group(rows, k, v, group, maker)
     if sinks is not None:
         _add_sinks(rows, sinks)
     rows.lse.masked_fill_(rows.lse.isneginf(), 0.0)
+
+
+def _compute_series(rows: ForwardRows, k: Tensor, v: Tensor, series: Series, packed: Packed, maker: ScoreMaker) -> None:
+    q, out, lse = _rows_of(rows, series.batch, series.rows)
+    own_k, own_v = (x[series.batch, :, series.keys] for x in (k, v))
+    segments = Segments(series.row_bounds, series.key_bounds)
+    computed = packed.forward(q, own_k, own_v, segments, maker.scores_of_series(series))
+    for into, result in zip((out, lse), computed):
+        into.copy_(result)
+
+
+def _compute_group(rows: ForwardRows, k: Tensor, v: Tensor, group: RowGroup, maker: ScoreMaker) -> None:
+    q, out, lse = _rows_of_group(rows, group)
+    joint = _Joint(q.size(2))
+    for tile in group.tiles:
+        kernel = maker.kernel(tile)
+        for part in maker.parts(tile, forward=True):
+            span, keys = _place(part, group)
+            computed = kernel.forward(
+                q[:, :, span], k[group.batch, :, keys], v[group.batch, :, keys], maker.scores(group.batch, part)
+            )
+            joint.add(span, *computed)
+    for into, result in zip((out, lse), joint.results):
+        into.copy_(result)
 
 
 def _place(tile: Tile, group: RowGroup) -> tuple[slice, slice]:
@@ -136,31 +160,53 @@ def compute_rows_backward(
     """Fill in the gradient of the queries in ``rows``, and those of the fetched keys and values in ``sums``."""
     if plan.hides_rows:
         rows.grad_q.zero_()
-    for group in reversed(plan.groups):  # the last rows come first, since they see the most keys
-        grad, q, out, lse, grad_q = _rows_of_group(rows, group)
-        sum_q: Tensor | None = None
-        for tile in group.tiles:
-            kernel = maker.kernel(tile)
-            for part in maker.parts(tile, forward=False):
-                span, keys = _place(part, group)
-                tile_q, tile_k, tile_v = kernel.backward(
-                    grad[:, :, span],
-                    q[:, :, span],
-                    k[group.batch, :, keys],
-                    v[group.batch, :, keys],
-                    out[:, :, span],
-                    lse[:, :, span],
-                    maker.scores(group.batch, part),
-                )
-                sums.add(group.batch, part.k_start, tile_k, tile_v)
-                if sum_q is None and part.rows == q.size(2):
-                    sum_q = tile_q
-                    continue
-                sum_q = lse.new_zeros(q.shape) if sum_q is None else sum_q.to(lse.dtype)
-                sum_q[:, :, span].add_(tile_q)
-        assert sum_q is not None
-        grad_q.copy_(sum_q)
+    for series in reversed(plan.series):  # the last rows come first, since they see the most keys
+        packed = maker.packed(series)
+        if packed is not None:
+            _series_backward(rows, k, v, sums, series, packed, maker)
+            continue
+        for group in reversed(series.groups):
+            _group_backward(rows, k, v, sums, group, maker)
     sums.finish()
+
+
+def _series_backward(
+    rows: BackwardRows, k: Tensor, v: Tensor, sums: "KeySums", series: Series, packed: Packed, maker: ScoreMaker
+) -> None:
+    grad, q, out, lse, grad_q = _rows_of(rows, series.batch, series.rows)
+    own_k, own_v = (x[series.batch, :, series.keys] for x in (k, v))
+    segments = Segments(series.row_bounds, series.key_bounds)
+    sum_q, sum_k, sum_v = packed.backward(grad, q, own_k, own_v, out, lse, segments, maker.scores_of_series(series))
+    sums.add(series.batch, series.keys.start, sum_k, sum_v)
+    grad_q.copy_(sum_q)
+
+
+def _group_backward(
+    rows: BackwardRows, k: Tensor, v: Tensor, sums: "KeySums", group: RowGroup, maker: ScoreMaker
+) -> None:
+    grad, q, out, lse, grad_q = _rows_of_group(rows, group)
+    sum_q: Tensor | None = None
+    for tile in group.tiles:
+        kernel = maker.kernel(tile)
+        for part in maker.parts(tile, forward=False):
+            span, keys = _place(part, group)
+            tile_q, tile_k, tile_v = kernel.backward(
+                grad[:, :, span],
+                q[:, :, span],
+                k[group.batch, :, keys],
+                v[group.batch, :, keys],
+                out[:, :, span],
+                lse[:, :, span],
+                maker.scores(group.batch, part),
+            )
+            sums.add(group.batch, part.k_start, tile_k, tile_v)
+            if sum_q is None and part.rows == q.size(2):
+                sum_q = tile_q
+                continue
+            sum_q = lse.new_zeros(q.shape) if sum_q is None else sum_q.to(lse.dtype)
+            sum_q[:, :, span].add_(tile_q)
+    assert sum_q is not None
+    grad_q.copy_(sum_q)
 
 
 class KeySums:

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_lss.attention.bands import FAR, HIGH, K0, Q1, Bands, intersect, rectangles
 from lightning_lss.attention.kinds import Kind, Sizes
 from lightning_lss.attention.packing import PackedMask, no_modes, unpack
+from lightning_lss.attention.series import Series, find_series
 from lightning_lss.attention.structure import Structure, chunk_work, structure_of
 from lightning_lss.attention.tiles import RowGroup, Tile, cut_band, group_rows, join_tiles
 from lightning_lss.sequence.segment import SequenceShard
@@ -67,7 +68,7 @@ class Table(NamedTuple):
 class Plan(NamedTuple):
     """What one rank does in one call of attention."""
 
-    groups: tuple[RowGroup, ...]
+    series: tuple[Series, ...]
     tables: tuple[Table, ...]
     needs: tuple[tuple[Run, ...], ...] | None
     """The keys that each rank fetches, in position order, as far as this rank receives or sends them; None for the whole
@@ -82,6 +83,11 @@ class Plan(NamedTuple):
     """Global positions of the local queries, int64 [l]."""
     k_positions: Tensor
     """Global positions of the fetched keys, int64."""
+
+    @property
+    def groups(self) -> Iterator[RowGroup]:
+        """All groups of rows."""
+        return (group for series in self.series for group in series.groups)
 
     @property
     def tiles(self) -> Iterator[tuple[slice, Tile]]:
@@ -113,7 +119,7 @@ def plan_call(mask: PackedMask, call: Call) -> Plan:
     ]
     rows = sum((group.q_stop - group.q_start) * (group.batch.stop - group.batch.start) for group in groups)
     return Plan(
-        tuple(groups),
+        find_series(groups),
         tuple(planner.tables),
         needs,
         tuple(received),

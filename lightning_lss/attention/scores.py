@@ -7,8 +7,9 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from lightning_lss.attention.kernels import KERNELS, Kernel, Scores
+from lightning_lss.attention.kernels import KERNELS, Kernel, Packed, Scores
 from lightning_lss.attention.plan import Plan
+from lightning_lss.attention.series import Series
 from lightning_lss.attention.spec import AttentionSpec, Modifiers
 from lightning_lss.attention.tiles import Tile
 from lightning_lss.sequence.random import keep_mask
@@ -34,6 +35,19 @@ class ScoreMaker:
         plain = KERNELS[self.spec.kernel_name]
         takes = tile.table is None and (not tile.cuts_left or "windows" in plain.takes)
         return plain if takes else KERNELS[self.spec.masked_kernel_name]
+
+    def packed(self, series: Series) -> Packed | None:
+        """How the kernel computes a series by one call, None if it cannot."""
+        plain = KERNELS[self.spec.kernel_name]
+        if len(series.groups) == 1 or self._by_pair:
+            return None
+        return plain.packed if self.scores_of_series(series).needs(1, 2) <= plain.takes else None
+
+    def scores_of_series(self, series: Series) -> Scores:
+        """How the scores of each tile of a series are made."""
+        left, right = series.window
+        window = None if left < 0 and right <= 0 else (left, right)
+        return Scores(self.spec.scale, right == 0, softcap=self.spec.softcap, window=window)
 
     def parts(self, tile: Tile, forward: bool) -> Iterator[Tile]:
         """Cut a tile to what one call of its kernel computes."""

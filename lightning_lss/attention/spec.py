@@ -58,10 +58,9 @@ class AttentionSpec:
         mask = PackedMask(modifiers.mask) if modifiers.mask is not None else _CAUSAL if self.causal else _FULL
         call = self._call(q, k)
         resolved = self._resolve(q, k, v, features_of(mask, call), self._features(modifiers))
-        takes = KERNELS[resolved.kernel_name].takes
-        # the reference computes all pairs of a window's tile, so its tiles are small
-        windows = "windows" in takes and "bias" not in takes
-        call = call._replace(offset_diagonal="offset_diagonal" in takes, windows=windows)
+        kernel = KERNELS[resolved.kernel_name]
+        windows = "windows" in kernel.takes and kernel.skips_hidden
+        call = call._replace(offset_diagonal="offset_diagonal" in kernel.takes, windows=windows)
         return resolved, plan_call(mask, call)
 
     def _call(self, q: Tensor, k: Tensor) -> Call:

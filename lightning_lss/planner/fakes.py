@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_lss.attention.kernels import KERNELS, Kernel, Scores
+from lightning_lss.attention.kernels import KERNELS, Kernel, Packed, Scores, Segments
 from lightning_lss.nn import recompute
 from lightning_lss.nn.positions import DeferredTable
 from lightning_lss.planner.tracker import Tracker
@@ -135,16 +135,25 @@ def stand_in(name: str, length: int, tracker: Tracker) -> Iterator[None]:
 
 
 def _stand_in(kernel: Kernel, length: int, tracker: Tracker) -> Kernel:
-    def forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
-        tracker.add_attention(q, k, v, scores, backward=False)
+    def packed_forward(
+        q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, scores: Scores
+    ) -> tuple[Tensor, Tensor]:
+        tracker.add_attention(q, k, v, scores, False, segments)
         tracker.relabel(k, "kv_buffers")
         lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         return q.new_empty(*q.shape[:3], v.size(-1)), lse
 
-    def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
+    def packed_backward(
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        segments: Segments | None,
+        scores: Scores,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tracker.add_attention(q, k, v, scores, backward=True)
+        tracker.add_attention(q, k, v, scores, True, segments)
         return q.new_empty(q.shape), _empty_keys(k, kernel.backward_keys), _empty_keys(v, kernel.backward_keys)
 
     def fewer(limit: int | None) -> int | None:
@@ -153,8 +162,20 @@ def _stand_in(kernel: Kernel, length: int, tracker: Tracker) -> Kernel:
     def forward_keys(rows: int) -> int | None:
         return fewer(kernel.forward_keys(rows))
 
+    def forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+        return packed_forward(q, k, v, None, scores)
+
+    def backward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return packed_backward(grad, q, k, v, out, lse, None, scores)
+
     return kernel._replace(
-        forward=forward, backward=backward, backward_keys=fewer(kernel.backward_keys), forward_keys=forward_keys
+        forward=forward,
+        backward=backward,
+        backward_keys=fewer(kernel.backward_keys),
+        forward_keys=forward_keys,
+        packed=None if kernel.packed is None else Packed(packed_forward, packed_backward),
     )
 
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from lightning_lss.attention.kernels import Scores
+from lightning_lss.attention.kernels import Scores, Segments
 from lightning_lss.planner.trace import COLLECTIVES, PARTS, STAGES, WORK, Trace
 from lightning_lss.testing.collectives import is_own_operator, payload_of, run_inside
 
@@ -71,10 +71,13 @@ class Tracker(TorchDispatchMode):
             self._now[_ACTIVATIONS] -= size
             self._now[_PART[part]] += size
 
-    def add_attention(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, backward: bool) -> None:
+    def add_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, backward: bool, segments: Segments | None = None
+    ) -> None:
         """Count the operations of queries [B, H, m, D] over keys [B, G, n, D] and values [B, G, n, Dv]: 4 for each pair
         that the kernel computes and channel, 8 backward. A bias hides pairs, but they are computed."""
-        pairs = scores.pairs(q.size(-2), k.size(-2))
+        sizes = [(q.size(-2), k.size(-2))] if segments is None else segments.sizes
+        pairs = sum(scores.pairs(*size) for size in sizes)
         channels = q.size(0) * q.size(1) * (q.size(-1) + v.size(-1))
         self._work[self.stage, _ATTENTION] += 2.0 * channels * pairs * (2 if backward else 1)
         self._work[self.stage, _KERNELS] += 1

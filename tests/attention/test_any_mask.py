@@ -10,11 +10,13 @@ from torch import Tensor
 
 from lightning_lss import AttentionMask, SequenceShard, lss_attention
 from lightning_lss.attention import plan, structure, tiles
+from lightning_lss.attention.kernels import KERNELS
 from lightning_lss.sequence.assignment import ChunkAssignment
 from lightning_lss.sequence.layout import LAYOUTS
 from lightning_lss.testing.compare import assert_equal
 from lightning_lss.testing.fake_world import recorded_ranks
 from tests.attention.masks import masks
+from tests.kernel_checks import packed_loop
 
 WIDTH = 4
 
@@ -36,6 +38,7 @@ class Case(NamedTuple):
     block: int  # of masks without structure
     rows: int  # of tiles with a diagonal at the left
     wide: int  # keys of a strip that is cut further
+    packed: bool  # whether the reference computes many tiles by one call
 
     def tensors(self) -> list[Tensor]:
         """Queries, keys, values, and the gradient of the output."""
@@ -80,6 +83,7 @@ def cases(draw: st.DrawFn) -> Case:
         draw(st.sampled_from([4, 16, 128])),
         draw(st.sampled_from([1, 3, 16, 128])),
         draw(st.sampled_from([0, 2048])),
+        draw(st.booleans()),
     )
 
 
@@ -129,6 +133,9 @@ def test_output_and_gradients_are_those_of_the_dense_mask(case: Case) -> None:
         patch.setattr(structure, "BLOCK", case.block)
         patch.setattr(tiles, "ROWS", case.rows)
         patch.setattr(tiles, "WIDE", case.wide)
+        if case.packed:
+            packing = KERNELS["reference"]._replace(skips_hidden=True, packed=packed_loop("reference"))
+            patch.setitem(KERNELS, "reference", packing)
         for cached in (structure.structure_of, structure.chunk_work, plan.plan_call):
             cached.cache_clear()
         # where every query sees a single key, gradients of queries and keys are 0 but for rounding

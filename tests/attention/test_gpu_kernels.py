@@ -18,6 +18,7 @@ from tests.kernel_checks import (
     SCALE,
     Inputs,
     check,
+    check_packed,
     compute,
     laid_out_as_in_attention,
     make_bias,
@@ -34,6 +35,7 @@ TWO_BYTES = [torch.bfloat16, torch.float16]
 COMBINATIONS = [
     *((name, dtype) for name in ("cuda_flash", "cudnn", "efficient") for dtype in TWO_BYTES),
     ("efficient", torch.float32),
+    *(("flex", dtype) for dtype in (torch.bfloat16, torch.float32)),
     ("reference", torch.bfloat16),
     ("reference", torch.float32),
 ]
@@ -165,6 +167,31 @@ def test_a_long_row_of_keys(name, dtype) -> None:
     check_kernel(name, inputs, Scores(SCALE))
 
 
+SEGMENTS = [
+    ((0, 100, 101, 300, 512), (0, 100, 101, 300, 512)),
+    ((0, 100, 100, 150, 300, 512), (0, 333, 444, 444, 600, 900)),  # one without rows, one without keys
+    ((0, 1, 2, 3), (0, 77, 300, 301)),  # of one row each
+]
+
+
+@pytest.mark.parametrize("dtype", TWO_BYTES)
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize(("rows", "keys"), SEGMENTS)
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, (64, 0)), (False, (-1, 32))])
+def test_segments_by_one_call(dtype, kv_heads, rows, keys, causal, window) -> None:
+    inputs = make_inputs(rows[-1], keys[-1], 8, kv_heads, 64, dtype, "cuda")
+    takes_it("cuda_flash", inputs.q)
+    check_packed("cuda_flash", rows, keys, inputs, Scores(SCALE, causal, window=window), bound(dtype))
+
+
+@pytest.mark.slow  # compiles
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window": (300, 0)}])
+@pytest.mark.parametrize(("m", "n"), [(256, 256), (100, 333), (1500, 3000)])
+def test_soft_capping(dtype, m, n, options) -> None:
+    check_kernel("flex", make_inputs(m, n, 8, 2, 128, dtype, "cuda"), Scores(SCALE, softcap=2.0, **options))
+
+
 def test_float32_and_wide_heads_do_not_fall_back_to_the_reference() -> None:
     assert select_kernel(torch.empty(1, 1, 2, 64, device="cuda")).name == "efficient"
     assert select_kernel(torch.empty(1, 1, 2, 288, device="cuda", dtype=torch.float16)).name == "efficient"
@@ -184,5 +211,8 @@ def test_newer_flash_attention_where_it_is_installed(impl) -> None:
                 check_kernel(
                     "cuda_flash", make_inputs(m, n, 8, kv_heads, 64, torch.bfloat16, "cuda"), Scores(SCALE, causal)
                 )
+            for rows, keys in SEGMENTS:
+                inputs = make_inputs(rows[-1], keys[-1], 8, kv_heads, 64, torch.bfloat16, "cuda")
+                check_packed("cuda_flash", rows, keys, inputs, Scores(SCALE, True), bound(torch.bfloat16))
     finally:
         attention.restore_flash_attention_impl()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lss.attention.kernels import KERNELS, Scores
+from lightning_lss.attention.kernels import KERNELS, Scores, Segments
 from lightning_lss.attention.kernels import cuda as kernels_cuda
 from tests.kernel_checks import (
     BOUND,
@@ -16,10 +16,12 @@ from tests.kernel_checks import (
     Inputs,
     check,
     check_kernel,
+    check_packed,
     compute,
     laid_out_as_in_attention,
     make_bias,
     make_inputs,
+    packed_loop,
     textbook,
 )
 
@@ -46,6 +48,30 @@ def checked_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     assert bias.stride(-1) == 1
     assert all(x % 8 == 0 for x in (*bias.stride()[:3], bias.storage_offset()))
     return bias
+
+
+def batched(x: Tensor) -> Tensor:
+    """[m, H, D] -> [1, H, m, D]."""
+    assert x.dim() == 3
+    return x.transpose(0, 1)[None]
+
+
+def flat(x: Tensor) -> Tensor:
+    """[1, H, m, D] -> [m, H, D]."""
+    return x[0].transpose(0, 1)
+
+
+def checked_segments(cum_q: Tensor, cum_k: Tensor, rows: int, keys: int, q: Tensor, k: Tensor) -> Segments:
+    """Check what the operators for segments expect beside q [m, H, D] and k [n, G, D]."""
+    for bounds, longest, size in ((cum_q, rows, q.size(0)), (cum_k, keys, k.size(0))):
+        assert bounds.dtype == torch.int32
+        assert bounds.is_contiguous()
+        assert (bounds[0], bounds[-1]) == (0, size)
+        assert bounds.diff().min() >= 0
+        assert bounds.diff().max() <= longest
+    assert cum_q.shape == cum_k.shape
+    assert rows > 1  # or version 2 takes it that every segment has one row
+    return Segments(tuple(cum_q.tolist()), tuple(cum_k.tolist()))
 
 
 class Operators:
@@ -88,6 +114,14 @@ class Operators:
     ) -> tuple[Any, ...]:
         rows_contiguous(q, k, v)
         equal_widths(q, k, v)
+        if cum_q is not None:
+            assert causal == ((window_size_left, window_size_right) == (-1, 0))
+            segments = checked_segments(cum_q, cum_k, rows, keys, q, k)
+            how = Scores(scale, window=(window_size_left, window_size_right))
+            out, lse = packed_loop("reference").forward(*map(batched, (q, k, v)), segments, how)
+            for blind in segments.blind_rows:
+                out[:, :, blind] = lse[:, :, blind] = float("nan")  # the worst that no block leaves behind
+            return flat(out), lse[0].masked_fill(lse[0].isneginf(), float("inf")), *(None for _ in range(3))
         assert (rows, keys) == (q.size(1), k.size(1))
         assert not causal  # it would overrule the window
         window = window_size_left, window_size_right
@@ -118,8 +152,18 @@ class Operators:
         rows_contiguous(grad, q, k, v, out)
         equal_widths(grad, q, k, v, out)
         assert lse.is_contiguous()
-        assert (rows, keys) == (q.size(1), k.size(1))
         assert (seed.shape, seed.dtype) == ((2,), torch.uint64)
+        if cum_q is not None:
+            assert causal == ((window_size_left, window_size_right) == (-1, 0))
+            segments = checked_segments(cum_q, cum_k, rows, keys, q, k)
+            how = Scores(scale, window=(window_size_left, window_size_right))
+            grads = packed_loop("reference").backward(*map(batched, (grad, q, k, v, out)), lse[None], segments, how)
+            for blind in segments.blind_rows:
+                grads[0][:, :, blind] = float("nan")
+            for unseen in segments.unseen_keys:
+                grads[1][:, :, unseen] = grads[2][:, :, unseen] = float("nan")
+            return tuple(map(flat, grads))
+        assert (rows, keys) == (q.size(1), k.size(1))
         assert not causal
         heads_first = [x.transpose(1, 2) for x in (grad, q, k, v, out)]
         grads = BACKWARD(*heads_first, lse, Scores(scale, window=(window_size_left, window_size_right)))
@@ -256,6 +300,30 @@ def test_a_window_of_flash_attention(m, n, causal, window) -> None:
         laid_out_as_in_attention(make_inputs(m, n, 4, 2, 8, value_width=9)),
         Scores(SCALE, causal, window=window),
     )
+
+
+@pytest.mark.usefixtures("operators")
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, (4, 0)), (False, (-1, 3))])
+def test_segments_of_flash_attention(causal, window) -> None:
+    # the third has no rows, the fourth no keys
+    inputs = laid_out_as_in_attention(make_inputs(30, 42, 4, 2, 12, value_width=9))
+    how = Scores(SCALE, causal, window=window)
+    check_packed("cuda_flash", (0, 12, 13, 13, 20, 30), (0, 15, 20, 31, 31, 42), inputs, how, BOUND)
+
+
+@pytest.mark.usefixtures("operators")
+def test_segments_of_one_row() -> None:
+    check_packed("cuda_flash", (0, 1, 2), (0, 5, 6), make_inputs(2, 6, 4, 2), Scores(SCALE), BOUND)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_operators_for_segments_take_the_arguments_as_they_are_passed(causal) -> None:
+    inputs = make_inputs(16, 40, heads=4, kv_heads=2, width=12, dtype=torch.bfloat16, value_width=9)
+    q, k, v, grad = (x[:1].to("meta") for x in inputs)
+    packed, segments, how = KERNELS["cuda_flash"].packed, Segments((0, 4, 16), (0, 20, 40)), Scores(SCALE, causal)
+    out, lse = packed.forward(q, k, v, segments, how)
+    grads = packed.backward(grad, q, k, v, out, lse, segments, how)
+    assert [x.shape for x in (out, lse, *grads)] == [grad.shape, q.shape[:3], q.shape, k.shape, v.shape]
 
 
 @pytest.mark.usefixtures("operators")

@@ -21,10 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lss.attention.kernels import cpu, cuda, reference
+from lightning_lss.attention.kernels import cpu, cuda, flex, reference
+from lightning_lss.attention.kernels.packed import Packed, Segments
 from lightning_lss.attention.kernels.scores import Scores
 
-__all__ = ["FEATURES", "KERNELS", "Kernel", "Scores", "select_kernel"]
+__all__ = ["FEATURES", "KERNELS", "Kernel", "Packed", "Scores", "Segments", "select_kernel"]
 
 Forward = Callable[[Tensor, Tensor, Tensor, Scores], tuple[Tensor, Tensor]]
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Scores], tuple[Tensor, Tensor, Tensor]]
@@ -51,6 +52,10 @@ class Kernel(NamedTuple):
     """Maximum number of keys for one call of ``backward``, where fewer at a time are faster; None for any number."""
     forward_keys: Callable[[int], int | None] = lambda rows: None
     """The same for ``forward``, by the number of query rows of the call."""
+    skips_hidden: bool = False
+    """Whether a tile with a window takes little more time than its visible pairs; else it is cut to small ones."""
+    packed: Packed | None = None
+    """How it computes many tiles by one call, if it can."""
 
 
 def select_kernel(
@@ -91,13 +96,15 @@ def _obstacle_of_tensors(name: str, q: Tensor, width: int) -> str | None:
     runs_on = "cpu" if name == "cpu_flash" else "cuda"
     if device != runs_on:
         return f"runs on {runs_on.upper()} tensors, not on {device}"
-    efficient, amd = name == "efficient", torch.version.hip is not None
+    efficient, amd, float32 = name == "efficient", torch.version.hip is not None, name in ("efficient", "flex")
     if efficient and amd:
         return "needs an NVIDIA GPU"
-    if efficient and dtype == torch.float64:
+    if float32 and dtype == torch.float64:
         return "computes in float32, float16 and bfloat16, not in torch.float64"
-    if not efficient and dtype not in (torch.float16, torch.bfloat16):
+    if not float32 and dtype not in (torch.float16, torch.bfloat16):
         return f"computes in float16 and bfloat16, not in {dtype}"
+    if name == "flex" and not flex.is_available():
+        return "needs torch.compile and Triton"
     needs_ampere = not amd and (not efficient or dtype == torch.bfloat16)
     if needs_ampere and torch.cuda.get_device_capability(q.device) < (8, 0):
         return f"needs a GPU of compute capability 8.0 (Ampere) or newer for {dtype}"
@@ -106,7 +113,7 @@ def _obstacle_of_tensors(name: str, q: Tensor, width: int) -> str | None:
     return None
 
 
-_WIDEST_HEAD = {"cuda_flash": 256, "cudnn": 128}
+_WIDEST_HEAD = {"cuda_flash": 256, "cudnn": 128, "flex": flex.WIDEST_HEAD}
 
 
 # In order of preference: "auto" takes the first one that supports the tensors and the needs.
@@ -120,9 +127,17 @@ _KERNELS = (
         backward_keys=1024,
         forward_keys=cpu.flash_forward_keys,
     ),
-    Kernel("cuda_flash", cuda.flash_forward, cuda.flash_backward, cuda.FLASH),
+    Kernel(
+        "cuda_flash",
+        cuda.flash_forward,
+        cuda.flash_backward,
+        cuda.FLASH,
+        skips_hidden=True,
+        packed=cuda.FLASH_PACKED,
+    ),
     Kernel("cudnn", cuda.cudnn_forward, cuda.cudnn_backward, cuda.CUDNN),
     Kernel("efficient", cuda.efficient_forward, cuda.efficient_backward, cuda.EFFICIENT),
+    Kernel("flex", flex.forward, flex.backward, flex.TAKES, skips_hidden=True),
     Kernel("reference", reference.forward, reference.backward, reference.TAKES),
 )
 KERNELS = {kernel.name: kernel for kernel in _KERNELS}

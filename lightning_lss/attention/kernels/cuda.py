@@ -7,12 +7,14 @@ not an error. The expectations are therefore written down beside each kernel, fr
 """
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_lss.attention.kernels.packed import Packed, Segments
 from lightning_lss.attention.kernels.scores import Scores
 
 aten = torch.ops.aten
@@ -100,6 +102,66 @@ def _window(scores: Scores) -> dict[str, int]:
     left, right = scores.band()
     return {"window_size_left": left, "window_size_right": right}
 
+
+# The form for segments ("varlen") takes rows of all segments as [m, H, D], and int32 tensors of where segments start and
+# end, on the device and contiguous. Its log-sum-exp is [H, m]. The lengths of the longest segments are limits: rows and
+# keys beyond them are not computed. Segments without rows or keys are possible. With a longest segment of one row,
+# grouped-query heads and no window, version 2 takes it for granted that every segment has one row. What becomes of rows
+# and keys that no block of the kernel visits differs by version, so their results are overwritten.
+
+
+@lru_cache(maxsize=128)
+def _lengths(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+    """Where segments start and end, and the lengths of the longest."""
+    rows, keys = (torch.tensor(x, dtype=torch.int32, device=device) for x in (segments.rows, segments.keys))
+    return rows, keys, max(2, *(m for m, _ in segments.sizes)), max(n for _, n in segments.sizes)
+
+
+def _flat(*tensors: Tensor) -> list[Tensor]:
+    """View one row of the batch as segments: [1, H, m, D] -> [m, H, D]."""
+    return [x[0].transpose(0, 1) for x in tensors]
+
+
+def _packed_options(scores: Scores) -> dict[str, Any]:
+    return {"scale": scores.scale, **_window(scores)}
+
+
+def packed_flash_forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scores: Scores) -> tuple[Tensor, Tensor]:
+    """Call FlashAttention once for all segments."""
+    assert scores.needs(1, 2) <= FLASH
+    lengths, causal = _lengths(segments, q.device), scores.band() == (-1, 0)
+    out, lse, *_ = aten._flash_attention_forward(
+        *_flat(*_equal(q, k, v)), *lengths, 0.0, causal, False, **_packed_options(scores)
+    )
+    out, lse = out.transpose(0, 1)[None, ..., : v.size(-1)], lse[None].masked_fill(lse.isposinf(), float("-inf"))
+    for rows in segments.blind_rows:
+        out[:, :, rows] = 0
+        lse[:, :, rows] = float("-inf")
+    return out, lse
+
+
+def packed_flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments, scores: Scores
+) -> Gradients:
+    """Compute the adjoint of :func:`packed_flash_forward`."""
+    assert scores.needs(1, 2) <= FLASH
+    seed = torch.empty(2, dtype=torch.uint64, device=q.device)
+    unused = torch.empty(0, dtype=torch.uint64, device=q.device)
+    lengths, causal = _lengths(segments, q.device), scores.band() == (-1, 0)
+    flat = _flat(*_equal(grad, q, k, v, out))
+    grads = aten._flash_attention_backward(
+        *flat, lse[0].contiguous(), *lengths, 0.0, causal, seed, unused, **_packed_options(scores)
+    )
+    grad_q, grad_k, grad_v = _cut([x.transpose(0, 1)[None] for x in grads], q, k, v)
+    for rows in segments.blind_rows:
+        grad_q[:, :, rows] = 0
+    for keys in segments.unseen_keys:
+        grad_k[:, :, keys] = 0
+        grad_v[:, :, keys] = 0
+    return grad_q, grad_k, grad_v
+
+
+FLASH_PACKED = None if torch.version.hip else Packed(packed_flash_forward, packed_flash_backward)
 
 # -- cuDNN -------------------------------------------------------------------------------------------------------------
 # cuDNN builds a graph for the shapes and strides of queries, keys and values, and caches it with the strides that the
