@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from lightning_lss import AttentionMask, SequenceShard
-from lightning_lss.attention.kernels import FEATURES, KERNELS
+from lightning_lss.attention.kernels import FEATURES, KERNELS, Kernel
 from lightning_lss.attention.kinds import Sizes
 from lightning_lss.attention.plan import Call, features_of
 from lightning_lss.callbacks.tiles_figure import draw_attention_tiles, draw_keys, plan_ranks, share_fetched
@@ -42,7 +42,7 @@ DEVICES = {
     "cuda_flash": ("NVIDIA from Ampere; AMD without windows", "float16, bfloat16; heads up to 256"),
     "cudnn": ("NVIDIA from Ampere", "float16, bfloat16; heads up to 128"),
     "efficient": ("NVIDIA", "float32, float16, and bfloat16 from Ampere"),
-    "flex": ("NVIDIA, with `torch.compile`", "float32, float16, bfloat16"),
+    "flex": ("NVIDIA from Ampere and AMD, with Triton", "float32, float16, bfloat16; heads up to 256"),
     "reference": ("any", "any; float64"),
 }
 
@@ -124,17 +124,17 @@ def kernel_table() -> str:
     others = {"bias, ALiBi": "bias", "soft-capping": "softcap", "dropout": "dropout"}
     assert set(FEATURES) == {"windows", "offset_diagonal", *others.values()}, "a feature that the table does not show"
     rows = [
-        [f"`{name}`", *DEVICES[name], *(_answer(kernel.takes, needed) for needed in groups)]
+        [f"`{name}`", *DEVICES[name], *(_answer(kernel, needed) for needed in groups)]
         + ["yes" if feature in kernel.takes else "no" for feature in others.values()]
         for name, kernel in KERNELS.items()
     ]
     return markdown(["kernel", "device", "dtypes", *map(", ".join, groups.values()), *others], rows)
 
 
-def _answer(takes: frozenset[str], needed: frozenset[str]) -> str:
-    if needed <= takes and not ("bias" in takes and "windows" in needed):
+def _answer(kernel: Kernel, needed: frozenset[str]) -> str:
+    if needed <= kernel.takes and (kernel.skips_hidden or "windows" not in needed):
         return "yes"
-    return "in small tiles" if "bias" in takes else "no"
+    return "in small tiles" if "bias" in kernel.takes else "no"
 
 
 def tables() -> dict[str, str]:

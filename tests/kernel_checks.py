@@ -1,6 +1,7 @@
 """Attention in one tile: inputs, the textbook formula, and how results are compared with it."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -125,6 +126,11 @@ def laid_out_as_in_attention(inputs: Inputs) -> Inputs:
     larger = [x.new_zeros(x.size(0), x.size(2) + 3, x.size(1) + 2, x.size(3)) for x in (q, grad)]
     q, grad = [whole.transpose(1, 2)[:, 1:-1, 2:-1].copy_(x) for whole, x in zip(larger, (q, grad))]
     return Inputs(q, k, v, grad)
+
+
+def cuda_tensor(dtype: torch.dtype = torch.float16, width: int = 64) -> SimpleNamespace:
+    """What the selection looks at of a tensor on a GPU, on a machine without one."""
+    return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, size=lambda dim: width)
 
 
 def packed_loop(name: str) -> Packed:

@@ -1,13 +1,21 @@
 """Each kernel against the textbook formula in float64: output, log-sum-exp and every gradient."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from lightning_lss.attention.kernels import KERNELS, Scores, reference, select_kernel
 from lightning_lss.testing.compare import assert_equal
-from tests.kernel_checks import ROUNDING, SCALE, Inputs, check, check_kernel, compute, make_inputs, textbook
+from tests.kernel_checks import (
+    ROUNDING,
+    SCALE,
+    Inputs,
+    check,
+    check_kernel,
+    compute,
+    cuda_tensor,
+    make_inputs,
+    textbook,
+)
 
 CPU_KERNELS = ["cpu_flash", "reference"]
 
@@ -109,11 +117,6 @@ def test_backward_of_parts_of_the_keys_adds_up_to_the_whole(name, cut) -> None:
 
 
 # -- which kernel ------------------------------------------------------------------------------------------------------
-
-
-def cuda_tensor(dtype: torch.dtype = torch.float16, width: int = 64) -> SimpleNamespace:
-    """What the selection looks at of a tensor on a GPU, on a machine without one."""
-    return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, size=lambda dim: width)
 
 
 @pytest.mark.parametrize("dtype", list(ROUNDING))

@@ -15,8 +15,17 @@ from lightning_lss import AttentionMask, SequenceShard, lss_attention
 from lightning_lss.attention.kernels import KERNELS, Scores, flex, select_kernel
 from lightning_lss.testing.compare import assert_equal
 from lightning_lss.testing.fake_world import recorded_ranks
-from tests.attention.test_kernels import cuda_tensor
-from tests.kernel_checks import ROUNDING, SCALE, check, check_kernel, finite, make_bias, make_inputs, textbook
+from tests.kernel_checks import (
+    ROUNDING,
+    SCALE,
+    check,
+    check_kernel,
+    cuda_tensor,
+    finite,
+    make_bias,
+    make_inputs,
+    textbook,
+)
 
 pytestmark = pytest.mark.slow  # compiles
 

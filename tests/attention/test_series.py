@@ -12,7 +12,7 @@ from lightning_lss.attention.kernels import KERNELS, Packed, cuda
 from lightning_lss.attention.series import find_series
 from lightning_lss.attention.tiles import RowGroup, Tile
 from lightning_lss.testing.fake_world import recorded_ranks
-from tests.attention.test_kernels_cuda import Operators
+from tests.attention.operators import Operators
 from tests.kernel_checks import check, make_inputs, packed_loop
 
 LENGTH, DOCUMENTS = 256, 30

@@ -12,7 +12,7 @@ from lightning_lss import AttentionMask, LSSTransformer, SequenceShard
 from lightning_lss.megatron import MegatronScheme
 from lightning_lss.planner.fakes import resized
 from lightning_lss.planner.step import Options, Rank, trace_step
-from lightning_lss.planner.trace import COLLECTIVES, PARTS, Trace
+from lightning_lss.planner.trace import COLLECTIVES, PARTS, WORK, Trace
 from lightning_lss.testing.collectives import received_of
 from tests.planner.modules import OwnModule, batch_of, pair_of, transformer
 
@@ -237,3 +237,15 @@ def test_masks_for_one_length_are_refused() -> None:
         ValueError, match=r"The mask mask of the batch is for sequences of one length.* AttentionMask.causal\(\)"
     ):
         trace_step(transformer(num_layers=1), {**batch_of(), "mask": mask}, rank_of(2))
+
+
+def test_segments_of_one_call_are_counted_one_by_one() -> None:
+    module = transformer(width=128)
+    traced = [
+        trace_step(module, {**batch_of(1024), "mask": mask}, rank_of(1, 1024, "cuda_flash")).work
+        for mask in (AttentionMask.chunked(100) & AttentionMask.causal(), AttentionMask.causal())
+    ]
+    chunked, whole = (work[:, WORK.index("attention")].sum() for work in traced)
+    assert chunked / whole == pytest.approx((10 * 100 * 101 + 24 * 25) / (1024 * 1025))
+    kernels = [work[:, WORK.index("kernels")].sum() for work in traced]
+    assert kernels[0] == kernels[1]
