@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_lss.attention.bands import FAR, HIGH, K0, Q1, Bands, intersect, rectangles
@@ -109,9 +108,8 @@ def plan_call(mask: PackedMask, call: Call) -> Plan:
     needs, received = _needs(mask, call)
     everything = range(sizes.keys)
     runs = [everything] if needs is None else [range(x.position, x.position + x.size) for x in needs[call.rank]]
-    chunk = sizes.queries // num_chunks
-    starts = np.array(call.chunks[call.rank]) * chunk
-    planner = _Tiles(call, unpack(mask), starts, chunk, _Fetched(runs))
+    held = _adjacent(call.chunks[call.rank], sizes.queries // num_chunks)
+    planner = _Tiles(call, unpack(mask), held, _Fetched(runs))
     groups = [
         group
         for batch, exact, mixed in _by_rows(structure, sizes.batch)
@@ -123,9 +121,9 @@ def plan_call(mask: PackedMask, call: Call) -> Plan:
         tuple(planner.tables),
         needs,
         tuple(received),
-        rows < sizes.batch * len(starts) * chunk or bool(planner.tables),
+        rows < sizes.batch * sum(map(len, held)) or bool(planner.tables),
         _most_tiles(groups, sum(map(len, runs))),
-        torch.cat([torch.arange(start, start + chunk) for start in starts.tolist()]),
+        torch.cat([torch.arange(run.start, run.stop) for run in held]),
         torch.cat([torch.arange(run.start, run.stop) for run in runs] or [torch.arange(0)]),
     )
 
@@ -204,6 +202,17 @@ def _by_rows(structure: Structure, batch: int) -> Iterator[tuple[slice, Bands, B
         yield slice(first, first + 1 + len(others)), *rows[first]
 
 
+def _adjacent(chunks: Sequence[int], size: int) -> list[range]:
+    """The positions of some ascending chunks of one size, with adjacent chunks together: they share tiles."""
+    runs: list[range] = []
+    for chunk in chunks:
+        if runs and runs[-1].stop == chunk * size:
+            runs[-1] = range(runs[-1].start, (chunk + 1) * size)
+        else:
+            runs.append(range(chunk * size, (chunk + 1) * size))
+    return runs
+
+
 def _most_tiles(groups: Sequence[RowGroup], keys: int) -> int:
     """The largest number of tiles over one key, of one row of the batch."""
     most = 0
@@ -219,8 +228,10 @@ def _most_tiles(groups: Sequence[RowGroup], keys: int) -> int:
 class _Tiles:
     """Makes the tiles of a rank; collects their tables."""
 
-    def __init__(self, call: Call, kind: Kind, starts: NDArray[np.int64], chunk: int, fetched: _Fetched) -> None:
-        self.call, self.kind, self.starts, self.chunk, self.fetched = call, kind, starts, chunk, fetched
+    def __init__(self, call: Call, kind: Kind, held: list[range], fetched: _Fetched) -> None:
+        self.call, self.kind, self.fetched = call, kind, fetched
+        self.starts, self.stops = (np.array(x) for x in zip(*((run.start, run.stop) for run in held)))
+        self.rows = np.cumsum([0, *map(len, held)])[:-1]
         self.tables: list[Table] = []
         self._looked_at: tuple[tuple[int, int] | None, Tensor] = (None, torch.empty(0))
 
@@ -236,12 +247,12 @@ class _Tiles:
     def _own(self, bands: Bands) -> list[list[int]]:
         """The parts of some bands in the chunks of this rank."""
         keys = np.full_like(self.starts, self.call.sizes.keys)
-        return intersect(bands, rectangles(self.starts, self.starts + self.chunk, 0 * keys, keys)).tolist()
+        return intersect(bands, rectangles(self.starts, self.stops, 0 * keys, keys)).tolist()
 
     def _tile(self, band: Sequence[int], table: int | None = None) -> Tile:
         q0, q1, k0, k1, low, high = band
-        index = int(np.flatnonzero((self.starts <= q0) & (q0 < self.starts + self.chunk))[0])
-        row, key, shift = index * self.chunk + q0 - int(self.starts[index]), self.fetched(k0), k0 - q0
+        run = int(np.searchsorted(self.starts, q0, "right")) - 1
+        row, key, shift = int(self.rows[run] - self.starts[run]) + q0, self.fetched(k0), k0 - q0
         tile = Tile(row, row + q1 - q0, key, key + k1 - k0, low + shift, high + shift, table)
         return tile._replace(low=tile.low if tile.cuts_right else -FAR, high=tile.high if tile.cuts_left else FAR)
 

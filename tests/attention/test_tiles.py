@@ -93,11 +93,17 @@ def test_zigzag_gives_every_rank_the_same_causal_work(size) -> None:
 
 def test_a_causal_chunk_is_a_rectangle_and_a_triangle() -> None:
     far = tiles.FAR
+    assert tiles_of(AttentionMask.causal(), 16, SequenceShard(0, 2, "zigzag")) == [
+        Tile(0, 4, 0, 4, 0, far),
+        Tile(4, 8, 0, 12),
+        Tile(4, 8, 12, 16, 0, far),
+    ]
+
+
+def test_adjacent_chunks_share_tiles() -> None:
     assert tiles_of(AttentionMask.causal(), 16, SequenceShard(1, 2, "zigzag")) == [
-        Tile(0, 4, 0, 4),
-        Tile(0, 4, 4, 8, 0, far),
-        Tile(4, 8, 0, 8),
-        Tile(4, 8, 8, 12, 0, far),
+        Tile(0, 8, 0, 4),
+        Tile(0, 8, 4, 12, 0, tiles.FAR),
     ]
 
 
