@@ -164,6 +164,11 @@ def _check_modifiers(
             )
     if bias is None:
         return
+    if not bias.is_floating_point():
+        raise ValueError(
+            f"bias is added to the scores and must be floating-point; got {bias.dtype}. For what is visible use"
+            " mask=AttentionMask.from_dense(visible)."
+        )
     wanted = (q.size(0), q.size(1), queries, keys)
     if (
         bias.dim() != 4

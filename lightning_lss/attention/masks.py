@@ -1,6 +1,7 @@
 """Which pairs of queries and keys are visible: the public value ``AttentionMask``."""
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -68,9 +69,9 @@ class AttentionMask:
         negative number.
         """
         for name, value in (("left", left), ("right", right)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
                 raise ValueError(f"{name}={value!r} must be a number of positions, 0 or more.")
-        return cls(Diagonals(low=-right, high=left))
+        return cls(Diagonals(low=-int(right), high=int(left)))
 
     @classmethod
     def chunked(cls, size: int) -> "AttentionMask":
@@ -79,7 +80,7 @@ class AttentionMask:
         Raises ``ValueError`` if the size is not a positive integer.
         """
         check_positive(size=size)
-        return cls(Chunked(size))
+        return cls(Chunked(int(size)))
 
     @classmethod
     def prefix(cls, lengths: Tensor | int) -> "AttentionMask":

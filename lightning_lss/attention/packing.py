@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_lss.attention import kinds
 from lightning_lss.attention.kinds import Function, Kind
+from lightning_lss.sequence.batch import bytes_of
 
 DIGEST = 16  # bytes at the start
 _ALIGNED = 8  # bytes, of the widest dtype
@@ -38,7 +39,7 @@ def pack(kind: Kind, by_name: bool = False) -> Tensor:
         if isinstance(x, Kind):
             return [type(x).__name__, *map(describe, x.arguments)]
         if isinstance(x, Tensor):
-            tensors.append(_padded(x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()))
+            tensors.append(_padded(bytes_of(x)))
             return {"dtype": str(x.dtype).removeprefix("torch."), "shape": list(x.shape)}
         return x
 

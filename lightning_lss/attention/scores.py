@@ -69,9 +69,9 @@ class ScoreMaker:
         kept = None if self.modifiers.seed is None else self._kept(batch, tile, self.modifiers.seed)
         if tile.table is None and bias is None and (tile.causal or not (tile.cuts_right or tile.cuts_left)):
             return Scores(spec.scale, tile.causal, softcap=spec.softcap, kept=kept)
-        if tile.table is None and bias is None and "windows" in kernel.takes:
-            left, right = tile.window
-            return Scores(spec.scale, right == 0, softcap=spec.softcap, kept=kept, window=(left, right))
+        window = tile.window
+        if tile.table is None and bias is None and window is not None and "windows" in kernel.takes:
+            return Scores(spec.scale, window[1] == 0, softcap=spec.softcap, kept=kept, window=window)
         return Scores(spec.scale, bias=self._hide(batch, tile, bias), softcap=spec.softcap, kept=kept)
 
     def _hide(self, batch: slice, tile: Tile, bias: Tensor | None) -> Tensor:

@@ -73,9 +73,10 @@ def find_series(groups: Sequence[RowGroup]) -> tuple[Series, ...]:
 def _limits_of(group: RowGroup) -> _Limits | None:
     """The limits of the group's only tile, None if it cannot be part of a series."""
     tile = group.tiles[0]
-    if len(group.tiles) > 1 or tile.table is not None or group.batch.stop - group.batch.start > 1:
+    window = tile.window
+    if len(group.tiles) > 1 or tile.table is not None or group.batch.stop - group.batch.start > 1 or window is None:
         return None
-    (left, right) = tile.window
+    left, right = window
     # where nothing is hidden, any window will do that reaches as far as the tile
     least = tile.keys - 1 if left < 0 else left, tile.rows - 1 if right < 0 else right
     return _Limits(least, (FAR if left < 0 else left, FAR if right < 0 else right))

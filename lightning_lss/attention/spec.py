@@ -53,7 +53,8 @@ class AttentionSpec:
         """Choose the kernels and the number of head chunks for ``q`` [B, H, l, D], ``k`` [B, G, m, D] and ``v`` [B, G,
         m, Dv] where the spec leaves them open, and plan what this rank does.
 
-        Raises ``ValueError`` if the spec names a kernel that cannot take what is asked.
+        Raises ``ValueError`` if the spec names a kernel that cannot take what is asked, or the lengths cannot be divided
+        evenly.
         """
         mask = PackedMask(modifiers.mask) if modifiers.mask is not None else _CAUSAL if self.causal else _FULL
         call = self._call(q, k)
@@ -65,6 +66,8 @@ class AttentionSpec:
 
     def _call(self, q: Tensor, k: Tensor) -> Call:
         sizes = Sizes(q.size(0), q.size(1), q.size(2) * self.shard.size, k.size(2) * self.key_shard.size)
+        self.shard.check_length(sizes.queries)
+        self.key_shard.check_length(sizes.keys)
         chunks, fetches = self.shard.held_chunks, not self.whole_memory
         return Call(sizes, self.shard.rank, chunks, fetches, fetches_all=self.keep_gathered)
 

@@ -56,11 +56,14 @@ class Tile(NamedTuple):
         return self.low == self.rows - self.keys and self.cuts_right and not self.cuts_left
 
     @property
-    def window(self) -> tuple[int, int]:
+    def window(self) -> tuple[int, int] | None:
         """The keys that a row sees to the left and to the right of its place on the diagonal that ends in the bottom right
-        corner; -1 for all."""
+        corner; -1 for all. None if a row has that place beyond what it sees, as in a part of a tile."""
         corner = self.rows - self.keys
-        return self.high - corner if self.cuts_left else -1, corner - self.low if self.cuts_right else -1
+        left, right = self.high - corner, corner - self.low
+        if (self.cuts_left and left < 0) or (self.cuts_right and right < 0):
+            return None
+        return left if self.cuts_left else -1, right if self.cuts_right else -1
 
     @property
     def pairs(self) -> int:

@@ -166,10 +166,18 @@ def batch_digest(batch: Any) -> int:
     digest = hashlib.blake2b(digest_size=8)
     for path, tensor in tensors_by_path(batch):
         digest.update(repr((path, tuple(tensor.shape), str(tensor.dtype))).encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(bytes_of(tensor))
     for path, mask in masks_by_path(batch):
         digest.update(repr((path, mask.content_digest)).encode())
     return int.from_bytes(digest.digest(), "big") >> 1
+
+
+def bytes_of(x: Tensor) -> bytes:
+    """The bytes of a tensor of any strides and dtype, in the order of its elements."""
+    x = x.detach().cpu()
+    return (
+        x.new_empty(x.numel()).copy_(x.flatten()).view(torch.uint8).numpy().tobytes()
+    )  # a view of [1] may have any stride
 
 
 def is_same_batch(batch: Any, group: dist.ProcessGroup, device: torch.device) -> bool:

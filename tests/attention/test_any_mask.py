@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_lss import AttentionMask, SequenceShard, lss_attention
-from lightning_lss.attention import plan, structure, tiles
+from lightning_lss.attention import plan, scores, structure, tiles
 from lightning_lss.attention.kernels import KERNELS
 from lightning_lss.sequence.assignment import ChunkAssignment
 from lightning_lss.sequence.layout import LAYOUTS
@@ -133,6 +133,7 @@ def test_output_and_gradients_are_those_of_the_dense_mask(case: Case) -> None:
         patch.setattr(structure, "BLOCK", case.block)
         patch.setattr(tiles, "ROWS", case.rows)
         patch.setattr(tiles, "WIDE", case.wide)
+        patch.setattr(scores, "_ROWS", case.rows)
         if case.packed:
             packing = KERNELS["reference"]._replace(skips_hidden=True, packed=packed_loop("reference"))
             patch.setitem(KERNELS, "reference", packing)

@@ -115,6 +115,13 @@ def test_a_mask_is_a_value() -> None:
     assert one.to("meta") is one
 
 
+def test_a_mask_is_made_of_any_strides_and_of_numbers_of_numpy() -> None:
+    column = torch.tensor([[2, 7, 7]])[:, 0]
+    assert AttentionMask.prefix(column) == AttentionMask.prefix(2)
+    assert AttentionMask.chunked(np.int64(4)) == AttentionMask.chunked(4)
+    assert AttentionMask.sliding_window(np.int64(4)) == AttentionMask.sliding_window(4)
+
+
 def test_a_mask_does_not_follow_the_tensors_that_it_was_made_of() -> None:
     valid = torch.ones(1, 4, dtype=torch.bool)
     mask, table = AttentionMask.key_padding(valid), torch.ones(1, 1, 4, 4, dtype=torch.bool)

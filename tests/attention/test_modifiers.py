@@ -9,10 +9,19 @@ import torch
 from torch import Tensor
 
 from lightning_lss import AttentionMask, LSSAttention, SequenceShard, lss_attention
+from lightning_lss.attention import scores
 from lightning_lss.sequence.assignment import ChunkAssignment
 from lightning_lss.sequence.layout import LAYOUTS
 from lightning_lss.testing.compare import assert_equal
-from lightning_lss.testing.fake_world import recorded_ranks
+from lightning_lss.testing.fake_world import fake_world, recorded_ranks
+
+
+@pytest.fixture(autouse=True, params=[(256, 1024), (5, 7)], ids=["whole tiles", "parts"])
+def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles with a number for each pair are computed in parts, which short sequences would not need."""
+    monkeypatch.setattr(scores, "_ROWS", request.param[0])
+    monkeypatch.setattr(scores, "_KEYS", request.param[1])
+
 
 BATCH, HEADS, KV_HEADS, LENGTH, WIDTH = 2, 4, 2, 24, 4
 SIZE, SCALE = 3, 0.7
@@ -215,6 +224,10 @@ def test_the_module_drops_in_training_only() -> None:
         ({"alibi_slopes": torch.zeros(3)}, r"alibi_slopes must be \[4\]"),
         ({"alibi_slopes": torch.zeros(4, requires_grad=True)}, "alibi_slopes has no gradient in lss_attention"),
         ({"bias": torch.zeros(1, 1, 24, 24, requires_grad=True)}, r"would never be trained. Pass bias.detach\(\)"),
+        (
+            {"bias": torch.ones(1, 1, 24, 24, dtype=torch.bool)},
+            r"must be floating-point; got torch.bool. For what is visible use mask=AttentionMask.from_dense",
+        ),
         ({"bias": torch.zeros(1, 1, 8, 24)}, r"bias must be \[2 or 1, 4 or 1, 24, 24\], of the whole sequence"),
     ],
 )
@@ -236,3 +249,12 @@ def test_a_tensor_is_not_a_mask() -> None:
         TypeError, match=r"mask must be an AttentionMask, not Tensor: make one with AttentionMask.from_dense"
     ):
         lss_attention(q, k, v, mask=torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("options", [{"whole_memory": True}, {"keep_gathered": True}, {}])
+def test_segments_that_the_layout_cannot_have_are_refused(options) -> None:
+    q = torch.zeros(1, 1, 3, 4)
+    with fake_world(0, 2) as group:
+        shard = SequenceShard(0, 2, "zigzag", group)
+        with pytest.raises(ValueError, match="A sequence of length 6 cannot be split over 2 ranks"):
+            lss_attention(q, q, q, shard, causal=False, **options)

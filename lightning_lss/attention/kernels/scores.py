@@ -41,6 +41,7 @@ class Scores(NamedTuple):
     def band(self) -> tuple[int, int]:
         """Return the window with ``causal`` in it: (left, right), -1 for no limit."""
         left, right = self.window or (-1, -1)
+        assert min(left, right) >= -1, self.window  # a row's place on the diagonal would be hidden
         return left, 0 if self.causal else right
 
     def pairs(self, m: int, n: int) -> int:
