@@ -37,7 +37,7 @@ from lightning_lss.testing.world import World
 
 Row = dict[str, Any]
 
-LOGNORMAL, SHORT, MANY = "documents, lognormal", "documents of 256 to 768", "64 documents"
+LOGNORMAL, SHORT, MANY = "documents, lognormal", "short documents", "64 documents"
 WINDOW = "window of 1,024"
 WORK, RECEIVED = "busiest rank / mean", "received / everything"
 SPEED, PROCESSOR = "fraction of ideal", "fraction of ideal, processor time"
