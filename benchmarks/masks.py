@@ -27,8 +27,7 @@ from benchmarks.mask_counts import (
 from benchmarks.turns import in_turn, start_ranks
 from lightning_lss import AttentionMask, SequenceShard, lss_attention
 from lightning_lss.attention.kinds import Sizes
-from lightning_lss.attention.packing import unpack
-from lightning_lss.attention.plan import Call, plan_call
+from lightning_lss.attention.plan import Call, forget_plans, plan_call
 from lightning_lss.attention.structure import chunk_work, structure_of
 from lightning_lss.sequence.balance import balance
 from lightning_lss.strategy.balancing import CHUNKS
@@ -182,8 +181,7 @@ def time_planning(args: Namespace) -> list[Row]:
 
 def plan_once(mask: AttentionMask, length: int, size: int, rank: int) -> dict[str, float]:
     """Plan ``mask`` for ``rank`` as for the first time; return the milliseconds of each part."""
-    for cached in (unpack, structure_of, chunk_work, plan_call):
-        cached.cache_clear()
+    forget_plans()
     packed, sizes, chunks = mask.packed, Sizes(1, 8, length, length), CHUNKS * size
     times = [time.perf_counter()]
     structure_of(packed, sizes, chunks, chunks)

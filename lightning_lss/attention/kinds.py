@@ -4,9 +4,12 @@ Every kind says which pairs are visible twice: as a dense tensor, which is its d
 structure, as bands (:mod:`lightning_lss.attention.bands`), from which tiles are made without looking at single pairs.
 """
 
+import inspect
 import itertools
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -66,9 +69,9 @@ class Kind:
         return self
 
     @property
-    def has_function(self) -> bool:
-        """Whether a function is a part of it."""
-        return any(isinstance(x, Kind) and x.has_function for x in self.arguments)
+    def functions(self) -> list["Function"]:
+        """The functions that are a part of it."""
+        return [found for x in self.arguments if isinstance(x, Kind) for found in x.functions]
 
     @property
     def arguments(self) -> list[Any]:
@@ -235,6 +238,8 @@ class Dense(Kind):
 
 functions: "WeakValueDictionary[int, Function]" = WeakValueDictionary()
 """Every mask made of a function, by its number: under ``torch.compile`` only a number can pass through the graph."""
+_recent: "deque[Function]" = deque(maxlen=256)
+"""The latest ones, kept for backward passes after their masks are gone."""
 _numbers = itertools.count()
 
 
@@ -247,11 +252,17 @@ class Function(Kind):
     depends: tuple[bool, bool] = field(init=False)
     """Whether the function looks at the row of the batch, and at the head."""
     number: int = field(init=False)
-    has_function = True
+
+    @property
+    def functions(self) -> list["Function"]:
+        """Itself."""
+        return [self]
 
     def __post_init__(self) -> None:
         self.number = next(_numbers)
         functions[self.number] = self
+        _recent.append(self)
+        self._read = what_is_read(self.function)
         self.depends = _depends(self.function)
         if self.positions is not None:
             self.queries = self.keys = len(self.positions)
@@ -267,8 +278,22 @@ class Function(Kind):
             over_all = torch.vmap(over_all, in_dims=dims)
         # in a thread of its own, since vmap fails under the dispatch modes that watch a step, such as a proof's
         with ThreadPoolExecutor(1) as thread:
-            seen: Tensor = thread.submit(over_all, torch.arange(rows), torch.arange(heads), queries, keys).result()
-        return seen.bool().cpu()
+            future = thread.submit(over_all, torch.arange(rows), torch.arange(heads), queries, keys)
+            try:
+                return future.result().bool().cpu()
+            except Exception as error:
+                raise ValueError(
+                    f"The function {_name(self.function)} of a mask failed under torch.vmap ({error}). It must return a bool tensor,"
+                    " made with torch's operators from b, h, q and k: & | ~ instead of and, or, not, and torch.where instead of if."
+                ) from error
+
+    def check(self) -> None:
+        """Raise ``ValueError`` if a tensor or number that the function reads has changed since the mask was made."""
+        if what_is_read(self.function) != self._read:
+            raise ValueError(
+                f"The function {_name(self.function)} of a mask reads something that has changed since the mask was made. A mask is a"
+                " value: make a new one with AttentionMask.from_function for every batch."
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:  # in another process it gets another number
         return Function, (self.function, self.positions)
@@ -276,6 +301,28 @@ class Function(Kind):
     @override
     def select(self, positions: Tensor) -> "Function":
         return replace(self, positions=positions if self.positions is None else self.positions[positions])
+
+
+def _name(function: VisiblePair) -> str:
+    return getattr(function, "__qualname__", repr(function))
+
+
+def what_is_read(function: VisiblePair) -> list[tuple[Any, ...]]:
+    """The tensors and numbers in a function's closure and defaults, and among the globals that it names: of a tensor who it
+    is and how often it was written to."""
+    inner = inspect.unwrap(function)
+    code = getattr(inner, "__code__", None)
+    values: list[Any] = list(getattr(inner, "__defaults__", None) or ())
+    for cell in getattr(inner, "__closure__", None) or ():
+        with suppress(ValueError):  # of a cell that is still empty
+            values.append(cell.cell_contents)
+    names = code.co_names if code is not None else ()
+    values += [inner.__globals__[name] for name in names if name in inner.__globals__]
+    owners = [x for x in values if isinstance(x, torch.nn.Module)]
+    values += [buffer for owner in owners for buffer in owner.buffers()]
+    read: list[tuple[Any, ...]] = [("number", x) for x in values if isinstance(x, (bool, int, float))]
+    tensors = [x for x in values if isinstance(x, Tensor)]
+    return read + [(id(x), 0 if x.is_inference() else x._version) for x in tensors]
 
 
 def _depends(function: VisiblePair) -> tuple[bool, bool]:

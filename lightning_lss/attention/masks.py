@@ -47,6 +47,7 @@ class AttentionMask:
     def __init__(self, kind: Kind) -> None:
         self.words = pack(kind)  # what attention's operator is given: a compiled graph takes nothing but tensors
         self.kind = kind = unpack(PackedMask(self.words))  # its tensors are views of the words, and nobody else's
+        self._functions = kind.functions
         self.rows, self.heads, self.num_queries, self.num_keys = kind.rows, kind.heads, kind.queries, kind.keys
 
     # -- kinds ---------------------------------------------------------------------------------------------------------
@@ -99,7 +100,8 @@ class AttentionMask:
         """Show a query the keys of its own document (block-diagonal; ``& causal()`` makes it causal).
 
         Args:
-            ids: int [B, L], the number of each token's document; [L] stands for one row.
+            ids: int [B, L], the number of each token's document; [L] stands for one row. All numbers are alike, also
+                negative ones: hide padding with ``& padding(valid)``.
             cu_seqlens: int [n + 1], where the documents of a single row start, and its length: 0, ..., L.
 
         Raises:
@@ -162,8 +164,9 @@ class AttentionMask:
         """Show the pairs for which ``visible(b, h, q, k)`` is true: a row of the batch, a query head, the global
         positions of a query and a key, each an int64 scalar, as for FlexAttention's ``mask_mod``.
 
-        It is evaluated for every pair, once a batch, under ``torch.vmap`` and on the CPU; tensors that it reads must be
-        there. A mask made of the kinds above costs far less. Keep the mask until the backward pass is over.
+        It is evaluated for every pair, a few times a batch, under ``torch.vmap`` and on the CPU; tensors that it reads must
+        be there. A mask made of the kinds above costs far less. A mask is a value: where what the function reads changes,
+        make a new one; attention raises ``ValueError`` for tensors and numbers of its closure that have changed.
         """
         return cls(Function(visible))
 
@@ -204,7 +207,10 @@ class AttentionMask:
         return AttentionMask(self.kind.select(positions.cpu()))
 
     def check(self, sizes: Sizes) -> None:
-        """Raise ``ValueError`` if the mask is not for such sequences."""
+        """Raise ``ValueError`` if the mask is not for such sequences, or what its functions read has changed."""
+        if self._functions and not torch.compiler.is_compiling():
+            for function in self._functions:
+                function.check()
         if self.rows not in (1, sizes.batch) or self.heads not in (1, sizes.heads):
             raise ValueError(
                 f"{self} is for a batch of {self.rows} and {self.heads} heads; attention was given a batch of {sizes.batch} with"
@@ -250,7 +256,7 @@ class AttentionMask:
     @property
     def content_digest(self) -> int:
         """Hash of what the mask shows, 63 bits; it sees of a function only its name."""
-        words = pack(self.kind, by_name=True) if self.kind.has_function else self.words
+        words = pack(self.kind, by_name=True) if self._functions else self.words
         return int.from_bytes(words[:8].numpy().tobytes(), "big") >> 1
 
     # -- a value -------------------------------------------------------------------------------------------------------

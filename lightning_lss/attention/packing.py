@@ -70,7 +70,7 @@ class PackedMask:
         return hash(self.digest)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)  # a mask without structure is large
 @no_modes()
 def unpack(packed: PackedMask) -> Kind:
     """Read the words of a mask; its tensors are views of them.
@@ -104,6 +104,6 @@ def _function(number: int) -> Function:
         return kinds.functions[number]
     except KeyError:
         raise RuntimeError(
-            "A mask made with AttentionMask.from_function is needed again but has been deleted. Keep it until the backward"
-            " pass is over, for example on the module or in the batch."
+            "A mask made with AttentionMask.from_function is needed again but has been deleted, and many were made since. Keep it"
+            " until the backward pass is over, for example in the batch."
         ) from None

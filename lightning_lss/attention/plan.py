@@ -99,10 +99,14 @@ class Plan(NamedTuple):
         return sum((batch.stop - batch.start) * tile.pairs for batch, tile in self.tiles)
 
 
-@lru_cache(maxsize=16)
-@no_modes()
 def plan_call(mask: PackedMask, call: Call) -> Plan:
-    """Plan what ``call.rank`` does; every rank's plan is made in the same way."""
+    """Plan what ``call.rank`` does; every rank's plan is made in the same way, and kept for other layers."""
+    has_tables = "bias" in features_of(mask, call)
+    return (_plan_with_tables if has_tables else _plan)(mask, call)
+
+
+@no_modes()
+def _make_plan(mask: PackedMask, call: Call) -> Plan:
     sizes, num_chunks = call.sizes, call.num_chunks
     structure = structure_of(mask, sizes, num_chunks, num_chunks if call.fetches else 1)
     needs, received = _needs(mask, call)
@@ -128,6 +132,10 @@ def plan_call(mask: PackedMask, call: Call) -> Plan:
     )
 
 
+_plan = lru_cache(maxsize=16)(_make_plan)
+_plan_with_tables = lru_cache(maxsize=3)(_make_plan)  # tables take as much memory as a mask by pairs
+
+
 def plan_segment(mask: PackedMask, length: int, shard: SequenceShard, batch: int = 1, heads: int = 1) -> Plan:
     """Plan self-attention of one segment of sequences of ``length``, for a kernel without special features.
 
@@ -139,9 +147,25 @@ def plan_segment(mask: PackedMask, length: int, shard: SequenceShard, batch: int
 
 def features_of(mask: PackedMask, call: Call) -> frozenset[str]:
     """What tiles of some rank need of a kernel: ``"windows"`` for a diagonal at the left, ``"bias"`` for a table."""
-    exact, mixed = structure_of(mask, call.sizes, call.num_chunks, call.num_chunks if call.fetches else 1)
-    windows = any((x[:, HIGH] < x[:, Q1] - 1 - x[:, K0]).any() for x in exact)
-    return frozenset({"windows"} if windows else ()) | ({"bias"} if any(map(len, mixed)) else set())
+    key = mask.digest, call  # without the mask itself, which may be large
+    if key not in _features:
+        if len(_features) == _MOST_FEATURES:
+            _features.clear()
+        exact, mixed = structure_of(mask, call.sizes, call.num_chunks, call.num_chunks if call.fetches else 1)
+        windows = any((x[:, HIGH] < x[:, Q1] - 1 - x[:, K0]).any() for x in exact)
+        _features[key] = frozenset({"windows"} if windows else ()) | ({"bias"} if any(map(len, mixed)) else set())
+    return _features[key]
+
+
+_features: dict[tuple[bytes, Call], frozenset[str]] = {}
+_MOST_FEATURES = 1024
+
+
+def forget_plans() -> None:
+    """Empty the caches of plans and of what they are made from, as tests and measurements need it."""
+    for cached in (_plan, _plan_with_tables, structure_of, chunk_work, unpack):
+        cached.cache_clear()
+    _features.clear()
 
 
 # -- which keys --------------------------------------------------------------------------------------------------------
@@ -262,5 +286,6 @@ class _Tiles:
             self._looked_at = (q0, q1), self.kind.visible(torch.arange(q0, q1), self.call.sizes)
         visible = self._looked_at[1][..., k0:k1]
         tile = self._tile((q0, q1, k0, k1, -FAR, FAR), len(self.tables))
-        self.tables.append(Table(tile.q_start, tile.k_start, visible[batch] if len(visible) > 1 else visible))
+        own = visible[batch] if len(visible) > 1 else visible
+        self.tables.append(Table(tile.q_start, tile.k_start, own.clone()))  # not a view of the whole strip
         return tile

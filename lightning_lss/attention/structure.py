@@ -36,7 +36,7 @@ class ChunkWork(NamedTuple):
     """The first of these keys, [C, C]."""
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)  # it keeps the mask, which may be large
 @no_modes()
 def structure_of(mask: PackedMask, sizes: Sizes, query_chunks: int, key_chunks: int) -> Structure:
     """Find what a mask shows; a mask without structure is looked at in blocks that do not cross the borders of equal
@@ -79,7 +79,7 @@ def _runs_of(wanted: NDArray[np.bool_], start: int, stop: int, edges: Edges) -> 
     return rectangles(np.full_like(first, start), np.full_like(first, stop), first, last)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def chunk_work(mask: PackedMask, sizes: Sizes, num_chunks: int) -> ChunkWork:
     """Find what each of ``num_chunks`` equal chunks of the queries looks at."""
     exact, mixed = structure_of(mask, sizes, num_chunks, num_chunks)

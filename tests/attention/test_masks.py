@@ -18,8 +18,8 @@ from lightning_lss import AttentionMask, lss_attention
 from lightning_lss.attention.bands import Bands
 from lightning_lss.attention.kinds import Sizes
 from lightning_lss.attention.packing import PackedMask, unpack
-from lightning_lss.attention.plan import plan_call
-from lightning_lss.attention.structure import chunk_work, structure_of
+from lightning_lss.attention.plan import forget_plans
+from lightning_lss.attention.structure import chunk_work
 from tests.attention.masks import masks
 
 BATCH, HEADS, LENGTH = 2, 2, 24
@@ -168,6 +168,29 @@ def test_a_function_is_sent_to_other_processes_by_itself_and_compared_by_name() 
     assert arrived.content_digest == mask.content_digest != AttentionMask.causal().content_digest
 
 
+def test_a_function_that_reads_something_else_than_before_is_refused() -> None:
+    ids, least = torch.tensor([[0, 0, 1, 1]]), 0
+    mask = AttentionMask.from_function(lambda b, h, q, k: (ids[b, q] == ids[b, k]) & (k >= least))
+    q = torch.randn(1, 1, 4, 4)
+    lss_attention(q, q, q, mask=mask)
+    ids[0, 1] = 1
+    with pytest.raises(
+        ValueError, match=r"reads something that has changed.* make a new one with AttentionMask.from_function"
+    ):
+        lss_attention(q, q, q, mask=mask)
+    mask = AttentionMask.from_function(lambda b, h, q, k: k >= least)
+    least = 1
+    with pytest.raises(ValueError, match="reads something that has changed"):
+        mask.dense(4)
+
+
+def test_a_function_that_cannot_be_mapped_is_refused_with_what_to_write() -> None:
+    with pytest.raises(
+        ValueError, match=r"failed under torch.vmap.* It must return a bool tensor.* & \| ~ instead of and"
+    ):
+        AttentionMask.from_function(lambda b, h, q, k: bool(q > k)).dense(4)
+
+
 class Watched(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
@@ -178,8 +201,7 @@ def test_a_function_is_asked_under_the_modes_of_a_proof() -> None:
     mask = AttentionMask.from_function(even)
     with Watched():
         watched = lss_attention(q, q, q, mask=mask)
-    structure_of.cache_clear()
-    plan_call.cache_clear()
+    forget_plans()
     assert torch.equal(watched, lss_attention(q, q, q, mask=mask))
 
 
