@@ -34,6 +34,30 @@ class BatchLayouts:
         self.base = "zigzag" if layout == "auto" else layout
         """The layout of a run while it has no batch."""
         self._choices: dict[Any, ChunkAssignment | None] = {}
+        self._at_hand: ChunkAssignment | None = None
+        self._by_stage: dict[Any, set[ChunkAssignment | None]] = {}
+
+    @property
+    def vary(self) -> bool:
+        """Whether batches may have different layouts."""
+        return self.requested not in STATIC_LAYOUTS
+
+    def forget(self) -> None:
+        """Forget all batches: no shard of them is current any more."""
+        self._at_hand = None
+        self._by_stage.clear()
+
+    def follow(self, shard: SequenceShard, stage: Any) -> None:
+        """Take note that the batch at hand, one of ``stage``, is split under ``shard``."""
+        self._at_hand = shard.assignment
+        self._by_stage.setdefault(stage, set()).add(shard.assignment)
+
+    def is_current(self, shard: SequenceShard, between: Any) -> bool:
+        """Whether ``shard`` is that of the batch at hand; between the batches of a stage, that of all its batches.
+
+        An equal shard of another batch is current too, for it has the same positions.
+        """
+        return {shard.assignment} == self._by_stage.get(between, {self._at_hand})
 
     def shard_for(
         self, batch: Any, module: nn.Module, place: SequenceShard, dims: SequenceDims | None
@@ -89,7 +113,9 @@ class BatchLayouts:
 
 
 def _on(place: SequenceShard, assignment: ChunkAssignment) -> SequenceShard:
-    return SequenceShard(place.rank, place.size, "balanced", place.group, place.communication_dtype, assignment)
+    return SequenceShard(
+        place.rank, place.size, "balanced", place.group, place.communication_dtype, assignment, place.is_current
+    )
 
 
 def _lengths(batch: Any, dims: SequenceDims) -> list[int]:
