@@ -79,11 +79,16 @@ class BatchLayouts:
                 return self._without_length(place)
         else:
             lengths = _lengths(batch, dims or {})
-            _check_lengths(masks, lengths)
-        own = _chunks_per_rank(lengths, place.size, even=self.requested == "auto")
+            if self.requested == "balanced":
+                _check_lengths(masks, lengths)
+        others = {x.num_queries for x in masks.values() if x.num_queries is not None}  # of a pooled sequence, say
+        own = _chunks_per_rank({*lengths, *others}, place.size, even=self.requested == "auto")
         if own == 0:  # the batch cannot be divided: split_batch says so
             return place
-        wanted = Counter(x for x in masks.values() if _is_square(x, lengths)) or _of_modules(module, lengths)
+        wanted = Counter(x for x in masks.values() if _is_square(x, lengths))
+        if not wanted and self.requested == "auto" and not others <= {*lengths}:
+            return place
+        wanted = wanted or _of_modules(module, lengths)
         key = (tuple(sorted((x.content_digest, n) for x, n in wanted.items())), lengths[0], own, place.size)
         if key not in self._choices:
             if len(self._choices) == _KEPT:
@@ -149,7 +154,8 @@ def _check_lengths(masks: Mapping[Path, Any], lengths: Collection[int]) -> None:
             has = " and ".join(map(str, sorted(lengths)))
             raise ValueError(
                 f"Batch entry {'.'.join(map(str, path)) or 'batch'}: {mask} is for sequences of length {mask.num_queries}, and the batch"
-                f" has sequences of length {has}. Make the mask from the whole sequences that are in the batch."
+                f" has sequences of length {has}. Make the mask from the whole sequences that are in the batch; if it is"
+                " for another sequence that the module makes of them, such as a pooled one, use layout='zigzag'."
             )
 
 

@@ -264,6 +264,7 @@ class SplitsItself(SGDTransformer):
         (SGDTransformer, {}, "model.positions.weight stands for the same ones in all. Use RotaryEmbedding"),
         (WithTable, ROTARY, "table.rows stands for the same ones in all"),
         (WrongLength, ROTARY, f"for sequences of length {LENGTH - 2}, and the batch has sequences of length {LENGTH}"),
+        (WrongLength, ROTARY, "such as a pooled one, use layout='zigzag'"),
         (SplitsItself, ROTARY, "Put the AttentionMask of the batch into it"),
     ],
 )
@@ -317,6 +318,16 @@ def test_modules_own_masks_count_where_the_batch_has_none() -> None:
 def test_auto_bears_a_tenth_too_much(left, layout) -> None:
     batch = {"tokens": torch.zeros(1, 64), "mask": AttentionMask.sliding_window(left)}
     assert choose("auto", batch).layout == layout
+
+
+def test_the_mask_of_a_pooled_sequence_does_not_count_under_auto() -> None:
+    pooled = AttentionMask.documents(torch.arange(32)[None])
+    uneven = AttentionMask.documents((torch.arange(64) - 32).clamp(min=0)[None]) & AttentionMask.causal()
+    batch = {"tokens": torch.zeros(1, 64), "coarse": pooled}
+    assert choose("auto", batch).layout == "zigzag"
+    assert choose("auto", {**batch, "mask": uneven}).assignment.per_rank == 8  # pairs stay in one chunk: 32 / 4 = 8
+    short = AttentionMask.documents(torch.arange(16)[None])
+    assert choose("auto", {**batch, "coarse": short, "mask": uneven}).assignment.per_rank == 4
 
 
 def test_a_choice_is_made_once() -> None:
