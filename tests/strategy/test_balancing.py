@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_lss import (
     AttentionMask,
+    InexactError,
     LSSAttention,
     LSSStrategy,
     RotaryEmbedding,
@@ -183,6 +184,18 @@ class KeepsFirst(Packed):
         return super().training_step(batch, batch_idx) + (self(batch["inputs"]).sum(-1) * weights).mean()
 
 
+class KeepsPositions(Packed):
+    """Keeps the positions of its first batch by their number."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.kept = getattr(self, "kept", {})
+        length = batch["inputs"].size(1)
+        if length not in self.kept:
+            self.kept[length] = torch.cos(sequence_shard(self).positions(length))
+        logits = self(batch["inputs"], mask=batch["mask"])
+        return super().training_step(batch, batch_idx) + (logits.sum(-1) * self.kept[length]).mean()
+
+
 class GathersAtEnd(Sometimes):
     """Gathers what its validation steps found at the end of the epoch; ``kind`` 0 has only even masks, 1 only the uneven one,
     2 both."""
@@ -219,6 +232,11 @@ def test_a_shard_that_is_kept_for_other_batches_is_refused(world) -> None:
     for layout in ("balanced", "auto"):
         for message in world.run(2, message_of_fit, run_of(2, layout, KeepsFirst, steps=4)):
             assert STALE in message, message
+
+
+def test_positions_that_are_kept_for_other_batches_are_found_by_the_second_proof(world) -> None:
+    for message in world.run(2, message_of_fit, run_of(2, "balanced", KeepsPositions, steps=4)):
+        assert message.startswith(InexactError.__name__), message
 
 
 def test_after_batches_of_several_layouts_nothing_is_gathered(world) -> None:
