@@ -70,7 +70,9 @@ def lss_attention(
     Raises:
         ValueError: if shapes, dtypes or options are incompatible; the message names the values.
         TypeError: if the mask is not an :class:`~lightning_lss.AttentionMask`.
+        RuntimeError: if the shard is of an earlier batch.
     """
+    shard.check_current()
     q, k, v = in_autocast_dtype(q, k, v)
     queries, keys = q.size(2) * shard.size, k.size(2) * (1 if whole_memory else shard.size)
     _check_inputs(q, k, v, causal and mask is None and queries != keys)

@@ -1,6 +1,7 @@
 """A rank's place in its sequence group, ``SequenceShard``, and the modules that depend on it."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ class SequenceShard:
             ``torch.bfloat16``; None for the one that they are computed in.
         assignment: with ``layout="balanced"``, which chunks of the batch at hand each rank holds. Without one, whoever
             asks for positions gets a ``RuntimeError``.
+        is_current: says whether this shard is that of the batch at hand, where each batch has its own; None for always.
+            Where it is not, whoever asks for positions, splits or gathers gets a ``RuntimeError``.
 
     Raises:
         ValueError: if ``rank`` is not in ``[0, size)``, the layout is unknown, or the assignment is not for this layout
@@ -39,6 +42,7 @@ class SequenceShard:
     group: dist.ProcessGroup | None = None
     communication_dtype: torch.dtype | None = None
     assignment: ChunkAssignment | None = None
+    is_current: Callable[["SequenceShard"], bool] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_layout(self.layout)
@@ -62,6 +66,15 @@ class SequenceShard:
         """Number of equal runs of positions that the whole sequence is divided into."""
         return self.size * len(self.held_chunks[0])
 
+    def check_current(self) -> None:
+        """Raise ``RuntimeError`` if this shard is not that of the batch at hand; compiled code does not ask."""
+        if torch.compiler.is_compiling() or self.is_current is None or self.is_current(self):
+            return
+        raise RuntimeError(
+            "This SequenceShard is of an earlier batch: layout='balanced' gives each batch its own positions. Ask"
+            " sequence_shard(module) within the step, or use layout='zigzag'."
+        )
+
     def check_length(self, length: int) -> None:
         """Raise ``ValueError`` if ``length`` positions cannot be divided evenly."""
         check_length(length, self.size, self.layout, self.assignment)
@@ -74,11 +87,13 @@ class SequenceShard:
     def ranges(self, length: int, rank: int | None = None) -> tuple[range, ...]:
         """The runs of global positions that the rank, or another one, holds, in local order; raises as
         :meth:`local_length`."""
+        self.check_current()
         rank = self.rank if rank is None else rank
         return position_ranges(length, rank, self.size, self.layout, self.assignment)
 
     def positions(self, local_length: int, device: torch.device | str | None = None) -> Tensor:
         """Global positions of the local tokens, int64 [l]; ``ValueError`` if l cannot be divided into chunks."""
+        self.check_current()
         if self.assignment is None:
             runs = self.ranges(local_length * self.size)
             return torch.cat([torch.arange(run.start, run.stop, device=device) for run in runs])
@@ -104,11 +119,12 @@ class SequenceShard:
 
         Differentiable. The adjoint is exact: a reduce-scatter sums the gradients of the gathered tensor over the ranks,
         and each rank receives those of its own segment. (Slicing the local gradient would lose the contributions of
-        other ranks' losses.) Raises ``RuntimeError`` if S > 1 and there is no process group, ``ValueError`` if no
-        sequence can be divided into segments of length l.
+        other ranks' losses.) Raises ``RuntimeError`` if S > 1 and there is no process group, or the shard is of an
+        earlier batch; ``ValueError`` if no sequence can be divided into segments of length l.
         """
         if self.size == 1:
             return x
+        self.check_current()
         self.check_length(x.size(dim) * self.size)
         return _Gather.apply(x, self, dim % x.dim())
 
@@ -133,7 +149,8 @@ class SequenceShard:
             )
         return self.group
 
-    # A process group belongs to its process: copies of a model share it, and a pickled shard arrives without one.
+    # A process group and the batch at hand belong to their process: copies of a model share them, and a pickled shard
+    # arrives without.
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> "SequenceShard":
         return self
 

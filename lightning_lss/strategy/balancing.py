@@ -34,6 +34,30 @@ class BatchLayouts:
         self.base = "zigzag" if layout == "auto" else layout
         """The layout of a run while it has no batch."""
         self._choices: dict[Any, ChunkAssignment | None] = {}
+        self._at_hand: ChunkAssignment | None = None
+        self._by_stage: dict[Any, set[ChunkAssignment | None]] = {}
+
+    @property
+    def vary(self) -> bool:
+        """Whether batches may have different layouts."""
+        return self.requested not in STATIC_LAYOUTS
+
+    def forget(self) -> None:
+        """Forget all batches: no shard of them is current any more."""
+        self._at_hand = None
+        self._by_stage.clear()
+
+    def follow(self, shard: SequenceShard, stage: Any) -> None:
+        """Take note that the batch at hand, one of ``stage``, is split under ``shard``."""
+        self._at_hand = shard.assignment
+        self._by_stage.setdefault(stage, set()).add(shard.assignment)
+
+    def is_current(self, shard: SequenceShard, between: Any) -> bool:
+        """Whether ``shard`` is that of the batch at hand; between the batches of a stage, that of all its batches.
+
+        An equal shard of another batch is current too, for it has the same positions.
+        """
+        return {shard.assignment} == self._by_stage.get(between, {self._at_hand})
 
     def shard_for(
         self, batch: Any, module: nn.Module, place: SequenceShard, dims: SequenceDims | None
@@ -55,11 +79,16 @@ class BatchLayouts:
                 return self._without_length(place)
         else:
             lengths = _lengths(batch, dims or {})
-            _check_lengths(masks, lengths)
-        own = _chunks_per_rank(lengths, place.size, even=self.requested == "auto")
+            if self.requested == "balanced":
+                _check_lengths(masks, lengths)
+        others = {x.num_queries for x in masks.values() if x.num_queries is not None}  # of a pooled sequence, say
+        own = _chunks_per_rank({*lengths, *others}, place.size, even=self.requested == "auto")
         if own == 0:  # the batch cannot be divided: split_batch says so
             return place
-        wanted = Counter(x for x in masks.values() if _is_square(x, lengths)) or _of_modules(module, lengths)
+        wanted = Counter(x for x in masks.values() if _is_square(x, lengths))
+        if not wanted and self.requested == "auto" and not others <= {*lengths}:
+            return place
+        wanted = wanted or _of_modules(module, lengths)
         key = (tuple(sorted((x.content_digest, n) for x, n in wanted.items())), lengths[0], own, place.size)
         if key not in self._choices:
             if len(self._choices) == _KEPT:
@@ -89,7 +118,9 @@ class BatchLayouts:
 
 
 def _on(place: SequenceShard, assignment: ChunkAssignment) -> SequenceShard:
-    return SequenceShard(place.rank, place.size, "balanced", place.group, place.communication_dtype, assignment)
+    return SequenceShard(
+        place.rank, place.size, "balanced", place.group, place.communication_dtype, assignment, place.is_current
+    )
 
 
 def _lengths(batch: Any, dims: SequenceDims) -> list[int]:
@@ -123,7 +154,8 @@ def _check_lengths(masks: Mapping[Path, Any], lengths: Collection[int]) -> None:
             has = " and ".join(map(str, sorted(lengths)))
             raise ValueError(
                 f"Batch entry {'.'.join(map(str, path)) or 'batch'}: {mask} is for sequences of length {mask.num_queries}, and the batch"
-                f" has sequences of length {has}. Make the mask from the whole sequences that are in the batch."
+                f" has sequences of length {has}. Make the mask from the whole sequences that are in the batch; if it is"
+                " for another sequence that the module makes of them, such as a pooled one, use layout='zigzag'."
             )
 
 

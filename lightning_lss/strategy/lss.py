@@ -192,7 +192,11 @@ class LSSStrategy(ProvedRuns):
         if grid is None:
             self._grid = grid = build_grid(self.world_size, self.global_rank, size, self._timeout)
         group, dtype = grid.sequence_group, self._communication_dtype
-        self._shard = self._place = SequenceShard(grid.sequence_rank, size, self._layouts.base, group, dtype)
+        self._layouts.forget()
+        is_current = self._is_current if self._layouts.vary and size > 1 else None
+        self._shard = self._place = SequenceShard(
+            grid.sequence_rank, size, self._layouts.base, group, dtype, is_current=is_current
+        )
         self._running = True
         if group is not None:
             share_random_state(group, self.root_device)
@@ -251,6 +255,7 @@ class LSSStrategy(ProvedRuns):
                 self._lightning_module = self.model = module
                 self.optimizers = optimizers
         self._running, self._segment_local, self._shard = False, None, self._place
+        self._layouts.forget()
         if module is not None:
             reset_segments(module)
 
@@ -278,10 +283,18 @@ class LSSStrategy(ProvedRuns):
     @override
     def arrange(self, batch: Any) -> None:
         shard = self._layouts.shard_for(batch, self._module, self._place, self._sequence_dims)
+        self._layouts.follow(shard, self._module.trainer.state.stage)
         if shard != self._shard:
             self._shard = shard
             for module in segment_modules(self._module):
                 module.set_shard(shard)
+
+    def _is_current(self, shard: SequenceShard) -> bool:
+        """Whether ``shard`` is that of the batch at hand, or, in a hook of a whole epoch or stage, that of all batches."""
+        module = self.lightning_module
+        trainer, hook = getattr(module, "_trainer", None), getattr(module, "_current_fx_name", None) or ""
+        between = hook.startswith("on_") and hook.endswith(("_start", "_end")) and "batch" not in hook
+        return self._layouts.is_current(shard, trainer.state.stage if trainer is not None and between else None)
 
     def _assign_segments(self) -> None:
         validation.check_segment_local(self._module, self._place.size, self._place.layout)

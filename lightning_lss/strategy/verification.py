@@ -16,6 +16,7 @@ from lightning_lss.proof.causes import FAILS
 from lightning_lss.proof.evenness import Sign, uneven_signs
 from lightning_lss.proof.passes import Rehearsal
 from lightning_lss.proof.report import InexactError, Report
+from lightning_lss.sequence.assignment import ChunkAssignment
 from lightning_lss.sequence.batch import SequenceDims
 from lightning_lss.sequence.segment import SequenceShard
 from lightning_lss.strategy.validation import warn_of_images
@@ -32,6 +33,7 @@ class Verification:
         """The whole one of the next step."""
         self.proved: frozenset[Sign] = frozenset()
         """What was proved with uneven segments, see :mod:`lightning_lss.proof.evenness`."""
+        self._first: ChunkAssignment | None = None  # of the batches that were looked at
         self._news: frozenset[Sign] = frozenset()
         self.is_due = False
         """Whether the next training step is to be proved."""
@@ -40,15 +42,17 @@ class Verification:
 
     def start(self) -> None:
         """Prove the next training step of a run, or of one whose parameters have changed."""
-        self.is_due, self.report, self.proved = self.wanted, None, frozenset()
+        self.is_due, self.report, self.proved, self._first = self.wanted, None, frozenset(), None
 
     def look_at(self, batch: Any, shard: SequenceShard, dims: SequenceDims | None) -> None:
         """Look at the training batch of the next step for entries that are the first with uneven segments, and for a layout
-        that is the first of its kind: a module that keeps the shard of another one would go unseen."""
+        that is the first of its kind, or the first other than that of the first balanced batch: a module that keeps the
+        shard or the positions of another one would go unseen."""
         if not self.wanted:
             self._news = frozenset()
             return
-        layout: Sign = ((), f"layout {shard.layout}")
+        self._first = self._first or shard.assignment
+        layout: Sign = ((), f"layout {shard.layout}{'' if shard.assignment in (None, self._first) else ', another'}")
         self._news = frozenset(uneven_signs(batch, shard, dims or {}, self.proved)) | ({layout} - self.proved)
 
     @property

@@ -21,6 +21,9 @@ from lightning_lss.testing.compare import assert_equal, assert_equal_on_ranks, w
 from tests.training import LENGTH, Run, SGDTransformer, fit, make_loader, make_module, make_samples, make_trainer
 
 ROTARY = {"positions": "rotary"}
+STALE = "This SequenceShard is of an earlier batch"
+UNEVEN = AttentionMask.documents((torch.arange(LENGTH) - LENGTH // 2).clamp(min=0)[None]) & AttentionMask.causal()
+"""One long document, and many of a token."""
 
 
 def documents(tokens: Tensor) -> AttentionMask:
@@ -123,9 +126,7 @@ class Sometimes(Packed):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         odd = int(batch["inputs"].sum()) % 2 == 1
-        ids = (torch.arange(LENGTH) - LENGTH // 2).clamp(min=0)
-        uneven = AttentionMask.documents(ids[None]) & AttentionMask.causal()
-        return {**batch, "mask": AttentionMask.causal() if odd else uneven}
+        return {**batch, "mask": AttentionMask.causal() if odd else UNEVEN}
 
 
 def layouts_seen(rank: int, run: Run) -> tuple[list[str], dict[str, Tensor]]:
@@ -171,7 +172,82 @@ def message_of_fit(rank: int, run: Run) -> str:
 def test_a_module_that_keeps_a_shard_is_found_on_the_first_batch_of_another_layout(world) -> None:
     assert world.run(2, message_of_fit, run_of(2, "auto", KeepsShard, steps=3)) == ["nothing was raised"] * 2
     for message in world.run(2, message_of_fit, run_of(2, "auto", KeepsShard, steps=5)):
+        assert STALE in message, message
+
+
+class KeepsFirst(Packed):
+    """Keeps the shard of its first batch, under which the proof finds nothing."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.kept = getattr(self, "kept", None) or sequence_shard(self)
+        weights = torch.cos(self.kept.positions(batch["inputs"].size(1)))
+        return super().training_step(batch, batch_idx) + (self(batch["inputs"]).sum(-1) * weights).mean()
+
+
+class KeepsPositions(Packed):
+    """Keeps the positions of its first batch by their number."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.kept = getattr(self, "kept", {})
+        length = batch["inputs"].size(1)
+        if length not in self.kept:
+            self.kept[length] = torch.cos(sequence_shard(self).positions(length))
+        logits = self(batch["inputs"], mask=batch["mask"])
+        return super().training_step(batch, batch_idx) + (logits.sum(-1) * self.kept[length]).mean()
+
+
+class GathersAtEnd(Sometimes):
+    """Gathers what its validation steps found at the end of the epoch; ``kind`` 0 has only even masks, 1 only the uneven one,
+    2 both."""
+
+    kind = 2
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if self.kind == 2:
+            return super().on_before_batch_transfer(batch, dataloader_idx)
+        return {**batch, "mask": UNEVEN if self.kind else AttentionMask.causal()}
+
+    def on_validation_epoch_start(self) -> None:
+        self.found: list[Tensor] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._loss(batch)
+        self.found.append(batch["inputs"])
+
+    def on_validation_epoch_end(self) -> None:
+        self.gathered = sequence_shard(self).gather(torch.cat(self.found))
+
+
+def validate(rank: int, run: Run, kind: int) -> str | tuple[Tensor, set[str]]:
+    module, trainer = make_module(run), make_trainer(rank, run, limit_val_batches=5)
+    module.kind = kind
+    try:
+        trainer.validate(module, make_loader(trainer, make_samples(20), 4), verbose=False)
+    except RuntimeError as error:
+        return str(error)
+    return module.gathered, {shard.layout for _, shard in module.seen}
+
+
+def test_a_shard_that_is_kept_for_other_batches_is_refused(world) -> None:
+    for layout in ("balanced", "auto"):
+        for message in world.run(2, message_of_fit, run_of(2, layout, KeepsFirst, steps=4)):
+            assert STALE in message, message
+
+
+def test_positions_that_are_kept_for_other_batches_are_found_by_the_second_proof(world) -> None:
+    for message in world.run(2, message_of_fit, run_of(2, "balanced", KeepsPositions, steps=4)):
         assert message.startswith(InexactError.__name__), message
+
+
+def test_after_batches_of_several_layouts_nothing_is_gathered(world) -> None:
+    tokens = torch.stack([x["inputs"] for x in make_samples(20)])
+    run = run_of(2, "auto", GathersAtEnd)
+    for kind, layout in enumerate(("zigzag", "balanced")):
+        for gathered, layouts in world.run(2, validate, run, kind):
+            assert torch.equal(gathered, tokens)
+            assert layouts == {layout}
+    for message in world.run(2, validate, run, 2):
+        assert STALE in message
 
 
 # -- refused -----------------------------------------------------------------------------------------------------------
@@ -206,6 +282,7 @@ class SplitsItself(SGDTransformer):
         (SGDTransformer, {}, "model.positions.weight stands for the same ones in all. Use RotaryEmbedding"),
         (WithTable, ROTARY, "table.rows stands for the same ones in all"),
         (WrongLength, ROTARY, f"for sequences of length {LENGTH - 2}, and the batch has sequences of length {LENGTH}"),
+        (WrongLength, ROTARY, "such as a pooled one, use layout='zigzag'"),
         (SplitsItself, ROTARY, "Put the AttentionMask of the batch into it"),
     ],
 )
@@ -259,6 +336,16 @@ def test_modules_own_masks_count_where_the_batch_has_none() -> None:
 def test_auto_bears_a_tenth_too_much(left, layout) -> None:
     batch = {"tokens": torch.zeros(1, 64), "mask": AttentionMask.sliding_window(left)}
     assert choose("auto", batch).layout == layout
+
+
+def test_the_mask_of_a_pooled_sequence_does_not_count_under_auto() -> None:
+    pooled = AttentionMask.documents(torch.arange(32)[None])
+    uneven = AttentionMask.documents((torch.arange(64) - 32).clamp(min=0)[None]) & AttentionMask.causal()
+    batch = {"tokens": torch.zeros(1, 64), "coarse": pooled}
+    assert choose("auto", batch).layout == "zigzag"
+    assert choose("auto", {**batch, "mask": uneven}).assignment.per_rank == 8  # pairs stay in one chunk: 32 / 4 = 8
+    short = AttentionMask.documents(torch.arange(16)[None])
+    assert choose("auto", {**batch, "coarse": short, "mask": uneven}).assignment.per_rank == 4
 
 
 def test_a_choice_is_made_once() -> None:
