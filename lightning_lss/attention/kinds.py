@@ -308,8 +308,14 @@ def _name(function: VisiblePair) -> str:
 
 
 def what_is_read(function: VisiblePair) -> list[tuple[Any, ...]]:
-    """The tensors and numbers in a function's closure and defaults, and among the globals that it names: of a tensor who it
-    is and how often it was written to."""
+    """The numbers and tensors that a function reads; of a tensor who it is and how often it was written to."""
+    numbers, tensors = values_read(function)
+    return [*enumerate(numbers), *((id(x), 0 if x.is_inference() else x._version) for x in tensors)]
+
+
+def values_read(function: VisiblePair) -> tuple[list[float], list[Tensor]]:
+    """The numbers and tensors in a function's closure and defaults, and among the globals that it names; of modules there
+    their buffers."""
     inner = inspect.unwrap(function)
     code = getattr(inner, "__code__", None)
     values: list[Any] = list(getattr(inner, "__defaults__", None) or ())
@@ -320,9 +326,7 @@ def what_is_read(function: VisiblePair) -> list[tuple[Any, ...]]:
     values += [inner.__globals__[name] for name in names if name in inner.__globals__]
     owners = [x for x in values if isinstance(x, torch.nn.Module)]
     values += [buffer for owner in owners for buffer in owner.buffers()]
-    read: list[tuple[Any, ...]] = [("number", x) for x in values if isinstance(x, (bool, int, float))]
-    tensors = [x for x in values if isinstance(x, Tensor)]
-    return read + [(id(x), 0 if x.is_inference() else x._version) for x in tensors]
+    return [x for x in values if isinstance(x, (bool, int, float))], [x for x in values if isinstance(x, Tensor)]
 
 
 def _depends(function: VisiblePair) -> tuple[bool, bool]:

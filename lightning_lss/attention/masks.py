@@ -255,7 +255,7 @@ class AttentionMask:
 
     @property
     def content_digest(self) -> int:
-        """Hash of what the mask shows, 63 bits; it sees of a function only its name."""
+        """Hash of what the mask shows, 63 bits; of a function it takes the name, and the numbers and tensors that it reads."""
         words = pack(self.kind, by_name=True) if self._functions else self.words
         return int.from_bytes(words[:8].numpy().tobytes(), "big") >> 1
 

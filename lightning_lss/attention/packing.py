@@ -30,12 +30,15 @@ no_modes = _disable_current_modes
 @no_modes()
 @torch.inference_mode(False)  # training may follow a validation with the same mask
 def pack(kind: Kind, by_name: bool = False) -> Tensor:
-    """Write a mask as words; with ``by_name`` for comparisons between processes, where functions have other numbers."""
+    """Write a mask as words; with ``by_name`` for comparisons between processes, by the name of functions and what they read."""
     tensors: list[bytes] = []
 
     def describe(x: Any) -> Any:
+        if isinstance(x, Function) and by_name:
+            numbers, read = kinds.values_read(x.function)
+            return {"function": getattr(x.function, "__qualname__", ""), "reads": [numbers, *map(describe, read)]}
         if isinstance(x, Function):
-            return {"function": getattr(x.function, "__qualname__", "") if by_name else x.number}
+            return {"function": x.number}
         if isinstance(x, Kind):
             return [type(x).__name__, *map(describe, x.arguments)]
         if isinstance(x, Tensor):

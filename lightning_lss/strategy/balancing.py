@@ -89,7 +89,7 @@ class BatchLayouts:
         if not wanted and self.requested == "auto" and not others <= {*lengths}:
             return place
         wanted = wanted or _of_modules(module, lengths)
-        key = (tuple(sorted((x.content_digest, n) for x, n in wanted.items())), lengths[0], own, place.size)
+        key = (tuple(sorted((x.packed.digest, n) for x, n in wanted.items())), lengths[0], own, place.size)
         if key not in self._choices:
             if len(self._choices) == _KEPT:
                 del self._choices[next(iter(self._choices))]

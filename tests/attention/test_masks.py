@@ -184,6 +184,14 @@ def test_a_function_that_reads_something_else_than_before_is_refused() -> None:
         mask.dense(4)
 
 
+def test_functions_are_compared_by_what_they_read() -> None:
+    def of(ids: torch.Tensor) -> AttentionMask:
+        return AttentionMask.from_function(lambda b, h, q, k: ids[q] == ids[k])
+
+    assert of(torch.tensor([0, 0, 1])).content_digest == of(torch.tensor([0, 0, 1])).content_digest
+    assert of(torch.tensor([0, 0, 1])).content_digest != of(torch.tensor([0, 1, 1])).content_digest
+
+
 def test_a_function_that_cannot_be_mapped_is_refused_with_what_to_write() -> None:
     with pytest.raises(
         ValueError, match=r"failed under torch.vmap.* It must return a bool tensor.* & \| ~ instead of and"
