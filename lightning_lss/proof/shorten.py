@@ -11,6 +11,9 @@ from lightning_lss.sequence.segment import SequenceShard
 POSITIONS = 512
 """To how many positions a batch is shortened: enough for several chunks on each of many ranks, and little work."""
 
+BLOCKS = (2, 3, 4, 5, 6, 7, 8, 16, 32, 64)
+"""How many neighbours a module may merge, or compute together."""
+
 
 def sequence_length(batch: Any, dims: SequenceDims) -> int:
     """Return the length of the longest sequence in ``batch``, 0 if it has none."""
@@ -20,19 +23,38 @@ def sequence_length(batch: Any, dims: SequenceDims) -> int:
 
 def short_length(length: int, shard: SequenceShard) -> int:
     """Return how many of ``length`` positions to take: no more than a rank holds in a training step, where that can be
-    divided among all, so that no rank needs more memory than for such a step."""
+    divided among all, so that no rank needs more memory than for such a step.
+
+    A shortened chunk can be cut only into blocks that a chunk can be cut into, and into as many of these as possible: what
+    merges neighbours fails in the proof where it fails in the run.
+    """
     unit = shard.num_chunks
-    return max(min(POSITIONS, length // shard.size) // unit, 1) * unit
+    chunk, most = length // unit, max(min(POSITIONS, length // shard.size) // unit, 1)
+    divisors = _blocks(chunk)
+    sound = (x for x in range(1, most + 1) if _blocks(x) <= divisors)
+    return unit * max(sound, key=lambda x: (x % 2 == chunk % 2, len(_blocks(x)), x))  # pairs are the commonest
+
+
+def _blocks(count: int) -> set[int]:
+    """Return into blocks of which sizes ``count`` positions can be cut."""
+    return {size for size in BLOCKS if count % size == 0}
 
 
 def shortened(batch: Any, length: int, starts: list[int], kept: int, dims: SequenceDims) -> Any:
-    """Keep ``kept`` positions of each chunk, from ``starts`` on, of sequences of ``length``. Sequences of other lengths that
-    ``dims`` names are shortened in proportion, and masks with the sequences that they are for."""
+    """Keep ``kept`` positions of each chunk, from ``starts`` on, of sequences of ``length``. Other sequences are shortened in
+    proportion: those that ``dims`` names, and the rest where they have one length, as ``split_batch`` demands. Masks are
+    shortened with the sequences that they are for."""
+    unnamed = {
+        x.size(dim)
+        for path, x in tensors_by_path(batch)
+        if dims.keys().isdisjoint(path) and (dim := sequence_dim_of(path, x, dims)) is not None
+    }
+    lengths = {length, *(size for size in unnamed if len(unnamed) == 1 and size % len(starts) == 0)}
 
     def dim_to_cut(path: Path, x: Tensor) -> int | None:
         dim = sequence_dim_of(path, x, dims)
         is_named = not dims.keys().isdisjoint(path)
-        return dim if dim is not None and (x.size(dim) == length or is_named) else None
+        return dim if dim is not None and (x.size(dim) in lengths or is_named) else None
 
     def windows(size: int) -> list[tuple[int, int]]:
         return [(start * size // length, kept * size // length) for start in starts]
@@ -60,11 +82,12 @@ def window_starts(length: int, kept: int, shard: SequenceShard, counts: Tensor |
     """Return where the ``kept`` positions of each chunk start: at its start, so that every rank keeps positions of its own.
 
     With ``counts``, int64 [length], the rank that has most of them keeps as many as it can, and others as few, so that an
-    uneven batch stays uneven.
+    uneven batch stays uneven. Counts of a sequence of another length are stretched to this one.
     """
     run = length // shard.num_chunks
     if counts is None:
         return list(range(0, length, run))
+    counts = counts[torch.arange(length) * len(counts) // length]
     windows = counts.view(-1, run).unfold(1, kept, 1).sum(2)  # [chunks, starts]
     totals = counts.view(-1, run).sum(1)
     most = max(shard.held_chunks, key=lambda chunks: int(totals[list(chunks)].sum()))

@@ -182,6 +182,13 @@ class PaddedMean(Right):
         return F.cross_entropy(logits.flatten(0, 1), batch["inputs"].flatten(), ignore_index=0)
 
 
+class MergesPairs(Right):
+    """Right where segments are of whole pairs of neighbours, and a segment is one run of positions or its chunks are too."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return x + x.unflatten(1, (-1, 2)).mean(2).repeat_interleave(2, 1)
+
+
 class LosesGradients(Right):
     """Attention over what the other ranks have sent, behind a head that starts at zero."""
 

@@ -19,6 +19,7 @@ from tests.proof.faulty import (
     LocalTable,
     MaskedMean,
     MaskedTargets,
+    MergesPairs,
     OtherAttention,
     OwnPositions,
     PaddedMean,
@@ -69,6 +70,15 @@ def test_faults_are_found_with_replicas_and_sharded_parameters(world, strategy) 
 def test_a_long_batch_is_shortened(world) -> None:
     found = world.run(2, verdict, OtherAttention, Run(size=2, steps=1), 4096)[0]
     assert "shortened to 512 of 4096 positions" in found
+
+
+@pytest.mark.parametrize(("length", "is_right"), [(516, False), (4 * 1031, False), (512, True), (4 * 1032, True)])
+def test_a_short_chunk_divides_as_a_long_one(world, length, is_right) -> None:
+    """Chunks of 129 positions cut pairs in two: a proof with chunks of 64 does not see it."""
+    found = world.run(2, verdict, MergesPairs, Run(size=2, layout="zigzag", steps=1), length)
+    assert found[0] == found[1]
+    assert found[0].startswith("This run would not be") != is_right, found[0]
+    assert is_right or "unflatten" in found[0]
 
 
 UNEVEN = {

@@ -22,6 +22,31 @@ def test_a_rank_computes_no_more_than_in_a_step(shard, runs) -> None:
     assert short <= max(min(POSITIONS, length // shard.size), shard.num_chunks)
 
 
+@given(st.sampled_from(SHARDS), st.integers(1, 5000))
+def test_a_shortened_chunk_can_be_cut_only_as_a_chunk_can(shard, chunk) -> None:
+    length = chunk * shard.num_chunks
+    short = short_length(length, shard)
+    kept = short // shard.num_chunks
+    for block in (2, 3, 4, 5, 7, 8, 16, 32):
+        assert kept % block or chunk % block == 0, (block, kept)
+    assert kept % 2 == chunk % 2 or kept == 1
+
+
+def test_an_entry_may_be_longer_than_the_tokens() -> None:
+    shard = SequenceShard(0, 2, "zigzag")
+    targets = torch.arange(16)[None].masked_fill(torch.arange(16) < 6, -100)
+    batch = {"targets": targets, "memory": torch.arange(24.0).view(1, 24, 1), "mask": AttentionMask.documents(targets)}
+    for dims in ({"memory": 1}, {"memory": 1, "targets": 1}):
+        counts = uneven_signs(batch, shard, dims)[("targets",), "negative"]
+        starts = window_starts(24, 3, shard, counts)
+        short = shortened(batch, 24, starts, 3, dims)
+        assert short["memory"].flatten().tolist() == [start + x for start in starts for x in range(3)]
+        positions = torch.cat([torch.arange(start * 16 // 24, start * 16 // 24 + 2) for start in starts])
+        assert torch.equal(short["targets"], targets[:, positions])
+        assert short["mask"] == batch["mask"].select(positions)
+        assert uneven_signs(short, shard, dims)
+
+
 @given(st.sampled_from(SHARDS), st.integers(0, 2**31))
 def test_an_uneven_batch_stays_uneven(shard, seed) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -235,6 +235,25 @@ class WindowWithSinks(Right):
         return self.attention(self.rotary(q), self.rotary(k), v, sinks=self.sinks)
 
 
+class LongMemory(Right):
+    """Attends to a memory that is longer than the tokens and is split too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory, self.cross = nn.Linear(HEADS, 2 * WIDTH), LSSAttention(causal=False)
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        length = batch["inputs"].size(1) * 3 // 2
+        return {**batch, "memory": torch.linspace(-1, 1, length * 2 * HEADS).view(2, length, HEADS)}
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.__dict__["keys"] = self.memory(batch["memory"]).unflatten(-1, (2, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        return super().training_step(batch, batch_idx)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().attend(q, k, v) + self.cross(q, *self.__dict__["keys"])
+
+
 SOUND = [
     Ours,
     OursLearned,
@@ -253,6 +272,12 @@ SOUND += [MeanOfMeans, LogsAMean, OwnAutocast, KeepsItsShard, Sparse, ZeroHead, 
 @pytest.mark.parametrize("module", SOUND)
 def test_a_sound_module_is_proved(world, module, layout) -> None:
     assert world.run(2, verdict, module, Run(size=2, layout=layout, steps=1)) == ["", ""]
+
+
+@pytest.mark.parametrize("length", [16, 32, 4096])
+def test_a_memory_longer_than_the_tokens_is_shortened_with_them(world, length) -> None:
+    run = Run(size=2, steps=1, strategy={"sequence_dims": {"memory": 1}})
+    assert world.run(2, verdict, LongMemory, run, length) == ["", ""]
 
 
 @pytest.mark.parametrize("layout", ["zigzag", "balanced"])
