@@ -217,9 +217,8 @@ def _return_runs(grads: Tensor, local_length: int, spec: AttentionSpec, needs: N
     incoming[shard.rank] = outgoing[shard.rank]
 
     def add(total: Tensor) -> Tensor:
-        for runs, received in zip(
-            wanted, incoming
-        ):  # in the order of the ranks, so that sums do not change from run to run
+        # in the order of the ranks, so that sums do not change from run to run
+        for runs, received in zip(wanted, incoming):
             for run, grad in zip(runs, received):
                 total[run.start : run.start + run.size].add_(grad)
         return total

@@ -60,6 +60,10 @@ class Kind:
         """Which keys some ``queries``, int64 [m], see: bool [B or 1, H or 1, m, keys]."""
         raise NotImplementedError
 
+    def told_apart(self, sizes: Sizes) -> Sizes:
+        """The sizes of a call with as many rows of the batch and heads as the mask tells apart there."""
+        return sizes._replace(batch=self.rows, heads=self.heads)
+
     def bands(self, sizes: Sizes) -> list[Bands] | None:
         """The visible pairs by row of the batch (one entry: the same for all); None if there is no such structure."""
         return None
@@ -236,7 +240,7 @@ class Dense(Kind):
         return Dense(self.table[:, :, positions][..., positions])
 
 
-functions: "WeakValueDictionary[int, Function]" = WeakValueDictionary()
+by_number: "WeakValueDictionary[int, Function]" = WeakValueDictionary()
 """Every mask made of a function, by its number: under ``torch.compile`` only a number can pass through the graph."""
 _recent: "deque[Function]" = deque(maxlen=256)
 """The latest ones, kept for backward passes after their masks are gone."""
@@ -260,7 +264,7 @@ class Function(Kind):
 
     def __post_init__(self) -> None:
         self.number = next(_numbers)
-        functions[self.number] = self
+        by_number[self.number] = self
         _recent.append(self)
         self._read = what_is_read(self.function)
         self.depends = _depends(self.function)
@@ -268,8 +272,13 @@ class Function(Kind):
             self.queries = self.keys = len(self.positions)
 
     @override
+    def told_apart(self, sizes: Sizes) -> Sizes:
+        batch, heads = (n if used else 1 for n, used in zip(sizes, self.depends))
+        return sizes._replace(batch=batch, heads=heads)
+
+    @override
     def visible(self, queries: Tensor, sizes: Sizes) -> Tensor:
-        rows, heads = (n if used else 1 for n, used in zip(sizes, self.depends))
+        rows, heads, *_ = self.told_apart(sizes)
         keys = torch.arange(sizes.keys)
         if self.positions is not None:
             queries, keys = self.positions[queries], self.positions[keys]
@@ -353,6 +362,11 @@ class Combined(Kind):
         self.queries, self.keys = (
             y if x is None else x for x, y in ((one.queries, other.queries), (one.keys, other.keys))
         )
+
+    @override
+    def told_apart(self, sizes: Sizes) -> Sizes:
+        one, other = (kind.told_apart(sizes) for kind in (self.one, self.other))
+        return sizes._replace(batch=max(one.batch, other.batch), heads=max(one.heads, other.heads))
 
     @override
     def visible(self, queries: Tensor, sizes: Sizes) -> Tensor:

@@ -23,12 +23,13 @@ from lightning_lss.attention.kinds import (
 from lightning_lss.attention.packing import PackedMask, pack, unpack
 from lightning_lss.attention.plan import Plan, plan_segment
 from lightning_lss.attention.structure import ChunkWork, chunk_work
+from lightning_lss.sequence.batch import BatchMask
 from lightning_lss.sequence.layout import check_positive
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
 
 
 @dataclass(init=False, repr=False, eq=False)  # without fields: Lightning looks into other objects for the batch size
-class AttentionMask:
+class AttentionMask(BatchMask):
     """Which pairs of queries and keys are visible, for whole sequences; it means the same on any number of ranks.
 
     Make one with the class methods, and combine them: ``a & b`` shows what both show, ``a | b`` what either shows. A mask
@@ -229,16 +230,17 @@ class AttentionMask:
     ) -> ChunkWork:
         """What the queries of each of ``num_chunks`` equal chunks of sequences of ``length`` look at.
 
-        ``batch`` and ``heads`` as in :meth:`dense`. Raises ``ValueError`` if the mask is not for such sequences.
+        The pairs are summed over the rows of the batch that the mask tells apart. ``batch`` and ``heads`` as in
+        :meth:`dense`. Raises ``ValueError`` if the mask is not for such sequences.
         """
         sizes = Sizes(batch or self.rows, heads or self.heads, length, length)
         self.check(sizes)
         return chunk_work(self.packed, sizes, num_chunks)
 
-    def visible_pairs(self, length: int) -> float:
+    def visible_pairs(self, length: int, num_chunks: int = 1) -> float:
         """Number of pairs that are visible in a sequence of ``length``, mean of the rows of the batch; a mask without
-        structure is counted in blocks."""
-        return float(self.chunk_work(length, 1).pairs.sum() / self.rows)
+        structure is counted in blocks. With the ``num_chunks`` of the layout it is not looked at again."""
+        return float(self.chunk_work(length, num_chunks).pairs.sum() / self.rows)
 
     def plan(self, length: int, shard: SequenceShard = WHOLE_SEQUENCE) -> Plan:
         """What the rank of ``shard`` computes and fetches in self-attention of sequences of ``length`` L.
@@ -258,6 +260,11 @@ class AttentionMask:
         """Hash of what the mask shows, 63 bits; of a function it takes the name, and the numbers and tensors that it reads."""
         words = pack(self.kind, by_name=True) if self._functions else self.words
         return int.from_bytes(words[:8].numpy().tobytes(), "big") >> 1
+
+    @property
+    def digest(self) -> bytes:
+        """Hash of the mask within this process: another function is another mask."""
+        return self.packed.digest
 
     # -- a value -------------------------------------------------------------------------------------------------------
 

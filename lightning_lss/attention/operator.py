@@ -161,20 +161,13 @@ def attend_backward(
     return rows.grad_q, exchange.heads_first(whole.to(q.dtype)), _grad_sinks(grad, out, lse, changed.sinks)
 
 
+_RESULTS = 3  # out, lse and gathered, which backward takes between the values and the modifiers
+
+
 @attend_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    gathered: Tensor,
-    sinks: Any = None,
-    *_: Any,
-    **__: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
     whole = exchange.heads_first(exchange.empty_head_chunk(k, v, k.size(2)))
+    sinks = Modifiers(*rest[_RESULTS:]).sinks
     return _empty_rows(q, q.size(-1)), whole, q.new_empty(0) if sinks is None else torch.empty_like(sinks)
 
 
@@ -260,19 +253,10 @@ def _flops(q: Tensor, k: Tensor, v: Tensor, *modifiers: Tensor | None, out_val: 
 
 @register_flop_formula([torch.ops.lightning_lss.attention_backward], get_raw=True)
 def _flops_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    gathered: Tensor,
-    *modifiers: Tensor | None,
-    out_val: Any = None,
-    **options: Any,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, out_val: Any = None, **options: Any
 ) -> int:
     """The same for 5: scores, and the gradients of queries and keys, of probabilities and values."""
-    return 2 * (3 * q.size(-1) + 2 * v.size(-1)) * _pairs(q, k, v, modifiers, options)
+    return 2 * (3 * q.size(-1) + 2 * v.size(-1)) * _pairs(q, k, v, rest[_RESULTS:], options)
 
 
 def _pairs(q: Tensor, k: Tensor, v: Tensor, modifiers: tuple[Tensor | None, ...], options: dict[str, Any]) -> int:

@@ -104,7 +104,7 @@ def unpack(packed: PackedMask) -> Kind:
 
 def _function(number: int) -> Function:
     try:
-        return kinds.functions[number]
+        return kinds.by_number[number]
     except KeyError:
         raise RuntimeError(
             "A mask made with AttentionMask.from_function is needed again but has been deleted, and many were made since. Keep it"

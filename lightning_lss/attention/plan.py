@@ -16,7 +16,7 @@ from lightning_lss.attention.bands import FAR, HIGH, K0, Q1, Bands, intersect, r
 from lightning_lss.attention.kinds import Kind, Sizes
 from lightning_lss.attention.packing import PackedMask, no_modes, unpack
 from lightning_lss.attention.series import Series, find_series
-from lightning_lss.attention.structure import Structure, chunk_work, structure_of
+from lightning_lss.attention.structure import Structure, chunk_work, forget_structures, structure_of
 from lightning_lss.attention.tiles import RowGroup, Tile, cut_band, group_rows, join_tiles
 from lightning_lss.sequence.segment import SequenceShard
 
@@ -114,18 +114,18 @@ def _make_plan(mask: PackedMask, call: Call) -> Plan:
     runs = [everything] if needs is None else [range(x.position, x.position + x.size) for x in needs[call.rank]]
     held = _adjacent(call.chunks[call.rank], sizes.queries // num_chunks)
     planner = _Tiles(call, unpack(mask), held, _Fetched(runs))
+    rows = list(_by_rows(structure, sizes.batch))
+    mixed_tiles = planner.mixed_tiles([(batch, mixed) for batch, _, mixed in rows])
     groups = [
-        group
-        for batch, exact, mixed in _by_rows(structure, sizes.batch)
-        for group in planner.groups(batch, exact, mixed)
+        group for (batch, exact, _), mixed in zip(rows, mixed_tiles) for group in planner.groups(batch, exact, mixed)
     ]
-    rows = sum((group.q_stop - group.q_start) * (group.batch.stop - group.batch.start) for group in groups)
+    seeing = sum((group.q_stop - group.q_start) * (group.batch.stop - group.batch.start) for group in groups)
     return Plan(
         find_series(groups),
         tuple(planner.tables),
         needs,
         tuple(received),
-        rows < sizes.batch * sum(map(len, held)) or bool(planner.tables),
+        seeing < sizes.batch * sum(map(len, held)) or bool(planner.tables),
         _most_tiles(groups, sum(map(len, runs))),
         torch.cat([torch.arange(run.start, run.stop) for run in held]),
         torch.cat([torch.arange(run.start, run.stop) for run in runs] or [torch.arange(0)]),
@@ -163,8 +163,9 @@ _MOST_FEATURES = 1024
 
 def forget_plans() -> None:
     """Empty the caches of plans and of what they are made from, as tests and measurements need it."""
-    for cached in (_plan, _plan_with_tables, structure_of, chunk_work, unpack):
-        cached.cache_clear()
+    _plan.cache_clear()
+    _plan_with_tables.cache_clear()
+    forget_structures()
     _features.clear()
 
 
@@ -257,13 +258,22 @@ class _Tiles:
         self.starts, self.stops = (np.array(x) for x in zip(*((run.start, run.stop) for run in held)))
         self.rows = np.cumsum([0, *map(len, held)])[:-1]
         self.tables: list[Table] = []
-        self._looked_at: tuple[tuple[int, int] | None, Tensor] = (None, torch.empty(0))
 
-    def groups(self, batch: slice, exact: Bands, mixed: Bands) -> list[RowGroup]:
+    def groups(self, batch: slice, exact: Bands, mixed: list[Tile]) -> list[RowGroup]:
         """The tiles of some rows of the batch, by the query rows that they share."""
         tiles = [self._tile(band) for whole in self._own(exact) for band in self._cut(whole)]
-        tiles += [self._mixed_tile(batch, band) for band in self._own(mixed)]
-        return group_rows(batch, join_tiles(tiles))
+        return group_rows(batch, join_tiles([*tiles, *mixed]))
+
+    def mixed_tiles(self, rows: Sequence[tuple[slice, Bands]]) -> list[list[Tile]]:
+        """Tiles with a table, for each of some rows of the batch; every strip of queries is looked at once."""
+        found: list[list[Tile]] = [[] for _ in rows]
+        bands = [(band, index) for index, (_, mixed) in enumerate(rows) for band in self._own(mixed)]
+        strips = groupby(sorted(bands, key=lambda item: item[0][:2]), key=lambda item: item[0][:2])
+        for (start, stop), members in strips:
+            visible = self.kind.visible(torch.arange(start, stop), self.call.sizes)
+            for band, index in members:
+                found[index].append(self._mixed_tile(rows[index][0], band, visible))
+        return found
 
     def _cut(self, band: list[int]) -> Iterator[tuple[int, ...]]:
         return cut_band(tuple(band), self.call.offset_diagonal, self.call.windows)  # type: ignore[arg-type]
@@ -280,12 +290,8 @@ class _Tiles:
         tile = Tile(row, row + q1 - q0, key, key + k1 - k0, low + shift, high + shift, table)
         return tile._replace(low=tile.low if tile.cuts_right else -FAR, high=tile.high if tile.cuts_left else FAR)
 
-    def _mixed_tile(self, batch: slice, band: list[int]) -> Tile:
-        q0, q1, k0, k1, *_ = band
-        if self._looked_at[0] != (q0, q1):  # one strip of queries often has several such tiles
-            self._looked_at = (q0, q1), self.kind.visible(torch.arange(q0, q1), self.call.sizes)
-        visible = self._looked_at[1][..., k0:k1]
-        tile = self._tile((q0, q1, k0, k1, -FAR, FAR), len(self.tables))
-        own = visible[batch] if len(visible) > 1 else visible
+    def _mixed_tile(self, batch: slice, band: Sequence[int], visible: Tensor) -> Tile:
+        tile, (k_start, k_stop) = self._tile((*band[:4], -FAR, FAR), len(self.tables)), band[2:4]
+        own = visible[batch if len(visible) > 1 else slice(None), ..., k_start:k_stop]
         self.tables.append(Table(tile.q_start, tile.k_start, own.clone()))  # not a view of the whole strip
         return tile

@@ -26,7 +26,7 @@ class Structure(NamedTuple):
 
 
 class ChunkWork(NamedTuple):
-    """What the queries of each of C chunks of a sequence do, over all rows of the batch."""
+    """What the queries of each of C chunks of a sequence do, over all rows of the batch that the mask tells apart."""
 
     pairs: NDArray[np.int64]
     """Number of pairs that are computed, [C]."""
@@ -36,11 +36,15 @@ class ChunkWork(NamedTuple):
     """The first of these keys, [C, C]."""
 
 
-@lru_cache(maxsize=4)  # it keeps the mask, which may be large
-@no_modes()
 def structure_of(mask: PackedMask, sizes: Sizes, query_chunks: int, key_chunks: int) -> Structure:
     """Find what a mask shows; a mask without structure is looked at in blocks that do not cross the borders of equal
     chunks."""
+    return _structure_of(mask, unpack(mask).told_apart(sizes), query_chunks, key_chunks)
+
+
+@lru_cache(maxsize=4)  # it keeps the mask, which may be large
+@no_modes()
+def _structure_of(mask: PackedMask, sizes: Sizes, query_chunks: int, key_chunks: int) -> Structure:
     kind = unpack(mask)
     exact = kind.bands(sizes)
     if exact is not None:
@@ -79,15 +83,19 @@ def _runs_of(wanted: NDArray[np.bool_], start: int, stop: int, edges: Edges) -> 
     return rectangles(np.full_like(first, start), np.full_like(first, stop), first, last)
 
 
-@lru_cache(maxsize=4)
 def chunk_work(mask: PackedMask, sizes: Sizes, num_chunks: int) -> ChunkWork:
     """Find what each of ``num_chunks`` equal chunks of the queries looks at."""
+    return _chunk_work(mask, unpack(mask).told_apart(sizes), num_chunks)
+
+
+@lru_cache(maxsize=4)
+def _chunk_work(mask: PackedMask, sizes: Sizes, num_chunks: int) -> ChunkWork:
     exact, mixed = structure_of(mask, sizes, num_chunks, num_chunks)
     chunk, key_chunk = sizes.queries // num_chunks, sizes.keys // num_chunks
     pieces = split_queries(np.concatenate(exact + mixed), chunk)
     chunks = pieces[:, Q0] // chunk
     pairs = np.zeros(num_chunks, np.int64)
-    np.add.at(pairs, chunks, count_pairs(pieces) * (sizes.batch // len(exact)))
+    np.add.at(pairs, chunks, count_pairs(pieces))
     index, of_keys = spread(pieces[:, K0] // key_chunk, (pieces[:, K1] - 1) // key_chunk)
     first = np.full((num_chunks, num_chunks), sizes.keys)
     stop = np.zeros_like(first)
@@ -95,3 +103,9 @@ def chunk_work(mask: PackedMask, sizes: Sizes, num_chunks: int) -> ChunkWork:
     np.minimum.at(first, at, np.maximum(pieces[index, K0], of_keys * key_chunk))
     np.maximum.at(stop, at, np.minimum(pieces[index, K1], (of_keys + 1) * key_chunk))
     return ChunkWork(pairs, np.maximum(stop - first, 0), first)
+
+
+def forget_structures() -> None:
+    """Empty the caches."""
+    for cached in (_structure_of, _chunk_work, unpack):
+        cached.cache_clear()

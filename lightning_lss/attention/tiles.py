@@ -133,9 +133,7 @@ def _cut_right(band: Band, offset_diagonal: bool) -> Iterator[Band]:
     middle = min(q1, k1 + low)  # rows from here on see all keys
     if middle < q1:
         yield middle, q1, k0, k1, -FAR, FAR
-    first = q0 - low  # the first row sees the keys up to this one
-    if offset_diagonal:
-        first = k0
+    first = k0 if offset_diagonal else q0 - low  # the first row sees the keys up to the latter
     if first > k0:
         yield q0, middle, k0, first, -FAR, FAR
     yield q0, middle, first, middle - low, low, FAR

@@ -115,10 +115,15 @@ class LSSTransformer(pl.LightningModule):
         loss = token_mean(loss_sum, num_tokens)
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
         self.log("train/bits_per_byte", loss.detach() / (math.log(2) * self.bytes_per_token), sync_dist=True)
-        batch_size, local_length = batch["inputs"].shape
-        size = sequence_shard(self).size
-        self._flops = self.model.config.training_flops(batch_size, local_length * size, **_mask_of(batch)) / size
+        self._count_flops(batch)
         return loss
+
+    @torch.compiler.disable  # a mask counts its pairs outside of any graph
+    def _count_flops(self, batch: Batch) -> None:
+        shard, (batch_size, local_length) = sequence_shard(self), batch["inputs"].shape
+        length = local_length * shard.size
+        pairs = [mask.visible_pairs(length, shard.num_chunks) for mask in _mask_of(batch).values()]
+        self._flops = self.model.config.training_flops(batch_size, length, *pairs) / shard.size
 
     @torch.compiler.disable  # Lightning's log cannot be traced and would fail in a module compiled as a whole
     def log(self, *args: Any, **kwargs: Any) -> None:

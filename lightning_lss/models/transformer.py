@@ -91,9 +91,9 @@ class TransformerConfig:
             return self.mlp_width
         return 4 * self.width if self.mlp == "gelu" else -(-8 * self.width // 3 // 64) * 64
 
-    def training_flops(self, batch_size: int, length: int, mask: AttentionMask | None = None) -> float:
+    def training_flops(self, batch_size: int, length: int, pairs: float | None = None) -> float:
         """Count the floating-point operations of one training step, forward and backward, on ``batch_size`` sequences
-        of ``length`` tokens under a mask; None for what ``causal`` says.
+        of ``length`` tokens with as many visible ``pairs`` each; None for what ``causal`` says.
 
         It counts matrix multiplications only, as for model FLOP/s utilization (PaLM, arXiv 2204.02311, appendix B): 6
         for each weight and token, and 12 E for each layer and visible query-key pair. A causal mask hides half of the
@@ -102,7 +102,8 @@ class TransformerConfig:
         hidden_weights = self.hidden_width * (3 if self.mlp == "swiglu" else 2)
         projections = self.width * (2 * self.width + 2 * self.kv_heads * self.head_dim)
         weights = self.num_layers * (projections + self.width * hidden_weights) + self.width * self.vocab_size
-        pairs = length**2 / (2 if self.causal else 1) if mask is None else mask.visible_pairs(length)
+        if pairs is None:
+            pairs = length**2 / (2 if self.causal else 1)
         return batch_size * (6.0 * weights * length + 12.0 * self.num_layers * self.width * pairs)
 
 

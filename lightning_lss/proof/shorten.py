@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lss.sequence.batch import Path, SequenceDims, is_mask, map_entries, sequence_dim, tensors_by_path
+from lightning_lss.sequence.batch import BatchMask, Path, SequenceDims, map_entries, sequence_dim, tensors_by_path
 from lightning_lss.sequence.segment import SequenceShard
 
 POSITIONS = 512
@@ -26,13 +26,17 @@ def short_length(length: int, shard: SequenceShard) -> int:
     divided among all, so that no rank needs more memory than for such a step.
 
     A shortened chunk can be cut only into blocks that a chunk can be cut into, and into as many of these as possible: what
-    merges neighbours fails in the proof where it fails in the run.
+    merges neighbours fails in the proof where it fails in the run. One device never computes as many positions as a rank
+    does in a step: what a function has cached by the length would be used for a segment.
     """
-    unit = shard.num_chunks
-    chunk, most = length // unit, max(min(POSITIONS, length // shard.size) // unit, 1)
+    unit, local = shard.num_chunks, length // shard.size
+    chunk, most = length // unit, max(min(POSITIONS, local) // unit, 1)
     divisors = _blocks(chunk)
-    sound = (x for x in range(1, most + 1) if _blocks(x) <= divisors)
-    return unit * max(sound, key=lambda x: (x % 2 == chunk % 2, len(_blocks(x)), x))  # pairs are the commonest
+    sound = [x for x in range(1, min(chunk, most) + 1) if x * unit != local and _blocks(x) <= divisors]
+    if sound:
+        return unit * max(sound, key=lambda x: (x % 2 == chunk % 2, len(_blocks(x)), x))  # pairs are the commonest
+    more = (x for x in range(most + 1, chunk) if _blocks(x) <= divisors)  # a rank holds one position of each
+    return unit * next(more, max(chunk, 1))
 
 
 def _blocks(count: int) -> set[int]:
@@ -60,7 +64,7 @@ def shortened(batch: Any, length: int, starts: list[int], kept: int, dims: Seque
         return [(start * size // length, kept * size // length) for start in starts]
 
     def cut(path: Path, x: Any) -> Any:
-        if is_mask(x):
+        if isinstance(x, BatchMask):
             size = length if x.num_queries is None and x.num_keys is None else x.num_queries or x.num_keys
             is_square = x.num_keys in (None, size)  # else it stays: such a batch is refused shortened, and proved whole
             return x.select(_positions(windows(size))) if is_square and size in sizes else x

@@ -36,7 +36,7 @@ class ChunkAssignment:
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> "ChunkAssignment":
         """Return the assignment whose ``tensor`` is given."""
-        return cls(tuple(map(tuple, tensor.tolist())))
+        return _assignment(tuple(map(tuple, tensor.tolist())))
 
     @classmethod
     def from_owners(cls, owners: Tensor, size: int) -> "ChunkAssignment":
@@ -70,6 +70,11 @@ class ChunkAssignment:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ChunkAssignment, (self.chunks,)
+
+
+@lru_cache(maxsize=16)  # attention asks for that of the batch in every layer
+def _assignment(chunks: tuple[tuple[int, ...], ...]) -> ChunkAssignment:
+    return ChunkAssignment(chunks)
 
 
 @lru_cache(maxsize=64)

@@ -63,14 +63,6 @@ def imbalance(pairs: Integers, assignment: ChunkAssignment) -> float:
     return float(loads.max() / loads.mean()) if loads.any() else 1.0
 
 
-def keys_received(keys: Integers, assignment: ChunkAssignment) -> Integers:
-    """Return how many keys each rank receives, int64 [S], where chunk i looks at ``keys[i, j]`` of chunk j."""
-    owners = np.empty(assignment.num_chunks, np.int64)
-    for rank, chunks in enumerate(assignment.chunks):
-        owners[list(chunks)] = rank
-    return _received(keys, owners, assignment.size)
-
-
 def causal_work(length: int, num_chunks: int) -> tuple[Integers, Integers]:
     """Return pairs [C] and keys [C, C] of a causal mask, see :func:`balance`."""
     chunk, index = length // num_chunks, np.arange(num_chunks)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import hashlib
 import warnings
+from abc import ABC, abstractmethod
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -19,6 +20,33 @@ Path = tuple[Key, ...]
 SequenceDims = Mapping[Key, int | None]
 
 DEFAULT_DIM = 1
+
+
+class BatchMask(ABC):
+    """What is asked of an attention mask in a batch, which every rank is given whole; see
+    :class:`~lightning_lss.AttentionMask`."""
+
+    rows: int
+    num_queries: int | None
+    num_keys: int | None
+
+    @property
+    @abstractmethod
+    def content_digest(self) -> int:
+        """Hash of what the mask shows, 63 bits."""
+
+    @property
+    @abstractmethod
+    def digest(self) -> bytes:
+        """The same within this process, where masks can be told apart by more."""
+
+    @abstractmethod
+    def select(self, positions: Tensor) -> "BatchMask":
+        """The mask of the sequence that consists of ``positions``, int64 [n]."""
+
+    @abstractmethod
+    def chunk_work(self, length: int, num_chunks: int) -> Any:
+        """The ``pairs`` [C] and the ``keys`` [C, C] of each of ``num_chunks`` C equal chunks of sequences of ``length``."""
 
 
 def split_batch(batch: Any, shard: SequenceShard, sequence_dims: SequenceDims | None = None) -> Any:
@@ -99,14 +127,9 @@ def _show(path: Path, tensor: Tensor) -> str:
     return f"{'.'.join(map(str, path)) or 'batch'} {tuple(tensor.shape)}"
 
 
-def is_mask(node: Any) -> bool:
-    """Whether a batch entry is an attention mask, which every rank is given whole."""
-    return hasattr(type(node), "chunk_work") and hasattr(type(node), "content_digest")
-
-
 def _children(node: Any) -> list[tuple[Key, Any]] | None:
     """Keys and values of a container; None for anything else."""
-    if isinstance(node, Tensor) or is_mask(node):
+    if isinstance(node, (Tensor, BatchMask)):
         return None
     if isinstance(node, (list, tuple)):
         return list(enumerate(node))
@@ -131,9 +154,9 @@ def tensors_by_path(batch: Any) -> Iterator[tuple[Path, Tensor]]:
     return ((path, x) for path, x in _entries_by_path(batch) if isinstance(x, Tensor))
 
 
-def masks_by_path(batch: Any) -> Iterator[tuple[Path, Any]]:
+def masks_by_path(batch: Any) -> Iterator[tuple[Path, BatchMask]]:
     """Yield all attention masks of a batch, in any nesting, with the keys that lead to each."""
-    return ((path, x) for path, x in _entries_by_path(batch) if is_mask(x))
+    return ((path, x) for path, x in _entries_by_path(batch) if isinstance(x, BatchMask))
 
 
 def map_tensors(batch: Any, function: Callable[[Path, Tensor], Tensor]) -> Any:

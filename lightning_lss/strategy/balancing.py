@@ -35,7 +35,8 @@ class BatchLayouts:
         """The layout of a run while it has no batch."""
         self._choices: dict[Any, ChunkAssignment | None] = {}
         self._at_hand: ChunkAssignment | None = None
-        self._by_stage: dict[Any, set[ChunkAssignment | None]] = {}
+        self._of_stage: dict[Any, ChunkAssignment | None] = {}  # of its first batch
+        self._mixed_stages: set[Any] = set()
 
     @property
     def vary(self) -> bool:
@@ -45,19 +46,21 @@ class BatchLayouts:
     def forget(self) -> None:
         """Forget all batches: no shard of them is current any more."""
         self._at_hand = None
-        self._by_stage.clear()
+        self._of_stage.clear()
+        self._mixed_stages.clear()
 
     def follow(self, shard: SequenceShard, stage: Any) -> None:
         """Take note that the batch at hand, one of ``stage``, is split under ``shard``."""
         self._at_hand = shard.assignment
-        self._by_stage.setdefault(stage, set()).add(shard.assignment)
+        if self._of_stage.setdefault(stage, shard.assignment) != shard.assignment:
+            self._mixed_stages.add(stage)
 
     def is_current(self, shard: SequenceShard, between: Any) -> bool:
         """Whether ``shard`` is that of the batch at hand; between the batches of a stage, that of all its batches.
 
         An equal shard of another batch is current too, for it has the same positions.
         """
-        return {shard.assignment} == self._by_stage.get(between, {self._at_hand})
+        return between not in self._mixed_stages and shard.assignment == self._of_stage.get(between, self._at_hand)
 
     def shard_for(
         self, batch: Any, module: nn.Module, place: SequenceShard, dims: SequenceDims | None
@@ -89,7 +92,7 @@ class BatchLayouts:
         if not wanted and self.requested == "auto" and not others <= {*lengths}:
             return place
         wanted = wanted or _of_modules(module, lengths)
-        key = (tuple(sorted((x.packed.digest, n) for x, n in wanted.items())), lengths[0], own, place.size)
+        key = (tuple(sorted((x.digest, n) for x, n in wanted.items())), lengths[0], own, place.size)
         if key not in self._choices:
             if len(self._choices) == _KEPT:
                 del self._choices[next(iter(self._choices))]

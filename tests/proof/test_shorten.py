@@ -19,7 +19,8 @@ def test_a_rank_computes_no_more_than_in_a_step(shard, runs) -> None:
     short = short_length(length, shard)
     assert 0 < short <= length
     assert short % shard.num_chunks == 0
-    assert short <= max(min(POSITIONS, length // shard.size), shard.num_chunks)
+    few = max(min(POSITIONS, length // shard.size), shard.num_chunks)
+    assert short <= few or few == shard.num_chunks == length // shard.size
 
 
 @given(st.sampled_from(SHARDS), st.integers(1, 5000))
@@ -30,6 +31,13 @@ def test_a_shortened_chunk_can_be_cut_only_as_a_chunk_can(shard, chunk) -> None:
     for block in (2, 3, 4, 5, 7, 8, 16, 32):
         assert kept % block or chunk % block == 0, (block, kept)
     assert kept % 2 == chunk % 2 or kept == 1
+
+
+@given(st.sampled_from(SHARDS), st.integers(1, 5000))
+def test_one_device_never_has_the_positions_of_a_segment(shard, chunk) -> None:
+    """Else what a module has cached by the length in the proof would be that of another segment."""
+    length = chunk * shard.num_chunks
+    assert short_length(length, shard) != length // shard.size
 
 
 def test_an_entry_may_be_longer_than_the_tokens() -> None:

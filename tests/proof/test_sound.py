@@ -1,5 +1,6 @@
 """What is right is not refused, and is proved, whatever the precision and the options."""
 
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from lightning_lss import (
     AttentionMask,
@@ -19,9 +21,9 @@ from lightning_lss import (
     token_mean,
 )
 from tests.modules import OwnModule
-from tests.proof.faulty import HEADS, LENGTH, VOCAB, WIDTH, Right
+from tests.proof.faulty import HEADS, LENGTH, VOCAB, WIDTH, Right, make_batch
 from tests.proof.verdict import verdict
-from tests.training import Run
+from tests.training import Run, make_trainer
 
 
 class Ours(LSSTransformer):
@@ -235,6 +237,17 @@ class WindowWithSinks(Right):
         return self.attention(self.rotary(q), self.rotary(k), v, sinks=self.sinks)
 
 
+class CachesPositions(Right):
+    """By the length, in a function: what the proof leaves there stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = lru_cache(lambda length: sequence_shard(self).positions(length))
+
+    def mix(self, x: Tensor) -> Tensor:
+        return x + torch.cos(self.positions(x.size(1)).to(x)).unsqueeze(-1)
+
+
 class LongMemory(Right):
     """Attends to a memory that is longer than the tokens and is split too."""
 
@@ -278,6 +291,19 @@ def test_a_sound_module_is_proved(world, module, layout) -> None:
 def test_a_memory_longer_than_the_tokens_is_shortened_with_them(world, length) -> None:
     run = Run(size=2, steps=1, strategy={"sequence_dims": {"memory": 1}})
     assert world.run(2, verdict, LongMemory, run, length) == ["", ""]
+
+
+def cached_positions(rank: int, layout: str) -> tuple[list[int], list[int]]:
+    """Train; return the positions that the module has cached for its segment, and the right ones."""
+    model, trainer = CachesPositions(), make_trainer(rank, Run(size=2, layout=layout, steps=1))
+    trainer.fit(model, DataLoader([make_batch(32)], batch_size=None, shuffle=False))
+    return model.positions(16).tolist(), trainer.strategy.sequence_shard.positions(16).tolist()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_the_proof_leaves_nothing_under_the_length_of_a_segment(world, layout) -> None:
+    for cached, right in world.run(2, cached_positions, layout):
+        assert cached == right
 
 
 @pytest.mark.parametrize("layout", ["zigzag", "balanced"])

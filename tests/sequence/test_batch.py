@@ -9,7 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_lss.sequence.batch import batch_digest, check_same_batch, masks_by_path, split_batch, tensors_by_path
+from lightning_lss.sequence.batch import (
+    BatchMask,
+    batch_digest,
+    check_same_batch,
+    masks_by_path,
+    split_batch,
+    tensors_by_path,
+)
 from lightning_lss.sequence.layout import STATIC_LAYOUTS
 from lightning_lss.sequence.segment import SequenceShard
 
@@ -314,13 +321,17 @@ def test_groups_are_compared_each_by_itself(world) -> None:
 
 
 @dataclass(frozen=True)
-class MaskLike:
+class MaskLike(BatchMask):
     """An attention mask, of which only the interface matters here; its tensor is not one of the batch."""
 
     ids: Tensor
     content_digest: int = 1
+    digest: bytes = b""
 
-    def chunk_work(self) -> None: ...
+    def select(self, positions: Tensor) -> "MaskLike":
+        raise NotImplementedError
+
+    def chunk_work(self, length: int, num_chunks: int) -> None: ...
 
 
 def test_a_mask_stays_whole_and_is_compared() -> None:
