@@ -88,7 +88,7 @@ def test_bands_and_words_say_what_the_dense_mask_says(mask) -> None:
 @given(masks(BATCH, HEADS, LENGTH), st.sampled_from([1, 2, 6]))
 def test_the_work_of_chunks_is_that_of_the_dense_mask(mask, num_chunks) -> None:
     sizes = Sizes(BATCH, HEADS, LENGTH, LENGTH)
-    dense = mask.dense(LENGTH, batch=BATCH, heads=HEADS).expand(BATCH, HEADS, -1, -1)
+    dense = mask.dense(LENGTH, batch=BATCH, heads=HEADS)  # of the rows that it tells apart
     work = chunk_work(mask.packed, sizes, num_chunks)
     exact = mask.kind.bands(sizes) is not None
     width = LENGTH // num_chunks
