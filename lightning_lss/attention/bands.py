@@ -17,6 +17,11 @@ Q0, Q1, K0, K1, LOW, HIGH = range(6)
 FAR = 2**40  # beyond any difference of positions: a diagonal that hides nothing
 EMPTY: Bands = np.empty((0, 6), np.int64)
 
+# Where the number of bands is limited, so is the time: how many pairs of bands are looked at, how many bands are subtracted
+# from one, and how often pieces are cut, as a multiple of that number.
+_MOST_MEETINGS, _MOST_TURNS, _MOST_CUTS = 2**20, 2**10, 8
+_BEYOND = (0, 0, 0, 0, -1, 1)  # from each bound of a band to that of what is outside: only diagonals include their stop
+
 
 def make_bands(rows: Iterable[tuple[int, int, int, int, int, int]]) -> Bands:
     """Make a set of bands from (q_start, q_stop, k_start, k_stop, low, high)."""
@@ -29,33 +34,123 @@ def rectangles(q_start: Bands, q_stop: Bands, k_start: Bands, k_stop: Bands) -> 
     return tighten(np.stack((q_start, q_stop, k_start, k_stop, -far, far), 1))
 
 
-def intersect(one: Bands, other: Bands) -> Bands:
-    """Pairs in both sets: each band of one with each of the other."""
-    low = np.maximum(one[:, None, :], other[None, :, :])[..., [Q0, K0, LOW]]
-    high = np.minimum(one[:, None, :], other[None, :, :])[..., [Q1, K1, HIGH]]
-    return tighten(np.stack((low, high), -1)[..., [0, 1, 2], :].reshape(-1, 6))
+class TooManyBandsError(Exception):
+    """A set would have more bands than were asked for, or finding them would take too long."""
 
 
-def unite(one: Bands, other: Bands) -> Bands:
-    """Pairs in either set."""
-    few, many = sorted((one, other), key=len)
-    return np.concatenate((few, subtract(many, few)))
+def intersect(one: Bands, other: Bands, most: int | None = None) -> Bands:
+    """Pairs in both sets: each band of one with each of the other that it meets.
+
+    Raises :class:`TooManyBandsError` for more than ``most`` bands.
+    """
+    other, index, others = _meeting(one, other, most)
+    _check(len(index), most)
+    return _overlap(one[index], other[others])[0]
 
 
-def subtract(one: Bands, other: Bands) -> Bands:
-    """Pairs in one set that are not in the other."""
-    for q0, q1, k0, k1, low, high in other.tolist():
-        everything = (-FAR, FAR, -FAR, FAR, -FAR, FAR)
-        inside, outside = one, []
-        for column, value in ((Q1, q0), (Q0, q1), (K1, k0), (K0, k1), (HIGH, low - 1), (LOW, high + 1)):
-            beyond, within = list(everything), list(everything)
-            beyond[column] = value
-            # the complement of a half plane: its other bound
-            within[column ^ 1] = value if column < LOW else value + (1 if column == HIGH else -1)
-            outside.append(intersect(inside, np.array([beyond])))
-            inside = intersect(inside, np.array([within]))
-        one = np.concatenate(outside)
-    return one
+def unite(one: Bands, other: Bands, most: int | None = None) -> Bands:
+    """Pairs in either set. Raises :class:`TooManyBandsError` for more than ``most`` bands."""
+    _, *meeting = _meeting(one, other, most)
+    turns = [np.bincount(x, minlength=1).max() for x in meeting]
+    if (turns[0], -len(one)) < (turns[1], -len(other)):  # subtract from the set whose bands meet few of the other
+        one, other = other, one
+    found = np.concatenate((one, subtract(other, one, most)))
+    _check(len(found), most)
+    return found
+
+
+def subtract(one: Bands, other: Bands, most: int | None = None) -> Bands:
+    """Pairs in one set that are not in the other.
+
+    Raises :class:`TooManyBandsError` for more than ``most`` bands, also on the way.
+    """
+    other, index, others = _meeting(one, other, most)
+    rest = _bounds_of_rest(other)
+    counts = np.bincount(index, minlength=len(one))
+    first = np.cumsum(counts) - counts
+    if most is not None and counts.max(initial=0) > _MOST_TURNS:
+        raise TooManyBandsError
+    source = np.flatnonzero(counts)
+    pieces, done, size, spent = one[source], [one[counts == 0]], len(one), 0
+    for turn in range(
+        counts.max(initial=0)
+    ):  # each piece loses what it shares with the next band that its source meets
+        spent += len(pieces)
+        _check(max(size, spent // _MOST_CUTS), most)
+        parts, of = _cut(pieces, other[others[first[source] + turn]])
+        size += len(parts) - len(pieces)
+        source = source[of]
+        more = counts[source] > turn + 1
+        more[more] = _may_meet(parts[more], rest[others[first[source[more]] + turn + 1]])
+        done.append(parts[~more])
+        pieces, source = parts[more], source[more]
+    _check(size, most)
+    return np.concatenate(done)
+
+
+def _check(count: int, most: int | None) -> None:
+    if most is not None and count > most:
+        raise TooManyBandsError
+
+
+def _meeting(one: Bands, other: Bands, most: int | None) -> tuple[Bands, Bands, Bands]:
+    """The other set in a new order; and which bands may meet: indices of one, ascending, and of the other."""
+    spans = [_span(one, other, start) for start in (Q0, K0)]
+    order, first, last = min(spans, key=lambda span: int((span[2] - span[1]).sum()))
+    if most is not None and (last - first + 1).sum() > _MOST_MEETINGS:
+        raise TooManyBandsError
+    index, others = spread(first, last)
+    other = other[order]
+    meets = _may_meet(one[index], other[others])
+    return other, index[meets], others[meets]
+
+
+def _span(one: Bands, other: Bands, start: int) -> tuple[Bands, Bands, Bands]:
+    """The order of the other set by one of its columns, and for each band of one the first and the last of those in that
+    order that may share its queries or keys."""
+    order = np.argsort(other[:, start], kind="stable")
+    starts, stops = other[order, start], np.maximum.accumulate(other[order, start + 1])
+    first = np.searchsorted(stops, one[:, start], "right")
+    last = np.searchsorted(starts, one[:, start + 1], "left") - 1
+    return order, first, np.maximum(last, first - 1)
+
+
+def _may_meet(one: Bands, other: Bands) -> NDArray[np.bool_]:
+    """Whether pairs of bands share queries, keys and diagonals, [n]; a corner between them may still be empty."""
+    start, stop = np.maximum(one[:, ::2], other[:, ::2]), np.minimum(one[:, 1::2], other[:, 1::2])
+    meets: NDArray[np.bool_] = (start[:, :2] < stop[:, :2]).all(1) & (start[:, 2] <= stop[:, 2])
+    return meets
+
+
+def _overlap(one: Bands, other: Bands) -> tuple[Bands, NDArray[np.bool_]]:
+    """What pairs of bands share, and which of them, [n], share something."""
+    start, stop = np.maximum(one[:, ::2], other[:, ::2]), np.minimum(one[:, 1::2], other[:, 1::2])
+    return _tighten(np.stack((start, stop), 2).reshape(-1, 6))
+
+
+def _cut(pieces: Bands, cutters: Bands) -> tuple[Bands, Bands]:
+    """The parts of each piece outside its cutter, and of which piece each part is."""
+    _, meets = _overlap(pieces, cutters)
+    of = np.flatnonzero(meets)
+    parts, sources = [pieces[~meets]], [np.flatnonzero(~meets)]
+    inside, cutters = pieces[meets], cutters[meets]
+    for side in range(6):
+        limit, other_limit = (np.minimum, np.maximum) if side % 2 else (np.maximum, np.minimum)
+        outside = inside.copy()
+        outside[:, side ^ 1] = other_limit(outside[:, side ^ 1], cutters[:, side] + _BEYOND[side])
+        inside[:, side] = limit(inside[:, side], cutters[:, side])
+        outside, full = _tighten(outside)
+        parts.append(outside)
+        sources.append(of[full])
+    return np.concatenate(parts), np.concatenate(sources)
+
+
+def _bounds_of_rest(sets: Bands) -> Bands:
+    """Of each band and all after it, what they lie within."""
+    rest = np.empty_like(sets)
+    rest[::-1, ::2] = np.minimum.accumulate(sets[::-1, ::2])
+    rest[::-1, 1::2] = np.maximum.accumulate(sets[::-1, 1::2])
+    return rest
 
 
 def split_queries(found: Bands, size: int) -> Bands:
@@ -90,9 +185,14 @@ def _sum_of_minima(start: Bands, stop: Bands, shift: Bands, most: Bands) -> NDAr
 
 def tighten(sets: Bands) -> Bands:
     """Shrink the rectangle of each band to what its diagonals leave of it, and drop empty ones."""
+    return _tighten(sets)[0]
+
+
+def _tighten(sets: Bands) -> tuple[Bands, NDArray[np.bool_]]:
+    """The same, and which of them, [n], are not empty."""
     q0, q1, k0, k1, low, high = sets.T
     q0, q1 = np.maximum(q0, k0 + low), np.minimum(q1, k1 + high)
     k0, k1 = np.maximum(k0, q0 - high), np.minimum(k1, q1 - low)
     low, high = np.maximum(low, q0 - k1 + 1), np.minimum(high, q1 - 1 - k0)
     full = (q0 < q1) & (k0 < k1) & (low <= high)
-    return np.stack((q0, q1, k0, k1, low, high), 1)[full]
+    return np.stack((q0, q1, k0, k1, low, high), 1)[full], full

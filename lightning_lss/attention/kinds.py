@@ -21,13 +21,12 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from typing_extensions import override
 
-from lightning_lss.attention.bands import FAR, Bands, intersect, make_bands, rectangles, unite
+from lightning_lss.attention.bands import FAR, Bands, TooManyBandsError, intersect, make_bands, rectangles, unite
 
 VisiblePair = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """visible(b, h, q, k) -> bool, of int64 scalars, as FlexAttention's ``mask_mod``."""
 
-# Of one row of the batch: a mask with more bands, or of which finding them takes more, is treated as one without structure.
-MOST_BANDS, MOST_PRODUCTS, MOST_DIFFERENCES = 2**16, 2**20, 2**10
+MOST_BANDS = 2**16  # of one row of the batch: a mask with more is treated as one without structure
 
 
 class Sizes(NamedTuple):
@@ -379,15 +378,11 @@ class Combined(Kind):
         if one is None or other is None:
             return None
         rows = max(len(one), len(other))
-        pairs = list(zip(_repeat(one, rows), _repeat(other, rows)))
-        if self.both:
-            too_many = any(len(x) * len(y) > MOST_PRODUCTS for x, y in pairs)
-        else:
-            too_many = any(min(len(x), len(y)) > MOST_DIFFERENCES for x, y in pairs)
-        if too_many:
+        join = intersect if self.both else unite
+        try:
+            return [join(x, y, MOST_BANDS) for x, y in zip(_repeat(one, rows), _repeat(other, rows))]
+        except TooManyBandsError:
             return None
-        joined = [intersect(x, y) if self.both else unite(x, y) for x, y in pairs]
-        return None if any(len(x) > MOST_BANDS for x in joined) else joined
 
     @override
     def select(self, positions: Tensor) -> "Combined":
