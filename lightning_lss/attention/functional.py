@@ -51,7 +51,9 @@ def lss_attention(
         sinks: [H], a further score for each row of a head, of a value that is zero (gpt-oss, arXiv 2508.10925; "off by
             one" attention). It has a gradient, which like that of any shared parameter is this rank's part.
         bias: [B or 1, H or 1, L, L] (for a memory [..., L, M]), added to the scores by global position, whole on every
-            rank. It has no gradient.
+            rank. It has no gradient. Numbers at or below half of ``finfo.min`` of its dtype (of float32, for float64) are
+            minus infinity: they hide a pair, and a query that sees no key gets 0, not the mean of all values. Other large
+            negative numbers are added as they are; a row that has nothing else loses the digits of its scores.
         alibi_slopes: [H], of a bias of -slope * (distance of query and key) (ALiBi, arXiv 2108.12409, section 3). They have
             no gradient.
         dropout: probability of dropping each attention weight. What is dropped depends on a seed from torch's default CPU
@@ -124,6 +126,10 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, causal_memory: bool) -> None:
     if causal_memory:
         raise ValueError(
             f"Causal attention needs as many keys as queries; got {shapes}. For attention to a memory write causal=False."
+        )
+    if q.size(2) and not k.size(2):
+        raise ValueError(
+            f"There are no keys: {shapes}. Pass a memory of 1 or more positions, or leave attention to it out."
         )
     if q.size(1) % k.size(1):
         raise ValueError(

@@ -99,7 +99,7 @@ class ScoreMaker:
         total = self.like.new_zeros(1, 1, tile.rows, tile.keys)
         if given is not None:
             own = given[batch if given.size(0) > 1 else slice(None), self.heads if given.size(1) > 1 else slice(None)]
-            total = total + own.index_select(2, q).index_select(3, k).to(total)
+            total = total + _hide_least(own.index_select(2, q).index_select(3, k)).to(total)
         if slopes is not None:
             distance = (q[:, None] - k).abs().to(total)
             total = total - slopes[self.heads].to(total)[:, None, None] * distance
@@ -121,6 +121,16 @@ class ScoreMaker:
     @cached_property
     def _all_positions(self) -> tuple[Tensor, Tensor]:
         return self.plan.q_positions.to(self.like.device), self.plan.k_positions.to(self.like.device)
+
+
+def _hide_least(bias: Tensor) -> Tensor:
+    """Put the least numbers of a bias to minus infinity, in place.
+
+    Models write ``finfo.min`` for what is hidden. As a number it would be all that the log-sum-exp of a row keeps that has
+    nothing else. A bias in float64 may hold the least number of float32.
+    """
+    dtype = torch.float32 if bias.dtype == torch.float64 else bias.dtype
+    return torch.threshold_(bias, torch.finfo(dtype).min / 2, float("-inf"))
 
 
 @lru_cache(maxsize=32)

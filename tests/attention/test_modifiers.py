@@ -148,6 +148,35 @@ def test_a_bias_by_row_of_the_batch_that_hides_whole_rows() -> None:
     assert not found["out"][1, :, 5].any()
 
 
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_the_least_number_of_a_bias_hides(dtype, kernel) -> None:
+    inputs = make_inputs()
+    hidden = draw(BATCH, 1, LENGTH, LENGTH) > 0.5
+    hidden[1, :, 5] = hidden[0, :, :, 3] = True
+    bias = draw(BATCH, 1, LENGTH, LENGTH, seed=7).to(dtype)
+    expected = textbook(inputs, ~hidden & visible(MASKS["documents"]), bias=bias)
+    least = torch.finfo(dtype).min
+    for value in (least, least / 2, max(least, torch.finfo(torch.float32).min)):  # the last may be of another dtype
+        given = bias.masked_fill(hidden, value)
+        assert_equal(attend(inputs, "zigzag", mask=MASKS["documents"], bias=given, kernel=kernel), expected, 1e-10)
+
+
+def test_a_bias_that_hides_whole_rows_of_a_long_sequence() -> None:
+    """Past the keys of one part, the least number would be lost in the log-sum-exp."""
+    length, padding = 60, 10
+    q, k, v, grad = (torch.randn(1, 1, length, WIDTH, generator=torch.Generator().manual_seed(i)) for i in range(4))
+    hidden = torch.ones(length, length, dtype=torch.bool).triu(1) | (torch.arange(length) < padding)
+    given = torch.zeros(1, 1, length, length).masked_fill(hidden, torch.finfo(torch.float32).min)
+    results = []
+    for options in ({"bias": given}, {"mask": AttentionMask.from_dense(~hidden[None, None])}):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = lss_attention(*leaves, causal=False, **options)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad)])
+    assert_equal(*results, 1e-6)
+    assert not results[0][0][:, :, :padding].any()
+
+
 @pytest.mark.parametrize("value_width", [2, 6])
 @pytest.mark.parametrize("kernel", ["cpu_flash", "reference"])
 def test_values_of_another_width_than_keys(kernel, value_width) -> None:
@@ -241,6 +270,13 @@ def test_a_memory_is_not_causal() -> None:
     q, k, v, *_ = make_inputs(memory=18)
     with pytest.raises(ValueError, match=r"Causal attention needs as many keys as queries.* write causal=False"):
         lss_attention(q, k, v)
+
+
+@pytest.mark.parametrize("whole_memory", [False, True])
+def test_a_memory_has_positions(whole_memory) -> None:
+    q, k, v, *_ = make_inputs(memory=0)
+    with pytest.raises(ValueError, match=r"no keys: q .* k \(2, 2, 0, 4\).* Pass a memory of 1 or more positions"):
+        lss_attention(q, k, v, causal=False, whole_memory=whole_memory)
 
 
 def test_a_tensor_is_not_a_mask() -> None:
