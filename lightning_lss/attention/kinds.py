@@ -68,7 +68,7 @@ class Kind:
         return None
 
     def select(self, positions: Tensor) -> "Kind":
-        """The mask of the sequence that consists of ``positions``, int64 [n], in that order."""
+        """The mask of the sequence that consists of ``positions``, int64 [n], ascending."""
         return self
 
     @property

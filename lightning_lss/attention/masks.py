@@ -201,10 +201,14 @@ class AttentionMask(BatchMask):
         return self.kind.visible(torch.arange(length), sizes)
 
     def select(self, positions: Tensor) -> "AttentionMask":
-        """The mask of the sequence that consists of ``positions``, int64 [n], of this one, in that order.
+        """The mask of the sequence that consists of ``positions``, int64 [n], of this one.
 
-        Diagonals count in the new sequence: a causal mask stays one.
+        Diagonals count in the new sequence: a causal mask stays one. Raises ``ValueError`` if the positions do not ascend.
         """
+        if (positions.diff() <= 0).any():
+            raise ValueError(
+                f"positions={positions.tolist()} must ascend, since diagonals and prefixes have an order: sort them."
+            )
         return AttentionMask(self.kind.select(positions.cpu()))
 
     def check(self, sizes: Sizes) -> None:

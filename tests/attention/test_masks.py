@@ -241,6 +241,7 @@ def test_lightning_finds_no_batch_size_in_a_mask() -> None:
             lambda: AttentionMask.documents(torch.zeros(2, 3).long()) & AttentionMask.prefix(torch.ones(4).long()),
             "rows is 2 and 4",
         ),
+        (lambda: AttentionMask.prefix(1).select(torch.tensor([1, 0])), r"positions=\[1, 0\] must ascend"),
         (lambda: AttentionMask.documents(torch.zeros(1, 3).long()).dense(4), "is for sequences of length 3"),
     ],
 )
