@@ -234,17 +234,23 @@ class AttentionMask(BatchMask):
     ) -> ChunkWork:
         """What the queries of each of ``num_chunks`` equal chunks of sequences of ``length`` look at.
 
-        The pairs are summed over the rows of the batch that the mask tells apart. ``batch`` and ``heads`` as in
-        :meth:`dense`. Raises ``ValueError`` if the mask is not for such sequences.
+        The pairs are those of one head, summed over the rows of the batch, for all of which a mask of one row stands.
+        ``batch`` and ``heads`` as in :meth:`dense`; without them a function that looks at them is counted by the first.
+        Raises ``ValueError`` if the mask is not for such sequences.
         """
         sizes = Sizes(batch or self.rows, heads or self.heads, length, length)
         self.check(sizes)
-        return chunk_work(self.packed, sizes, num_chunks)
+        work = chunk_work(self.packed, sizes, num_chunks)
+        return work._replace(pairs=work.pairs * (sizes.batch // self.kind.told_apart(sizes).batch))
 
-    def visible_pairs(self, length: int, num_chunks: int = 1) -> float:
+    def visible_pairs(
+        self, length: int, num_chunks: int = 1, *, batch: int | None = None, heads: int | None = None
+    ) -> float:
         """Number of pairs that are visible in a sequence of ``length``, mean of the rows of the batch; a mask without
-        structure is counted in blocks. With the ``num_chunks`` of the layout it is not looked at again."""
-        return float(self.chunk_work(length, num_chunks).pairs.sum() / self.rows)
+        structure is counted in blocks, of which a pair is computed for all heads. ``batch`` and ``heads`` as in
+        :meth:`chunk_work`. With the ``num_chunks`` of the layout it is not looked at again."""
+        pairs = self.chunk_work(length, num_chunks, batch=batch, heads=heads).pairs
+        return float(pairs.sum() / (batch or self.rows))
 
     def plan(self, length: int, shard: SequenceShard = WHOLE_SEQUENCE) -> Plan:
         """What the rank of ``shard`` computes and fetches in self-attention of sequences of ``length`` L.

@@ -29,7 +29,7 @@ class ChunkWork(NamedTuple):
     """What the queries of each of C chunks of a sequence do, over all rows of the batch that the mask tells apart."""
 
     pairs: NDArray[np.int64]
-    """Number of pairs that are computed, [C]."""
+    """Number of pairs that are computed for a head, [C]."""
     keys: NDArray[np.int64]
     """Number of keys of chunk j from the first to the last that chunk i looks at, [C, C]."""
     first: NDArray[np.int64]

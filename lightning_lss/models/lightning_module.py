@@ -122,7 +122,8 @@ class LSSTransformer(pl.LightningModule):
     def _count_flops(self, batch: Batch) -> None:
         shard, (batch_size, local_length) = sequence_shard(self), batch["inputs"].shape
         length = local_length * shard.size
-        pairs = [mask.visible_pairs(length, shard.num_chunks) for mask in _mask_of(batch).values()]
+        sizes = {"batch": batch_size, "heads": self.model.config.num_heads}
+        pairs = [mask.visible_pairs(length, shard.num_chunks, **sizes) for mask in _mask_of(batch).values()]
         self._flops = self.model.config.training_flops(batch_size, length, *pairs) / shard.size
 
     @torch.compiler.disable  # Lightning's log cannot be traced and would fail in a module compiled as a whole

@@ -186,7 +186,10 @@ class BatchProof:
         comparison, repaired = self._compared(report, record, repairs=True)
         faults, _ = self._of_all_ranks(comparison)
         report.faults = _first_of_each([(fault, cause_of(fault, comparison.inputs)) for fault in faults])
-        if repaired is not None and all(math.isfinite(fault.error) for fault in faults):
+        # replicas that rehearse together may find different faults, and must all come to the mean
+        unrepaired = repaired is None or not all(math.isfinite(fault.error) for fault in faults)
+        if not self._on_any_rank(unrepaired):
+            assert repaired is not None
             report.causes = _causes_of_loss(report.losses[0], self._mean(repaired), report.tolerance, self.shard.size)
         if not (report.faults or report.causes):
             report.causes = [_cause_of_failure(self.part(report.length)) if report.failure else BACKWARD]

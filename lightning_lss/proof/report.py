@@ -43,6 +43,7 @@ class Report:
         leaks: what one token reaches; filled in by :func:`lightning_lss.verify`.
         failure: the exception that the step raised on a segment, or empty.
         unverified: why nothing could be compared, or empty.
+        remedy: what else may make the run exact, or empty.
     """
 
     length: int
@@ -58,6 +59,7 @@ class Report:
     leaks: list[Leak] = field(default_factory=list)
     failure: str = ""
     unverified: str = ""
+    remedy: str = ""
 
     @property
     def overall_error(self) -> float:
@@ -83,7 +85,14 @@ class Report:
             return f"exact: {len(self.gradients)} gradients within {self.gradients[0].error:.1e} of those of one device"
         if self.unverified:
             return f"not proved: {self.unverified}"
-        return "\n".join([self._finding(), *self._explanations(), _OFF])
+        return "\n".join([self._finding(), *self._explanations(), *filter(None, [self.remedy]), _OFF])
+
+    @property
+    def cause(self) -> str:
+        """The first cause in a sentence; of a run without any, what was found."""
+        causes = [*(cause for _, cause in self.faults), *self.causes]
+        where = f"In {self.faults[0][0].module}: " if self.faults else ""
+        return f"{where}{causes[0].what}" if causes else self._finding()
 
     def _finding(self) -> str:
         part = f", shortened to {self.length} of {self.of_length} positions" if self.length < self.of_length else ""

@@ -45,8 +45,9 @@ class BatchMask(ABC):
         """The mask of the sequence that consists of ``positions``, int64 [n]."""
 
     @abstractmethod
-    def chunk_work(self, length: int, num_chunks: int) -> Any:
-        """The ``pairs`` [C] and the ``keys`` [C, C] of each of ``num_chunks`` C equal chunks of sequences of ``length``."""
+    def chunk_work(self, length: int, num_chunks: int, *, batch: int | None = None) -> Any:
+        """The ``pairs`` [C] and the ``keys`` [C, C] of each of ``num_chunks`` C equal chunks of sequences of ``length``, the
+        pairs of all rows of a ``batch``."""
 
 
 def split_batch(batch: Any, shard: SequenceShard, sequence_dims: SequenceDims | None = None) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from math import gcd
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lss.sequence.assignment import ChunkAssignment, static_assignment
 from lightning_lss.sequence.balance import Integers, balance, causal_work, imbalance
@@ -33,10 +33,12 @@ class BatchLayouts:
         self.requested = layout
         self.base = "zigzag" if layout == "auto" else layout
         """The layout of a run while it has no batch."""
+        self.stays = False
+        """Whether a run with ``layout="auto"`` has the base layout only, from now on."""
         self._choices: dict[Any, ChunkAssignment | None] = {}
         self._at_hand: ChunkAssignment | None = None
-        self._of_stage: dict[Any, ChunkAssignment | None] = {}  # of its first batch
-        self._mixed_stages: set[Any] = set()
+        self._of_stage: dict[Any, set[ChunkAssignment | None]] = {}  # of its batches
+        self._first_of_stage: Any = None  # of which the batch at hand is the first with its assignment
 
     @property
     def vary(self) -> bool:
@@ -45,22 +47,26 @@ class BatchLayouts:
 
     def forget(self) -> None:
         """Forget all batches: no shard of them is current any more."""
-        self._at_hand = None
+        self.stays, self._at_hand = False, None
         self._of_stage.clear()
-        self._mixed_stages.clear()
+
+    def stay(self) -> None:
+        """Give the batch at hand, and all that follow in the run, the base layout."""
+        self.stays = True
+        self._of_stage.get(self._first_of_stage, set()).discard(self._at_hand)
 
     def follow(self, shard: SequenceShard, stage: Any) -> None:
         """Take note that the batch at hand, one of ``stage``, is split under ``shard``."""
-        self._at_hand = shard.assignment
-        if self._of_stage.setdefault(stage, shard.assignment) != shard.assignment:
-            self._mixed_stages.add(stage)
+        self._at_hand, known = shard.assignment, self._of_stage.setdefault(stage, set())
+        self._first_of_stage = None if shard.assignment in known else stage
+        known.add(shard.assignment)
 
     def is_current(self, shard: SequenceShard, between: Any) -> bool:
         """Whether ``shard`` is that of the batch at hand; between the batches of a stage, that of all its batches.
 
         An equal shard of another batch is current too, for it has the same positions.
         """
-        return between not in self._mixed_stages and shard.assignment == self._of_stage.get(between, self._at_hand)
+        return self._of_stage.get(between, {self._at_hand}) == {shard.assignment}
 
     def shard_for(
         self, batch: Any, module: nn.Module, place: SequenceShard, dims: SequenceDims | None
@@ -74,12 +80,10 @@ class BatchLayouts:
         masks = dict(masks_by_path(batch))
         if place.size == 1 or self.requested in STATIC_LAYOUTS or (self.requested == "auto" and not masks):
             return place
-        if self.requested == "auto" and any(x.segment_local for x in segment_modules(module)):
-            return place  # a rank has the rows of its own segment only
+        if self.requested == "auto" and (self.stays or _needs_static(module)):
+            return place
         if hasattr(module, "shard_batch"):
-            lengths = sorted({x for mask in masks.values() if (x := _length(mask)) is not None})
-            if not lengths:
-                return self._without_length(place)
+            lengths = _lengths_of_masks(masks.values())
         else:
             lengths = _lengths(batch, dims or {})
             if self.requested == "balanced":
@@ -92,25 +96,18 @@ class BatchLayouts:
         if not wanted and self.requested == "auto" and not others <= {*lengths}:
             return place
         wanted = wanted or _of_modules(module, lengths)
-        key = (tuple(sorted((x.digest, n) for x, n in wanted.items())), lengths[0], own, place.size)
+        rows = _rows(batch, wanted, dims or {})
+        key = (tuple(sorted((x.digest, n) for x, n in wanted.items())), rows, lengths[0], own, place.size)
         if key not in self._choices:
             if len(self._choices) == _KEPT:
                 del self._choices[next(iter(self._choices))]
-            self._choices[key] = self._choose(wanted, lengths[0], own, place.size)
+            self._choices[key] = self._choose(_work(wanted, rows, lengths[0], own * place.size), own, place.size)
         assignment = self._choices[key]
         return place if assignment is None else _on(place, assignment)
 
-    def _without_length(self, place: SequenceShard) -> SequenceShard:
-        if self.requested == "auto":
-            return place
-        raise ValueError(
-            "layout='balanced' cannot know how long the sequences are that shard_batch will cut. Put the AttentionMask of the batch into"
-            " it, made from these sequences, or use layout='zigzag'."
-        )
-
-    def _choose(self, masks: Mapping[Any, int], length: int, own: int, size: int) -> ChunkAssignment | None:
+    def _choose(self, work: tuple[Integers, Integers], own: int, size: int) -> ChunkAssignment | None:
         """Return who holds which of ``own`` chunks a rank; None for the base layout."""
-        pairs, keys = _work(masks, length, own * size)
+        pairs, keys = work
         if self.requested == "balanced":
             return balance(pairs, keys, size)
         zigzag = imbalance(pairs, static_assignment(size, "zigzag").refined(own // 2))
@@ -126,11 +123,37 @@ def _on(place: SequenceShard, assignment: ChunkAssignment) -> SequenceShard:
     )
 
 
+def _needs_static(module: nn.Module) -> bool:
+    """Whether a rank has rows of its own segment only, or the module cuts sequences of which only it knows the lengths."""
+    return hasattr(module, "shard_batch") or any(x.segment_local for x in segment_modules(module))
+
+
+def _lengths_of_masks(masks: Collection[Any]) -> list[int]:
+    lengths = sorted({x for mask in masks if (x := _length(mask)) is not None})
+    if not lengths:
+        raise ValueError(
+            "layout='balanced' cannot know how long the sequences are that shard_batch will cut. Put the AttentionMask of the batch into"
+            " it, made from these sequences, or use layout='zigzag'."
+        )
+    return lengths
+
+
 def _lengths(batch: Any, dims: SequenceDims) -> list[int]:
     """Return the lengths of all sequences of a batch, that of most of its tensors first."""
-    cuts = [(x, dim) for path, x in tensors_by_path(batch) if (dim := sequence_dim(path, x, dims)) is not None]
-    sizes = Counter(x.size(dim) for x, dim in cuts if -x.dim() <= dim < x.dim())
-    return [size for size, _ in sizes.most_common()]
+    return [size for size, _ in Counter(x.size(dim) for x, dim in _cuts(batch, dims)).most_common()]
+
+
+def _rows(batch: Any, masks: Mapping[Any, int], dims: SequenceDims) -> int:
+    """Return how many rows a batch has: as many as its masks tell apart, or else as most of its sequences."""
+    sizes = Counter(x.size(0) for x, dim in _cuts(batch, dims) if dim % x.dim() > 0)
+    told_apart = max((mask.rows for mask in masks), default=1)
+    return told_apart if told_apart > 1 or not sizes else sizes.most_common(1)[0][0]
+
+
+def _cuts(batch: Any, dims: SequenceDims) -> list[tuple[Tensor, int]]:
+    """Return the tensors of a batch that have a sequence, each with its dimension."""
+    cuts = ((x, dim) for path, x in tensors_by_path(batch) if (dim := sequence_dim(path, x, dims)) is not None)
+    return [(x, dim) for x, dim in cuts if -x.dim() <= dim < x.dim()]
 
 
 def _chunks_per_rank(lengths: Collection[int], size: int, even: bool) -> int:
@@ -169,9 +192,16 @@ def _of_modules(module: nn.Module, lengths: Collection[int]) -> Counter[Any]:
     return Counter(x for x in masks if x is not None and _is_square(x, lengths))
 
 
-def _work(masks: Mapping[Any, int], length: int, num_chunks: int) -> tuple[Integers, Integers]:
-    """Add up what all masks make of each chunk; where nothing is known, attention is causal."""
+def _work(masks: Mapping[Any, int], rows: int, length: int, num_chunks: int) -> tuple[Integers, Integers]:
+    """Add up what all masks make of each chunk of a batch of ``rows``; where nothing is known, attention is causal.
+
+    A mask of one row stands for all. How many heads there are is not known here: a function that looks at the head is
+    counted by the first.
+    """
     if not masks:
         return causal_work(length, num_chunks)
-    work = [(mask.chunk_work(_length(mask) or length, num_chunks), times) for mask, times in masks.items()]
+    work = [
+        (mask.chunk_work(_length(mask) or length, num_chunks, batch=rows if mask.rows == 1 else mask.rows), times)
+        for mask, times in masks.items()
+    ]
     return sum(x.pairs * times for x, times in work), sum(x.keys * times for x, times in work)

@@ -59,7 +59,9 @@ class LSSStrategy(ProvedRuns):
               :class:`~lightning_lss.AttentionMask` (without one, of the module's own masks), so that all ranks have the
               same and receive few keys. Segment-local parameters need a static layout.
             - ``"auto"``: zigzag; balanced for a batch with a mask under which zigzag gives a rank over 10 % more work
-              than the mean, unless the module has segment-local parameters.
+              than the mean, unless the module has segment-local parameters or its own ``shard_batch``. Where a balanced
+              batch is not proved to be trained exactly, and zigzag is, the run stays with zigzag. In evaluation a batch
+              is balanced only within ``fit``, after a balanced training step was proved; with ``verify=False``, always.
         sequence_dims: for batch entries by key, the dimension of the sequence, or None to leave an entry whole; see
             :func:`lightning_lss.sequence.batch.split_batch`.
         check_batches: how many of the first batches of each data loader are compared over a sequence group, in every
@@ -279,15 +281,6 @@ class LSSStrategy(ProvedRuns):
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         if not self._interrupted:  # the other ranks would not arrive
             super().barrier(*args, **kwargs)
-
-    @override
-    def arrange(self, batch: Any) -> None:
-        shard = self._layouts.shard_for(batch, self._module, self._place, self._sequence_dims)
-        self._layouts.follow(shard, self._module.trainer.state.stage)
-        if shard != self._shard:
-            self._shard = shard
-            for module in segment_modules(self._module):
-                module.set_shard(shard)
 
     def _is_current(self, shard: SequenceShard) -> bool:
         """Whether ``shard`` is that of the batch at hand, or, in a hook of a whole epoch or stage, that of all batches."""

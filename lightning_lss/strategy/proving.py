@@ -14,14 +14,31 @@ from typing_extensions import override
 from lightning_lss.parallel.members import Members
 from lightning_lss.proof.batch import BatchProof
 from lightning_lss.proof.passes import Rehearsal
-from lightning_lss.proof.report import Report
+from lightning_lss.proof.report import InexactError, Report
+from lightning_lss.sequence.batch import tensors_by_path
+from lightning_lss.sequence.segment import SequenceShard, segment_modules
 from lightning_lss.strategy.averaging import GradientAveraging
+from lightning_lss.strategy.balancing import BatchLayouts
 from lightning_lss.strategy.sequence import SequenceParallel
-from lightning_lss.strategy.verification import Verification, pretend, suspects, warn_of_unverified
+from lightning_lss.strategy.verification import (
+    Verification,
+    first_of,
+    pretend,
+    suspects,
+    warn_of_layout,
+    warn_of_unverified,
+)
+
+_ZIGZAG = "LSSStrategy(layout='zigzag') may train it exactly: this batch was split under layout='balanced'."
 
 
 class ProvedRuns(SequenceParallel, GradientAveraging):
-    """The part of :class:`~lightning_lss.LSSStrategy` that proves every run on its first batch, if it is to ``verify``."""
+    """The part of :class:`~lightning_lss.LSSStrategy` that proves every run on its first batch, if it is to ``verify``, and
+    says which layouts batches may have."""
+
+    _layouts: BatchLayouts
+    _place: SequenceShard
+    """In the base layout."""
 
     def __init__(self, *args: Any, verify: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -54,6 +71,23 @@ class ProvedRuns(SequenceParallel, GradientAveraging):
             self._on_host = None
 
     @override
+    def arrange(self, batch: Any) -> None:
+        shard = self._layouts.shard_for(batch, self._module, self._place, self._sequence_dims)
+        if not self._may_have(shard):
+            shard = self._place
+        self._layouts.follow(shard, self._module.trainer.state.stage)
+        if shard != self._shard:
+            self._shard = shard
+            for module in segment_modules(self._module):
+                module.set_shard(shard)
+
+    def _may_have(self, shard: SequenceShard) -> bool:
+        """Whether the batch at hand may have the layout that was chosen: an evaluation step is not proved itself."""
+        if self._module.trainer.training or self._layouts.requested != "auto" or not self._verification.wanted:
+            return True
+        return self.proves_batches and self._verification.has_proved(shard)
+
+    @override
     def split_batch(self, batch: Any) -> Any:
         if self._module.trainer.training and self._verification.rehearsal is None:
             self._verification.batch = batch
@@ -70,9 +104,46 @@ class ProvedRuns(SequenceParallel, GradientAveraging):
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         together = self._verification.is_due or self._rehearses_with_replicas
         if self._verification.is_due or self._has_news():
-            self._verification.prove(self._batch_proof(args[1:]), self.data_group_of_run if together else None)
+            self._prove(args, self.data_group_of_run if together else None)
         self._verification.batch = None
         return super().training_step(*args, **kwargs)
+
+    def _prove(self, args: tuple[Any, ...], replicas: dist.ProcessGroup | None) -> None:
+        """Prove the step; with ``layout="auto"``, a balanced batch that cannot be trained exactly is split anew."""
+        batch, requested = self._verification.batch, self._layouts.requested
+        try:
+            remedy = _ZIGZAG if requested == "balanced" else ""
+            self._verification.prove(self._batch_proof(args[1:]), replicas, remedy)
+        except InexactError as refusal:
+            balanced = self._shard != self._place
+            if requested != "auto" or not first_of("balanced" if balanced else "", replicas):
+                raise
+            self._layouts.stay()
+            self._split_anew(batch, args[0])
+            self._prove_instead(args, replicas, refusal)
+            if balanced and self._shard.rank == 0:
+                warn_of_layout(refusal)
+
+    def _split_anew(self, batch: Any, part: Any) -> None:
+        """Let ``part``, which Lightning and callbacks have already, be this rank's of ``batch`` under the layout as it is now."""
+        self.arrange(batch)
+        self._on_host = batch
+        new = dict(tensors_by_path(self.split_batch(batch)))
+        self._on_host = None
+        for path, x in tensors_by_path(part):
+            if path in new:
+                x.data = new[path]
+
+    def _prove_instead(self, args: tuple[Any, ...], replicas: dist.ProcessGroup | None, refusal: InexactError) -> None:
+        """Prove the step in the base layout; raise the ``refusal`` of another one where that fails as well."""
+        try:
+            self._verification.prove(self._batch_proof(args[1:]), replicas)
+        except InexactError:
+            raise refusal from None
+        report = self._verification.report
+        assert report is not None
+        if first_of(report.unverified, replicas):
+            raise refusal
 
     @property
     def _rehearses_with_replicas(self) -> bool:

@@ -1,5 +1,6 @@
 """When a strategy proves its runs, and what it does with the verdict; the proof itself is in :mod:`lightning_lss.proof`."""
 
+import warnings
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -35,6 +36,8 @@ class Verification:
         """What was proved with uneven segments, see :mod:`lightning_lss.proof.evenness`."""
         self._first: ChunkAssignment | None = None  # of the batches that were looked at
         self._news: frozenset[Sign] = frozenset()
+        self._layout: Sign | None = None  # of the next step
+        self._exact_layouts: set[Sign] = set()
         self.is_due = False
         """Whether the next training step is to be proved."""
         self.rehearsal: Rehearsal | None = None
@@ -43,6 +46,7 @@ class Verification:
     def start(self) -> None:
         """Prove the next training step of a run, or of one whose parameters have changed."""
         self.is_due, self.report, self.proved, self._first = self.wanted, None, frozenset(), None
+        self._exact_layouts.clear()
 
     def look_at(self, batch: Any, shard: SequenceShard, dims: SequenceDims | None) -> None:
         """Look at the training batch of the next step for entries that are the first with uneven segments, and for a layout
@@ -52,8 +56,15 @@ class Verification:
             self._news = frozenset()
             return
         self._first = self._first or shard.assignment
-        layout: Sign = ((), f"layout {shard.layout}{'' if shard.assignment in (None, self._first) else ', another'}")
+        self._layout = layout = self._sign_of(shard)
         self._news = frozenset(uneven_signs(batch, shard, dims or {}, self.proved)) | ({layout} - self.proved)
+
+    def _sign_of(self, shard: SequenceShard) -> Sign:
+        return (), f"layout {shard.layout}{'' if shard.assignment in (None, self._first) else ', another'}"
+
+    def has_proved(self, shard: SequenceShard) -> bool:
+        """Whether a training step of the run under such a layout was proved."""
+        return self._sign_of(shard) in self._exact_layouts
 
     @property
     def has_news(self) -> bool:
@@ -78,8 +89,9 @@ class Verification:
         self.rehearsal = rehearsal
         return BatchProof(rehearsal, batch, dims, self.proved)
 
-    def prove(self, proof: BatchProof, replicas: ProcessGroup | None) -> None:
+    def prove(self, proof: BatchProof, replicas: ProcessGroup | None, remedy: str = "") -> None:
         """Prove a run, or warn where nothing can be compared. ``replicas`` are data replicas that prove their batches now too.
+        A refusal ends with the ``remedy``.
 
         Raises:
             InexactError: if the step is not that of one device, also if only a replica's is not.
@@ -88,19 +100,22 @@ class Verification:
             self.report = report = proof.prove()
         finally:
             self.rehearsal = None
-        self.proved |= proof.uneven | self._news
         if report.unverified:
             warn_of_unverified(proof.rehearsal.module, report.unverified)
             warn_of_images(proof.batch, proof.dims)
         elif not report.exact:
-            _first_refusal(str(report), replicas)
+            report.remedy = remedy
+            first_of(str(report), replicas)
             raise InexactError(report)
-        if refusal := _first_refusal("", replicas):
+        if refusal := first_of("", replicas):
             raise InexactError(refusal)
+        self.proved |= proof.uneven | self._news
+        if report.exact and self._layout is not None:
+            self._exact_layouts.add(self._layout)
 
 
-def _first_refusal(own: str, replicas: ProcessGroup | None) -> str:
-    """Return what a data replica refuses, if any; each must call it."""
+def first_of(own: str, replicas: ProcessGroup | None) -> str:
+    """Return what a data replica has to say, if any; each must call it."""
     if replicas is None:
         return own
     found: list[Any] = [None] * replicas.size()
@@ -161,3 +176,14 @@ def suspects(module: nn.Module) -> list[str]:
 
 def _is_wide_convolution(x: nn.Module) -> bool:
     return isinstance(x, nn.modules.conv._ConvNd) and any(size > 1 for size in x.kernel_size)
+
+
+def warn_of_layout(refusal: InexactError) -> None:
+    """Say that a sequence group goes on with zigzag, and why."""
+    report = refusal.report
+    cause = report if isinstance(report, str) else report.cause
+    warnings.warn(
+        "layout='auto' stays with zigzag for the rest of this run, whose training is that of one device: under the balanced layout"
+        f" of this batch it would not be. {cause.splitlines()[0]} Write LSSStrategy(layout='zigzag') to have it from the start.",
+        stacklevel=2,
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, default_collate
 
-from lightning_lss import LSSTransformer
+from lightning_lss import AttentionMask, LSSTransformer
 from tests.training import LENGTH, VOCAB, make_samples
 
 SIZES = {"vocab_size": VOCAB, "seq_len": LENGTH, "width": 16, "num_layers": 1, "num_heads": 2}
@@ -81,6 +81,21 @@ def test_flops_of_a_batch_are_shared_out() -> None:
     module = LSSTransformer(**SIZES)
     module.training_step(default_collate(make_samples(2)), 0)
     assert module.flops_per_batch == module.model.config.training_flops(2, LENGTH)
+
+
+def test_flops_are_those_of_the_pairs_that_rows_and_heads_see() -> None:
+    ids = torch.stack([torch.zeros(LENGTH, dtype=torch.int64), torch.arange(LENGTH)])
+    module = LSSTransformer(**SIZES)
+    pairs = (LENGTH**2 + LENGTH) / 2
+    for mask in (
+        AttentionMask.documents(ids),
+        AttentionMask.from_function(lambda b, h, q, k: b == 0),
+    ):
+        module.training_step({**default_collate(make_samples(2)), "mask": mask}, 0)
+        assert module.flops_per_batch == pytest.approx(module.model.config.training_flops(2, LENGTH, pairs))
+    of_heads = AttentionMask.from_function(lambda b, h, q, k: (h > 0) | (k == q))  # a pair is computed for all heads
+    module.training_step({**default_collate(make_samples(2)), "mask": of_heads}, 0)
+    assert module.flops_per_batch == module.model.config.training_flops(2, LENGTH, LENGTH**2)
 
 
 class WithOwnArgument(LSSTransformer):

@@ -331,7 +331,7 @@ class MaskLike(BatchMask):
     def select(self, positions: Tensor) -> "MaskLike":
         raise NotImplementedError
 
-    def chunk_work(self, length: int, num_chunks: int) -> None: ...
+    def chunk_work(self, length: int, num_chunks: int, *, batch: int | None = None) -> None: ...
 
 
 def test_a_mask_stays_whole_and_is_compared() -> None:

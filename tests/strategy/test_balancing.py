@@ -1,9 +1,13 @@
 """Each batch has its own layout: the training is that of one device, and nothing of it stays after a run."""
 
+import dataclasses
+import re
+import warnings
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_lss import (
@@ -170,9 +174,14 @@ def message_of_fit(rank: int, run: Run) -> str:
 
 
 def test_a_module_that_keeps_a_shard_is_found_on_the_first_batch_of_another_layout(world) -> None:
-    assert world.run(2, message_of_fit, run_of(2, "auto", KeepsShard, steps=3)) == ["nothing was raised"] * 2
-    for message in world.run(2, message_of_fit, run_of(2, "auto", KeepsShard, steps=5)):
+    unproved = {"strategy": {"verify": False}}
+    assert (
+        world.run(2, message_of_fit, run_of(2, "auto", KeepsShard, steps=3, **unproved)) == ["nothing was raised"] * 2
+    )
+    for message in world.run(2, message_of_fit, run_of(2, "auto", KeepsShard, steps=5, **unproved)):
         assert STALE in message, message
+    expected = world.run(1, fit, run_of(1, "zigzag", KeepsShard, steps=5))[0]
+    assert_equal_on_ranks(world.run(2, fit, run_of(2, "auto", KeepsShard, steps=5)), expected, 1e-10)
 
 
 class KeepsFirst(Packed):
@@ -200,6 +209,109 @@ class KeepsPositions(Packed):
             self.kept[length] = torch.cos(sequence_shard(self).positions(length))
         logits = self(batch["inputs"], mask=batch["mask"])
         return super().training_step(batch, batch_idx) + (logits.sum(-1) * self.kept[length]).mean()
+
+
+class Merges(Sometimes):
+    """Merges pairs of neighbours, as zigzag can and a balanced chunk of one position cannot."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits = self(batch["inputs"], mask=batch["mask"])
+        return super().training_step(batch, batch_idx) + logits.unflatten(1, (-1, 2)).mean(2).square().mean()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        whole = sequence_shard(self).gather(batch["inputs"])
+        assert torch.equal(whole, torch.stack([x["inputs"] for x in make_samples(20)]).view(5, 4, LENGTH)[batch_idx])
+
+
+def warned(rank: int, run: Run) -> tuple[dict[str, Tensor], list[str], str]:
+    """Train; return the weights, what was warned of layouts, and the layout at the end."""
+    module, trainer = make_module(run), make_trainer(rank, run)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer.fit(module, make_loader(trainer, make_samples(run.samples), 4 * run.size // dist.get_world_size()))
+    texts = [str(x.message) for x in found if "stays with zigzag" in str(x.message)]
+    return dict(trainer.strategy.lightning_module_state_dict()), texts, module.seen[-1][1].layout
+
+
+def test_auto_stays_with_zigzag_where_only_that_is_exact(world) -> None:
+    expected = world.run(1, fit, run_of(1, "zigzag", Merges, steps=5))[0]
+    results = world.run(2, warned, run_of(2, "auto", Merges, steps=5))
+    for weights, _, layout in results:
+        assert layout == "zigzag"
+        assert_equal(weights, expected, 1e-10)
+    (text,), others = (texts for _, texts, _ in results)
+    assert re.search("is not this segment's part.*Write LSSStrategy\\(layout='zigzag'\\)", text)
+    assert not others
+    for message in world.run(2, message_of_fit, run_of(2, "balanced", Merges, steps=5)):
+        assert "LSSStrategy(layout='zigzag') may train it exactly" in message
+
+
+class MergesAlone(Merges):
+    """Half of each batch, for one of two replicas, has the uneven mask, where it has one."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        uneven = int(batch["inputs"].sum()) % 4 == 0
+        return {**batch, "mask": UNEVEN if uneven else AttentionMask.causal()}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("strategy", [{}, {"sharding": "fsdp"}])
+def test_a_replica_may_stay_with_zigzag_alone(world, strategy) -> None:
+    run = run_of(2, "auto", MergesAlone, steps=5, strategy=strategy)
+    expected = world.run(2, warned, dataclasses.replace(run, strategy={}, layout="zigzag", size=1))[0][0]
+    results = world.run(4, warned, run)
+    assert sum(len(texts) for _, texts, _ in results) >= 1
+    for weights, _, layout in results:
+        assert layout == "zigzag"
+        assert_equal(weights, expected, 1e-10)
+
+
+class RefusedAnyway(Merges):
+    """Its fourth batch, the first balanced one, needs neighbours that are on other ranks under every layout."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits = self(batch["inputs"], mask=batch["mask"])
+        wrong = logits.roll(1, 1) if batch_idx == 3 else logits
+        return super().training_step(batch, batch_idx) + (wrong * logits).mean()
+
+
+def test_auto_refuses_what_zigzag_does_not_train_either(world) -> None:
+    for message in world.run(2, message_of_fit, run_of(2, "auto", RefusedAnyway, steps=5)):
+        assert message.startswith(InexactError.__name__)
+        assert "layout='zigzag'" not in message
+
+
+class EvenInTraining(Packed):
+    """Its batches are uneven in evaluation, and in training from the third on."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        even = self.trainer.training and self.trainer.global_step < 2
+        return {**batch, "mask": AttentionMask.causal() if even else UNEVEN}
+
+
+def stages_of_auto(rank: int, run: Run) -> list[list[tuple[str, str]]]:
+    module, trainer = make_module(run), make_trainer(rank, run, val_check_interval=1, limit_val_batches=1)
+    loader, found = make_loader(trainer, make_samples(20), 4), []
+    for fit_or_test in (
+        lambda: trainer.fit(module, loader, loader),
+        lambda: trainer.test(module, loader, verbose=False),
+    ):
+        module.seen.clear()
+        fit_or_test()
+        found.append(list(dict.fromkeys((stage, shard.layout) for stage, shard in module.seen)))
+    return found
+
+
+def test_auto_evaluates_only_under_layouts_that_training_has_proved(world) -> None:
+    zigzag = [("sanity_check", "zigzag"), ("train", "zigzag"), ("validate", "zigzag")]
+    proved = [*zigzag, ("train", "balanced"), ("validate", "balanced")]
+    run = run_of(2, "auto", EvenInTraining, steps=4)
+    assert world.run(2, stages_of_auto, run)[0] == [proved, [("test", "zigzag")]]
+    run = run_of(2, "auto", EvenInTraining, steps=2, strategy={"verify": False})
+    chosen = [("sanity_check", "balanced"), ("train", "zigzag"), ("validate", "balanced")]
+    assert world.run(2, stages_of_auto, run)[0] == [chosen, [("test", "balanced")]]
 
 
 class GathersAtEnd(Sometimes):
@@ -247,7 +359,7 @@ def test_positions_that_are_kept_for_other_batches_are_found_by_the_second_proof
 
 def test_after_batches_of_several_layouts_nothing_is_gathered(world) -> None:
     tokens = torch.stack([x["inputs"] for x in make_samples(20)])
-    run = run_of(2, "auto", GathersAtEnd)
+    run = run_of(2, "auto", GathersAtEnd, strategy={"verify": False})
     for kind, layout in enumerate(("zigzag", "balanced")):
         for gathered, layouts in world.run(2, validate, run, kind):
             assert torch.equal(gathered, tokens)
@@ -352,6 +464,37 @@ def test_the_mask_of_a_pooled_sequence_does_not_count_under_auto() -> None:
     assert choose("auto", {**batch, "mask": uneven}).assignment.per_rank == 8  # pairs stay in one chunk: 32 / 4 = 8
     short = AttentionMask.documents(torch.arange(16)[None])
     assert choose("auto", {**batch, "coarse": short, "mask": uneven}).assignment.per_rank == 4
+
+
+def test_auto_leaves_the_batch_to_a_module_that_splits_it() -> None:
+    module = SplitsMasked(vocab_size=VOCAB, seq_len=64, width=16, num_layers=1, num_heads=4)
+    batch = {"tokens": torch.zeros(1, 64), "frames": torch.zeros(1, 2), "mask": documents(torch.arange(64)[None])}
+    assert choose("auto", batch, module=module).layout == "zigzag"
+    assert choose("balanced", batch, module=module).layout == "balanced"
+
+
+def test_a_mask_of_one_row_stands_for_all_rows() -> None:
+    padding = AttentionMask.padding((torch.arange(64) < 36).expand(16, 64)) & AttentionMask.causal()
+    causal = AttentionMask.causal() & AttentionMask.padding(torch.ones(16, 64))
+    masks = [(AttentionMask.causal(), causal), (AttentionMask.from_function(lambda b, h, q, k: k <= q), causal)]
+    chosen = [
+        choose("balanced", {"x": torch.zeros(16, 64), "a": one, "b": padding}).assignment
+        for ones in masks
+        for one in ones
+    ]
+    assert len({*chosen}) == 1
+    own = choose("balanced", torch.zeros(16, 64), module=LSSAttention(mask=causal)).assignment
+    assert own == choose("balanced", torch.zeros(16, 64), module=LSSAttention()).assignment
+
+
+def test_a_function_of_the_row_is_counted_over_the_batch() -> None:
+    ids = torch.stack([torch.zeros(64, dtype=torch.int64), *[(torch.arange(64) - 32).clamp(min=0)] * 7])
+    function = AttentionMask.from_function(lambda b, h, q, k: (ids[b, q] == ids[b, k]) & (k <= q))
+    documents = AttentionMask.documents(ids) & AttentionMask.causal()
+    function, documents = (
+        {"x": torch.zeros(8, 64), "mask": x} for x in (function, AttentionMask.from_dense(documents.dense(64)))
+    )
+    assert choose("auto", function).assignment == choose("auto", documents).assignment is not None
 
 
 def test_a_choice_is_made_once() -> None:
