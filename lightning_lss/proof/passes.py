@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -52,6 +52,9 @@ class Rehearsal:
     """Cuts a batch to this rank's segment."""
     more: tuple[Any, ...] = ()
     """Arguments of ``training_step`` after the batch."""
+    before: SequenceShard | None = None
+    """Another layout, under which a step goes before each split one, so that what the module keeps of it shows: positions by
+    their number, say. One goes before each whole one as well, so that counters and random numbers are the same."""
     is_running: bool = False
     """Whether a step runs now, whose manual backward passes come here."""
     _losses: list[Tensor] = field(default_factory=list)
@@ -64,13 +67,16 @@ class Rehearsal:
         backward: the step runs within it.
         """
         module, shard = self.module, WHOLE_SEQUENCE if whole else self.shard
-        self._losses, self._takes_gradients = [], watch is None
         self.parameters.reshard()
         with ExitStack() as stack:
             written = stack.enter_context(untouched(module, self.parameters.parameters(module), self.device))
             evaluate(module)
             leaves = stack.enter_context(self.parameters.rehearse(module))
             tables = stack.enter_context(_tables(module, shard, share))
+            self._losses, self._takes_gradients = [], False
+            if self.before is not None:
+                self._step_before(batch, shard if whole else self.before)
+            self._losses, self._takes_gradients = [], watch is None
             stack.enter_context(_world_of(module, shard, self.pretend(shard)))
             part = batch if whole else self.split_batch(batch)
             if watch is not None:
@@ -78,6 +84,20 @@ class Rehearsal:
             self._step(part, watch or nullcontext())
             loss = torch.stack(self._losses).sum() if self._losses else torch.zeros((), device=self.device)
             return Pass(loss, _gradients({**leaves, **tables}), written.dtypes)
+
+    def _step_before(self, batch: Any, shard: SequenceShard) -> None:
+        current = True
+        if shard is self.before:
+            shard = replace(shard, is_current=lambda _: current)
+        with ExitStack() as stack:
+            stack.enter_context(_world_of(self.module, shard, self.pretend(shard)))
+            if shard.size > 1:
+                for part in segment_modules(self.module):
+                    stack.callback(part.set_shard, part.shard)
+                    part.set_shard(shard)
+            self._step(batch if shard.size == 1 else self.split_batch(batch), nullcontext())
+        current = False
+        self.parameters.reshard()
 
     def _step(self, batch: Any, watch: AbstractContextManager[Any]) -> None:
         self.is_running = True

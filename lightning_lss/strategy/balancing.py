@@ -117,6 +117,14 @@ class BatchLayouts:
         return assignment if imbalance(pairs, assignment) < zigzag else None
 
 
+def static_shard(shard: SequenceShard) -> SequenceShard:
+    """Return the rank's place in a static layout that can cut whatever ``shard`` can."""
+    if shard.assignment is None:
+        return shard
+    layout = "zigzag" if shard.assignment.per_rank % 2 == 0 else "contiguous"
+    return SequenceShard(shard.rank, shard.size, layout, shard.group, shard.communication_dtype)
+
+
 def _on(place: SequenceShard, assignment: ChunkAssignment) -> SequenceShard:
     return SequenceShard(
         place.rank, place.size, "balanced", place.group, place.communication_dtype, assignment, place.is_current

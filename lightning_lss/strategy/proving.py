@@ -18,7 +18,7 @@ from lightning_lss.proof.report import InexactError, Report
 from lightning_lss.sequence.batch import tensors_by_path
 from lightning_lss.sequence.segment import SequenceShard, segment_modules
 from lightning_lss.strategy.averaging import GradientAveraging
-from lightning_lss.strategy.balancing import BatchLayouts
+from lightning_lss.strategy.balancing import BatchLayouts, static_shard
 from lightning_lss.strategy.sequence import SequenceParallel
 from lightning_lss.strategy.verification import (
     Verification,
@@ -113,7 +113,7 @@ class ProvedRuns(SequenceParallel, GradientAveraging):
         batch, requested = self._verification.batch, self._layouts.requested
         try:
             remedy = _ZIGZAG if requested == "balanced" else ""
-            self._verification.prove(self._batch_proof(args[1:]), replicas, remedy)
+            self._verification.prove(self._batch_proof(args[1:], replicas), replicas, remedy)
         except InexactError as refusal:
             balanced = self._shard != self._place
             if requested != "auto" or not first_of("balanced" if balanced else "", replicas):
@@ -137,7 +137,7 @@ class ProvedRuns(SequenceParallel, GradientAveraging):
     def _prove_instead(self, args: tuple[Any, ...], replicas: dist.ProcessGroup | None, refusal: InexactError) -> None:
         """Prove the step in the base layout; raise the ``refusal`` of another one where that fails as well."""
         try:
-            self._verification.prove(self._batch_proof(args[1:]), replicas)
+            self._verification.prove(self._batch_proof(args[1:], replicas), replicas)
         except InexactError:
             raise refusal from None
         report = self._verification.report
@@ -161,14 +161,16 @@ class ProvedRuns(SequenceParallel, GradientAveraging):
         dist.all_reduce(shown, op=dist.ReduceOp.MAX)
         return bool(shown)
 
-    def _batch_proof(self, more: tuple[Any, ...]) -> BatchProof:
+    def _batch_proof(self, more: tuple[Any, ...], replicas: dist.ProcessGroup | None = None) -> BatchProof:
         assert self.model is not None
         module, root, parameters = self._module, self.model, self._parameters
         step = module.training_step  # DistributedDataParallel would average the gradients of the whole batch as well
         if root is not module and not isinstance(root, DistributedDataParallel):
             step = partial(self._forward_redirection, root, module, "training_step")
         run = (self._shard, self.precision_plugin, self.root_device, partial(pretend, self), self.split_batch)
-        return self._verification.batch_proof(Rehearsal(module, step, parameters, *run, more), self._sequence_dims)
+        varies = first_of("balanced" if self._shard.assignment is not None else "", replicas)
+        rehearsal = Rehearsal(module, step, parameters, *run, more, static_shard(self._shard) if varies else None)
+        return self._verification.batch_proof(rehearsal, self._sequence_dims)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:

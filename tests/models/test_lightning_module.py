@@ -86,11 +86,8 @@ def test_flops_of_a_batch_are_shared_out() -> None:
 def test_flops_are_those_of_the_pairs_that_rows_and_heads_see() -> None:
     ids = torch.stack([torch.zeros(LENGTH, dtype=torch.int64), torch.arange(LENGTH)])
     module = LSSTransformer(**SIZES)
-    pairs = (LENGTH**2 + LENGTH) / 2
-    for mask in (
-        AttentionMask.documents(ids),
-        AttentionMask.from_function(lambda b, h, q, k: b == 0),
-    ):
+    documents, function = AttentionMask.documents(ids), AttentionMask.from_function(lambda b, h, q, k: b == 0)
+    for mask, pairs in ((documents, (LENGTH**2 + LENGTH) / 2), (function, LENGTH**2 / 2)):
         module.training_step({**default_collate(make_samples(2)), "mask": mask}, 0)
         assert module.flops_per_batch == pytest.approx(module.model.config.training_flops(2, LENGTH, pairs))
     of_heads = AttentionMask.from_function(lambda b, h, q, k: (h > 0) | (k == q))  # a pair is computed for all heads
