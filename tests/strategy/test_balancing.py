@@ -496,7 +496,7 @@ def test_the_mask_of_a_pooled_sequence_does_not_count_under_auto() -> None:
 
 
 def test_auto_leaves_the_batch_to_a_module_that_splits_it() -> None:
-    module = SplitsMasked(vocab_size=VOCAB, seq_len=64, width=16, num_layers=1, num_heads=4)
+    module = SplitsMasked(vocab_size=VOCAB, seq_len=64, width=16, num_layers=1, num_heads=4, **ROTARY)
     uneven = AttentionMask.documents((torch.arange(64) - 32).clamp(min=0)[None]) & AttentionMask.causal()
     batch = {"tokens": torch.zeros(1, 64), "frames": torch.zeros(1, 2), "mask": uneven}
     assert choose("auto", batch, module=module).layout == "zigzag"
