@@ -4,27 +4,17 @@ Every kind says which pairs are visible twice: as a dense tensor, which is its d
 structure, as bands (:mod:`lightning_lss.attention.bands`), from which tiles are made without looking at single pairs.
 """
 
-import inspect
-import itertools
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 from typing_extensions import override
 
 from lightning_lss.attention.bands import FAR, Bands, TooManyBandsError, intersect, make_bands, rectangles, unite
-
-VisiblePair = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""visible(b, h, q, k) -> bool, of int64 scalars, as FlexAttention's ``mask_mod``."""
 
 MOST_BANDS = 2**16  # of one row of the batch: a mask with more is treated as one without structure
 
@@ -71,9 +61,30 @@ class Kind:
         """The mask of the sequence that consists of ``positions``, int64 [n], ascending."""
         return self
 
+    def check_sizes(self, sizes: Sizes) -> None:
+        """Raise ``ValueError`` if the mask is not for such sequences."""
+        shown = f"AttentionMask({self})"
+        if self.rows not in (1, sizes.batch) or self.heads not in (1, sizes.heads):
+            raise ValueError(
+                f"{shown} is for a batch of {self.rows} and {self.heads} heads; attention was given a batch of {sizes.batch} with"
+                f" {sizes.heads} query heads."
+            )
+        if self.queries not in (None, sizes.queries) or self.keys not in (None, sizes.keys):
+            keys = "" if sizes.keys == sizes.queries else f" and a memory of length {sizes.keys}"
+            raise ValueError(
+                f"{shown} is for sequences of length {self.queries or self.keys}; attention was given queries of global"
+                f" length {sizes.queries}{keys}. Make the mask from whole sequences: before the batch is split, or from an entry"
+                " that LSSStrategy(sequence_dims={key: None}) leaves whole."
+            )
+
+    def check_unchanged(self) -> None:
+        """Raise ``ValueError`` if something that its functions read has changed since the mask was made."""
+        for function in self.functions:
+            function.check_unchanged()
+
     @property
-    def functions(self) -> list["Function"]:
-        """The functions that are a part of it."""
+    def functions(self) -> list[Any]:
+        """The masks made of a function (:class:`~lightning_lss.attention.functions.Function`) that are a part of it."""
         return [found for x in self.arguments if isinstance(x, Kind) for found in x.functions]
 
     @property
@@ -237,114 +248,6 @@ class Dense(Kind):
     @override
     def select(self, positions: Tensor) -> "Dense":
         return Dense(self.table[:, :, positions][..., positions])
-
-
-by_number: "WeakValueDictionary[int, Function]" = WeakValueDictionary()
-"""Every mask made of a function, by its number: under ``torch.compile`` only a number can pass through the graph."""
-_recent: "deque[Function]" = deque(maxlen=256)
-"""The latest ones, kept for backward passes after their masks are gone."""
-_numbers = itertools.count()
-
-
-@dataclass(eq=False, repr=False)
-class Function(Kind):
-    """Pairs for which a function is true; with ``positions``, int64 [n], a pair's positions are looked up there."""
-
-    function: VisiblePair
-    positions: Tensor | None = None
-    depends: tuple[bool, bool] = field(init=False)
-    """Whether the function looks at the row of the batch, and at the head."""
-    number: int = field(init=False)
-
-    @property
-    def functions(self) -> list["Function"]:
-        """Itself."""
-        return [self]
-
-    def __post_init__(self) -> None:
-        self.number = next(_numbers)
-        by_number[self.number] = self
-        _recent.append(self)
-        self._read = what_is_read(self.function)
-        self.depends = _depends(self.function)
-        if self.positions is not None:
-            self.queries = self.keys = len(self.positions)
-
-    @override
-    def told_apart(self, sizes: Sizes) -> Sizes:
-        batch, heads = (n if used else 1 for n, used in zip(sizes, self.depends))
-        return sizes._replace(batch=batch, heads=heads)
-
-    @override
-    def visible(self, queries: Tensor, sizes: Sizes) -> Tensor:
-        rows, heads, *_ = self.told_apart(sizes)
-        keys = torch.arange(sizes.keys)
-        if self.positions is not None:
-            queries, keys = self.positions[queries], self.positions[keys]
-        over_all = self.function
-        for dims in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, None, None)):
-            over_all = torch.vmap(over_all, in_dims=dims)
-        # in a thread of its own, since vmap fails under the dispatch modes that watch a step, such as a proof's
-        with ThreadPoolExecutor(1) as thread:
-            future = thread.submit(over_all, torch.arange(rows), torch.arange(heads), queries, keys)
-            try:
-                return future.result().bool().cpu()
-            except Exception as error:
-                raise ValueError(
-                    f"The function {_name(self.function)} of a mask failed under torch.vmap ({error}). It must return a bool tensor,"
-                    " made with torch's operators from b, h, q and k: & | ~ instead of and, or, not, and torch.where instead of if."
-                ) from error
-
-    def check(self) -> None:
-        """Raise ``ValueError`` if a tensor or number that the function reads has changed since the mask was made."""
-        if what_is_read(self.function) != self._read:
-            raise ValueError(
-                f"The function {_name(self.function)} of a mask reads something that has changed since the mask was made. A mask is a"
-                " value: make a new one with AttentionMask.from_function for every batch."
-            )
-
-    def __reduce__(self) -> tuple[Any, ...]:  # in another process it gets another number
-        return Function, (self.function, self.positions)
-
-    @override
-    def select(self, positions: Tensor) -> "Function":
-        return replace(self, positions=positions if self.positions is None else self.positions[positions])
-
-
-def _name(function: VisiblePair) -> str:
-    return getattr(function, "__qualname__", repr(function))
-
-
-def what_is_read(function: VisiblePair) -> list[tuple[Any, ...]]:
-    """The numbers and tensors that a function reads; of a tensor who it is and how often it was written to."""
-    numbers, tensors = values_read(function)
-    return [*enumerate(numbers), *((id(x), 0 if x.is_inference() else x._version) for x in tensors)]
-
-
-def values_read(function: VisiblePair) -> tuple[list[float], list[Tensor]]:
-    """The numbers and tensors in a function's closure and defaults, and among the globals that it names; of modules there
-    their buffers."""
-    inner = inspect.unwrap(function)
-    code = getattr(inner, "__code__", None)
-    values: list[Any] = list(getattr(inner, "__defaults__", None) or ())
-    for cell in getattr(inner, "__closure__", None) or ():
-        with suppress(ValueError):  # of a cell that is still empty
-            values.append(cell.cell_contents)
-    names = code.co_names if code is not None else ()
-    values += [inner.__globals__[name] for name in names if name in inner.__globals__]
-    owners = [x for x in values if isinstance(x, torch.nn.Module)]
-    values += [buffer for owner in owners for buffer in owner.buffers()]
-    return [x for x in values if isinstance(x, (bool, int, float))], [x for x in values if isinstance(x, Tensor)]
-
-
-def _depends(function: VisiblePair) -> tuple[bool, bool]:
-    """Whether a function looks at its first and at its second argument; true where it cannot be told."""
-    try:
-        graph = make_fx(function)(*(torch.zeros((), dtype=torch.int64) for _ in range(4))).graph
-    except Exception:  # whatever a user's function does under tracing, evaluating it is still right
-        return True, True
-    row, head, *_ = (node for node in graph.nodes if node.op == "placeholder")
-    return bool(row.users), bool(head.users)
 
 
 @dataclass(eq=False, repr=False)

@@ -7,20 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lss.attention.functions import Function, VisiblePair
 from lightning_lss.attention.kinds import (
     Chunked,
     Combined,
     Dense,
     Diagonals,
     Documents,
-    Function,
     Keys,
     Kind,
     Prefix,
     Sizes,
-    VisiblePair,
 )
-from lightning_lss.attention.packing import PackedMask, pack, unpack
+from lightning_lss.attention.packing import PackedMask, check_call, keep_functions, pack, unpack
 from lightning_lss.attention.plan import Plan, plan_segment
 from lightning_lss.attention.structure import ChunkWork, chunk_work
 from lightning_lss.sequence.batch import BatchMask
@@ -48,7 +47,8 @@ class AttentionMask(BatchMask):
     def __init__(self, kind: Kind) -> None:
         self.words = pack(kind)  # what attention's operator is given: a compiled graph takes nothing but tensors
         self.kind = kind = unpack(PackedMask(self.words))  # its tensors are views of the words, and nobody else's
-        self._functions = kind.functions
+        if kind.functions:
+            keep_functions(self.words, kind.functions)
         self.rows, self.heads, self.num_queries, self.num_keys = kind.rows, kind.heads, kind.queries, kind.keys
 
     # -- kinds ---------------------------------------------------------------------------------------------------------
@@ -166,8 +166,12 @@ class AttentionMask(BatchMask):
         positions of a query and a key, each an int64 scalar, as for FlexAttention's ``mask_mod``.
 
         It is evaluated for every pair, a few times a batch, under ``torch.vmap`` and on the CPU; tensors that it reads must
-        be there. A mask made of the kinds above costs far less. A mask is a value: where what the function reads changes,
-        make a new one; attention raises ``ValueError`` for tensors and numbers of its closure that have changed.
+        be there. A mask made of the kinds above costs far less. A mask is a value: where something that the function reads
+        changes, make a new one. Attention, forward and backward, compares the content of all that is read with what it was.
+
+        Raises:
+            ValueError: if the function fails under ``torch.vmap``, does not return one bool (or 0 and 1), or reads
+                something whose content cannot be known; and where the mask is used, if what is read has changed.
         """
         return cls(Function(visible))
 
@@ -195,10 +199,12 @@ class AttentionMask(BatchMask):
         """Every pair of a sequence of ``length`` L, bool [B or 1, H or 1, L, L]: what the mask is by definition.
 
         ``num_keys`` is the length of a memory. ``batch`` and ``heads`` are needed only for a function that looks at them.
+        Raises ``ValueError`` if the mask is not for such sequences, or what its functions read has changed.
         """
         sizes = Sizes(batch or self.rows, heads or self.heads, length, length if num_keys is None else num_keys)
-        self.check(sizes)
-        return self.kind.visible(torch.arange(length), sizes)
+        check_call(self.packed, sizes)
+        visible = self.kind.visible(torch.arange(length), sizes)
+        return visible.clone(memory_format=torch.contiguous_format)  # not a view of the mask's own data
 
     def select(self, positions: Tensor) -> "AttentionMask":
         """The mask of the sequence that consists of ``positions``, int64 [n], of this one.
@@ -212,22 +218,8 @@ class AttentionMask(BatchMask):
         return AttentionMask(self.kind.select(positions.cpu()))
 
     def check(self, sizes: Sizes) -> None:
-        """Raise ``ValueError`` if the mask is not for such sequences, or what its functions read has changed."""
-        if self._functions and not torch.compiler.is_compiling():
-            for function in self._functions:
-                function.check()
-        if self.rows not in (1, sizes.batch) or self.heads not in (1, sizes.heads):
-            raise ValueError(
-                f"{self} is for a batch of {self.rows} and {self.heads} heads; attention was given a batch of {sizes.batch} with"
-                f" {sizes.heads} query heads."
-            )
-        if self.num_queries not in (None, sizes.queries) or self.num_keys not in (None, sizes.keys):
-            keys = "" if sizes.keys == sizes.queries else f" and a memory of length {sizes.keys}"
-            raise ValueError(
-                f"{self} is for sequences of length {self.num_queries or self.num_keys}; attention was given queries of global"
-                f" length {sizes.queries}{keys}. Make the mask from whole sequences: before the batch is split, or from an entry"
-                " that LSSStrategy(sequence_dims={key: None}) leaves whole."
-            )
+        """Raise ``ValueError`` if the mask is not for such sequences."""
+        self.kind.check_sizes(sizes)
 
     def chunk_work(
         self, length: int, num_chunks: int, *, batch: int | None = None, heads: int | None = None
@@ -239,7 +231,7 @@ class AttentionMask(BatchMask):
         Raises ``ValueError`` if the mask is not for such sequences.
         """
         sizes = Sizes(batch or self.rows, heads or self.heads, length, length)
-        self.check(sizes)
+        check_call(self.packed, sizes)
         work = chunk_work(self.packed, sizes, num_chunks)
         return work._replace(pairs=work.pairs * (sizes.batch // self.kind.told_apart(sizes).batch))
 
@@ -257,7 +249,7 @@ class AttentionMask(BatchMask):
 
         Raises ``ValueError`` if the mask is not for such sequences, or L cannot be divided evenly.
         """
-        self.check(Sizes(self.rows, self.heads, length, length))
+        check_call(self.packed, Sizes(self.rows, self.heads, length, length))
         return plan_segment(self.packed, length, shard, self.rows, self.heads)
 
     @property
@@ -267,8 +259,8 @@ class AttentionMask(BatchMask):
 
     @property
     def content_digest(self) -> int:
-        """Hash of what the mask shows, 63 bits; of a function it takes the name, and the numbers and tensors that it reads."""
-        words = pack(self.kind, by_name=True) if self._functions else self.words
+        """Hash of what the mask shows, 63 bits; of a function it takes the code, and the content of all that it reads."""
+        words = pack(self.kind, by_content=True) if self.kind.functions else self.words
         return int.from_bytes(words[:8].numpy().tobytes(), "big") >> 1
 
     @property

@@ -31,6 +31,7 @@ from lightning_lss.attention.compute import (
     no_autocast,
     rows_of_heads,
 )
+from lightning_lss.attention.packing import kept_functions
 from lightning_lss.attention.plan import Plan
 from lightning_lss.attention.scores import ScoreMaker
 from lightning_lss.attention.spec import AttentionSpec, Modifiers
@@ -213,6 +214,9 @@ def _setup_context(
 ) -> None:
     q, k, v, *modifiers = inputs
     ctx.fields = keyword_only_inputs
+    ctx.functions = kept_functions(
+        Modifiers(*modifiers).mask
+    )  # saved tensors may come back as copies, which keep nothing
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or backward receives zeros as large as the gathered keys and values
     kept = ctx.fields["keep_gathered"]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_lss.attention.kernels import KERNELS, select_kernel
 from lightning_lss.attention.kinds import Diagonals, Sizes
-from lightning_lss.attention.packing import PackedMask, pack
+from lightning_lss.attention.packing import PackedMask, check_call, pack
 from lightning_lss.attention.plan import Call, Plan, features_of, plan_call
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
 
@@ -53,11 +53,13 @@ class AttentionSpec:
         """Choose the kernels and the number of head chunks for ``q`` [B, H, l, D], ``k`` [B, G, m, D] and ``v`` [B, G,
         m, Dv] where the spec leaves them open, and plan what this rank does.
 
-        Raises ``ValueError`` if the spec names a kernel that cannot take what is asked, or the lengths cannot be divided
-        evenly.
+        Raises ``ValueError`` if the spec names a kernel that cannot take what is asked, the lengths cannot be divided
+        evenly, or the mask is for other sequences or reads something that has changed.
         """
         mask = PackedMask(modifiers.mask) if modifiers.mask is not None else _CAUSAL if self.causal else _FULL
         call = self._call(q, k)
+        if modifiers.mask is not None:
+            check_call(mask, call.sizes)
         resolved = self._resolve(q, k, v, features_of(mask, call), self._features(modifiers))
         kernel = KERNELS[resolved.kernel_name]
         windows = "windows" in kernel.takes and kernel.skips_hidden

@@ -107,5 +107,5 @@ def _chunk_work(mask: PackedMask, sizes: Sizes, num_chunks: int) -> ChunkWork:
 
 def forget_structures() -> None:
     """Empty the caches."""
-    for cached in (_structure_of, _chunk_work, unpack):
+    for cached in (_structure_of, _chunk_work):
         cached.cache_clear()
