@@ -1,8 +1,11 @@
 """Attention along a split sequence as a function; the algorithm is in :mod:`lightning_lss.attention.operator`."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from lightning_lss.attention.kernels import select_kernel
 from lightning_lss.attention.kinds import Sizes
@@ -74,6 +77,16 @@ def lss_attention(
         TypeError: if the mask is not an :class:`~lightning_lss.AttentionMask`.
         RuntimeError: if the shard is of an earlier batch.
     """
+    if has_torch_function((q, k, v)):  # they are shown as whole sequences, see SplitTensor
+        scores: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "sinks": sinks, "bias": bias}
+        scores |= {"alibi_slopes": alibi_slopes, "dropout": dropout}
+        how: dict[str, Any] = {
+            "whole_memory": whole_memory,
+            "kernel": kernel,
+            "head_chunks": head_chunks,
+            "keep_gathered": keep_gathered,
+        }
+        return handle_torch_function(lss_attention, (q, k, v), q, k, v, shard, causal, **scores, **how)
     shard.check_current()
     q, k, v = in_autocast_dtype(q, k, v)
     queries, keys = q.size(2) * shard.size, k.size(2) * (1 if whole_memory else shard.size)

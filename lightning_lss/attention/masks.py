@@ -209,9 +209,9 @@ class AttentionMask(BatchMask):
     def select(self, positions: Tensor) -> "AttentionMask":
         """The mask of the sequence that consists of ``positions``, int64 [n], of this one.
 
-        Diagonals count in the new sequence: a causal mask stays one. Raises ``ValueError`` if the positions do not ascend.
+        Diagonals count in the new sequence: a causal mask stays one. Raises ``ValueError`` if positions descend.
         """
-        if (positions.diff() <= 0).any():
+        if (positions.diff() < 0).any():
             raise ValueError(
                 f"positions={positions.tolist()} must ascend, since diagonals and prefixes have an order: sort them."
             )

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from typing_extensions import override
 
-from lightning_lss.sequence.segment import sequence_shard
+from lightning_lss.sequence.segment import place_of
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -32,7 +32,7 @@ class PredictionWriter(BasePredictionWriter):
     def write_on_epoch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, predictions: Any, batch_indices: Any
     ) -> None:
-        if sequence_shard(pl_module).rank == 0:
+        if place_of(pl_module).rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             rank = getattr(trainer.strategy, "data_rank", trainer.global_rank)
             torch.save({"predictions": predictions, "indices": batch_indices}, self.folder / f"predictions-{rank}.pt")

@@ -16,7 +16,7 @@ from lightning_lss.attention.plan import Plan
 from lightning_lss.callbacks.tiles_figure import draw_attention_tiles, plan_ranks
 from lightning_lss.parallel.segment_local import count_parameters
 from lightning_lss.sequence.dtypes import in_autocast_dtype
-from lightning_lss.sequence.segment import SequenceShard, sequence_shard
+from lightning_lss.sequence.segment import SequenceShard, place_of
 
 
 class RunLayout(pl.Callback):
@@ -78,7 +78,7 @@ class _Call(NamedTuple):
 
 
 def _write_layout(trainer: pl.Trainer, pl_module: pl.LightningModule, call: _Call) -> None:
-    shard, attention = sequence_shard(pl_module), call.module
+    shard, attention = place_of(pl_module), call.module
     batch_size, heads, local_length, head_dim = call.keys
     length = call.queries[2] * attention.shard.size
     splits_heads = attention.shard.size != shard.size  # tensor parallelism: each rank has the whole matrix

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from lightning_lss.sequence.segment import sequence_shard
+from lightning_lss.sequence.segment import place_of
 
 
 class LSSThroughputMonitor(ThroughputMonitor):
@@ -38,7 +38,7 @@ class LSSThroughputMonitor(ThroughputMonitor):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        size, flops = sequence_shard(pl_module).size, self.available_flops
+        size, flops = place_of(pl_module).size, self.available_flops
         for stage in self._throughputs:
             self._throughputs[stage] = _SequenceThroughput(size, flops, trainer.world_size, **self.kwargs)
 

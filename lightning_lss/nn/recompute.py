@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, set_checkpoint_early_stop
 
 from lightning_lss.attention.operator import ATTENTION
@@ -182,13 +183,14 @@ class Recomputed(nn.Module):
 def _call_checkpointed(
     module: Recomputed, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    how, number, names = module._lss_calls.checkpointing, len(args), list(kwargs)
-    inputs = (*args, *kwargs.values())
+    how = module._lss_calls.checkpointing
+    inputs, structure = tree_flatten((args, kwargs))
 
     # Torch offloads only tensors that are given by position. The function must not hold the inputs itself: they are to be
     # freed.
     def call_by_position(*inputs: Any) -> Any:
-        return call(*inputs[:number], **dict(zip(names, inputs[number:])))
+        args, kwargs = tree_unflatten(inputs, structure)
+        return call(*args, **kwargs)
 
     # Recomputation normally stops at the last tensor that backward needs. In a block of tiles that is within the last
     # tile, before the results are joined. Under tensor parallelism each result comes from a collective, and torch keeps
@@ -211,8 +213,9 @@ def _call_in_tiles(module: Recomputed, call: Callable[..., Any], *args: Any, **k
             f"{type(module).__name__} is computed in mlp_tiles={tiles} parts along the sequence, so its first argument must be a"
             " tensor [B, l, E], given by position. Name other modules in tiled_modules."
         )
-    x, *others = args
-    length = x.size(1)
+    # a rank computes its tokens; of a sequence that is shown as whole it gives their part
+    (x, *_), structure = tree_flatten(args[0])
+    others, length = args[1:], x.size(1)
     dropouts = [(part, list[Tensor]()) for part in module.modules() if isinstance(part, SegmentDropout)]
 
     def compute(part: Tensor, start: int) -> Tensor:
@@ -226,7 +229,8 @@ def _call_in_tiles(module: Recomputed, call: Callable[..., Any], *args: Any, **k
     parts = x.chunk(tiles, dim=1)
     starts = accumulate((part.size(1) for part in parts), initial=0)
     with _early_stop(True):
-        return torch.cat([run(part, start) for part, start in zip(parts, starts)], dim=1)
+        joined = torch.cat([run(part, start) for part, start in zip(parts, starts)], dim=1)
+    return tree_unflatten([joined], structure)
 
 
 def _early_stop(wanted: bool) -> AbstractContextManager[Any]:

@@ -104,7 +104,7 @@ class StandInTrainer:
     barebones = False
 
     def __init__(self, shard: SequenceShard) -> None:
-        self.strategy = SimpleNamespace(sequence_shard=shard, shard_of_run=shard)
+        self.strategy = SimpleNamespace(sequence_shard=shard, shard_of_run=shard, shard_of_module=shard)
         self.world_size = shard.size
         self.loggers: list[Any] = []
 

@@ -204,12 +204,20 @@ def sequence_shard(module: nn.Module) -> SequenceShard:
     """Return the shard that a LightningModule, or a :class:`ShardedModule`, runs under.
 
     Under any other strategy, without a trainer and outside of a run it is the trivial shard (rank 0 of 1), so a module
-    written for LSS runs unchanged everywhere.
+    written for LSS runs unchanged everywhere; and under :class:`~lightning_lss.LSSStrategy` where it shows the module
+    whole sequences.
     """
-    if isinstance(module, ShardedModule):
-        return module.shard
+    return module.shard if isinstance(module, ShardedModule) else _of_strategy(module, "shard_of_module")
+
+
+def place_of(module: nn.Module) -> SequenceShard:
+    """Return this process's place in its sequence group in a run of a LightningModule, whatever the module is shown."""
+    return _of_strategy(module, "shard_of_run")
+
+
+def _of_strategy(module: nn.Module, name: str) -> SequenceShard:
     strategy = getattr(getattr(module, "_trainer", None), "strategy", None)
-    shard = getattr(strategy, "shard_of_run", None)
+    shard = getattr(strategy, name, None)
     return shard if isinstance(shard, SequenceShard) else WHOLE_SEQUENCE
 
 

@@ -239,7 +239,7 @@ def test_sequence_shard_is_trivial_under_other_strategies(strategy) -> None:
 def test_sequence_shard_is_that_of_the_strategy_or_the_module_itself() -> None:
     shard: Any = SequenceShard(1, 2)
     module = pl.LightningModule()
-    module._trainer = SimpleNamespace(strategy=SimpleNamespace(shard_of_run=shard))
+    module._trainer = SimpleNamespace(strategy=SimpleNamespace(shard_of_module=shard))
     assert sequence_shard(module) is shard
     sharded = ShardedModule()
     sharded.set_shard(shard)
