@@ -19,6 +19,9 @@ from lightning_lss.checkpoint.state import Owners
 from lightning_lss.megatron import MegatronStrategy, MegatronTransformer
 from lightning_lss.nn.loss import IGNORED
 
+QUIET: dict[str, Any] = dict(
+    logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+)
 VOCAB, LENGTH = 11, 16
 TABLE = "model.positions.weight"  # the name of the positional table
 
@@ -97,18 +100,11 @@ def make_trainer(rank: int, run: Run, **more: Any) -> pl.Trainer:
         strategy = MegatronStrategy(run.size, **options)
     elif world_size > 1 or run.strategy:
         strategy = LSSStrategy(run.size, run.layout, **options)
-    quiet = dict(
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
     return pl.Trainer(
         accelerator="cpu",
         devices=world_size,
         strategy=strategy,
-        **{**quiet, "max_steps": run.steps, **run.trainer, **more},
+        **{**QUIET, "use_distributed_sampler": False, "max_steps": run.steps, **run.trainer, **more},
     )
 
 

@@ -66,6 +66,15 @@ FAILS = Cause(
     " for batch entries whose dimension 1 is not the sequence, or shard_batch(self, batch, shard) on the LightningModule. Where no"
     " dimension is a sequence, use strategy='ddp'.",
 )
+SHOWN_WHOLE = Cause(
+    "A function that the step calls on whole sequences does not give each rank its part of what one device computes.",
+    "LSSStrategy(view='segment') and the parts of lightning_lss in the module; or strategy='ddp'. Every function should be exact"
+    " when it is shown whole sequences, but for writing to a slice of one in place, and rows of padding that see no key: please report it.",
+)
+FAILS_SHOWN_WHOLE = Cause(
+    "The step fails where its sequences are split, though not on one device.",
+    "what the error says; or LSSStrategy(view='segment') and the parts of lightning_lss in the module; or strategy='ddp'.",
+)
 UNSPLIT = Cause(
     "The batch entry {name} has the whole sequence, since it was not split, and the other tensors have a segment.",
     "LSSStrategy(sequence_dims={{{name!r}: 0}}), with its dimension of the sequence.",

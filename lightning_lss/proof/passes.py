@@ -1,5 +1,6 @@
 """Run the user's own training step on one batch, whole on every rank alone or split, and take its gradients."""
 
+import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -55,6 +56,8 @@ class Rehearsal:
     before: SequenceShard | None = None
     """Another layout, under which a step goes before each split one, so that what the module keeps of it shows: positions by
     their number, say. One goes before each whole one as well, so that counters and random numbers are the same."""
+    shows_whole: bool = False
+    """Whether the module is shown whole sequences where they are split."""
     is_running: bool = False
     """Whether a step runs now, whose manual backward passes come here."""
     _losses: list[Tensor] = field(default_factory=list)
@@ -102,7 +105,7 @@ class Rehearsal:
     def _step(self, batch: Any, watch: AbstractContextManager[Any]) -> None:
         self.is_running = True
         try:
-            with torch.enable_grad(), _without_optimizers(), self.precision.train_step_context(), watch:
+            with _silence(), torch.enable_grad(), _without_optimizers(), self.precision.train_step_context(), watch:
                 output = self.call(batch, *self.more)
         except _OptimizerStep:
             return
@@ -123,6 +126,14 @@ class Rehearsal:
     def _scale(self) -> float:
         """What the loss is multiplied with, since gradients in float16 would be rounded to 0."""
         return 1.0 if getattr(self.precision, "scaler", None) is None else 1024.0
+
+
+@contextmanager
+def _silence() -> Generator[None, None, None]:
+    """Leave warnings to the training step, which has the whole batch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class _OptimizerStep(BaseException):

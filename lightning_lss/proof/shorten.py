@@ -45,9 +45,12 @@ def _blocks(count: int) -> set[int]:
 
 
 def shortened(batch: Any, length: int, starts: list[int], kept: int, dims: SequenceDims) -> Any:
-    """Keep ``kept`` positions of each chunk, from ``starts`` on, of sequences of ``length``. Other sequences are shortened in
-    proportion: those that ``dims`` names, and the rest where they have one length, as ``split_batch`` demands. Masks are
-    shortened with the sequences that they are for."""
+    """Keep ``kept`` positions of each chunk, from ``starts`` on, of sequences of ``length``, and with the last chunk what
+    does not divide into chunks: so it stays.
+
+    Other sequences are shortened in proportion: those that ``dims`` names, and the rest where they have one length, as
+    ``split_batch`` demands. Masks are shortened with the sequences that they are for.
+    """
     unnamed = {
         x.size(dim)
         for path, x in tensors_by_path(batch)
@@ -61,7 +64,8 @@ def shortened(batch: Any, length: int, starts: list[int], kept: int, dims: Seque
         return dim if dim is not None and (x.size(dim) in lengths or is_named) else None
 
     def windows(size: int) -> list[tuple[int, int]]:
-        return [(start * size // length, kept * size // length) for start in starts]
+        counts = [kept] * (len(starts) - 1) + [kept + length % len(starts)]
+        return [(start * size // length, count * size // length) for start, count in zip(starts, counts)]
 
     def cut(path: Path, x: Any) -> Any:
         if isinstance(x, BatchMask):
@@ -90,8 +94,8 @@ def window_starts(length: int, kept: int, shard: SequenceShard, counts: Tensor |
     """
     run = length // shard.num_chunks
     if counts is None:
-        return list(range(0, length, run))
-    counts = counts[torch.arange(length) * len(counts) // length]
+        return [chunk * run for chunk in range(shard.num_chunks)]
+    counts = counts[torch.arange(length) * len(counts) // length][: run * shard.num_chunks]
     windows = counts.view(-1, run).unfold(1, kept, 1).sum(2)  # [chunks, starts]
     totals = counts.view(-1, run).sum(1)
     most = max(shard.held_chunks, key=lambda chunks: int(totals[list(chunks)].sum()))

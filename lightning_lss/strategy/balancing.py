@@ -105,6 +105,15 @@ class BatchLayouts:
         assignment = self._choices[key]
         return place if assignment is None else _on(place, assignment)
 
+    def for_any_length(self, place: SequenceShard) -> SequenceShard:
+        """Return the balanced shard for sequences whose length cannot be divided, as if attention were causal."""
+        chunks = CHUNKS * place.size
+        if chunks not in self._choices:
+            self._choices[chunks] = balance(*causal_work(chunks, chunks), place.size)
+        assignment = self._choices[chunks]
+        assert assignment is not None
+        return _on(place, assignment)
+
     def _choose(self, work: tuple[Integers, Integers], own: int, size: int) -> ChunkAssignment | None:
         """Return who holds which of ``own`` chunks a rank; None for the base layout."""
         pairs, keys = work

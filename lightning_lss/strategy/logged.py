@@ -107,9 +107,9 @@ class LoggedValues:
             value = torch.as_tensor(value, dtype=_get_default_dtype())
         return _Entry(f"{name} {_IS_SUM[reduce_fx]}", value.detach().clone(), _IS_SUM[reduce_fx], args, kwargs)
 
-    def show(self, output: Any, group: dist.ProcessGroup, device: torch.device) -> Any:
+    def show(self, output: Any, group: dist.ProcessGroup, device: torch.device, copies: int = 1) -> Any:
         """Log what was collected, with the values of all ranks of ``group``, and return the step's ``output`` with its loss
-        as theirs; every rank of the group must call it.
+        as theirs; every rank of the group must call it. Of a sum, ``copies`` ranks have the same part.
 
         The loss keeps its own gradient. A value stays as it is on ranks that do not agree on what it is, which takes no
         second collective, and no wait for the device.
@@ -131,7 +131,7 @@ class LoggedValues:
         first, second = rows[:, 0].long(), rows[:, 1].long()
         same = first * first == count * second  # modulo 2^64; the numbers are equal if and only if their variance is 0
         self._same = same.all() if self._same is None else self._same & same.all()
-        scale = torch.tensor([1.0 if x.is_sum else 1.0 / count for x in entries], dtype=torch.float64)
+        scale = torch.tensor([1.0 / copies if x.is_sum else 1.0 / count for x in entries], dtype=torch.float64)
         scale = scale.to(device, non_blocking=True)
         values = torch.where(same[: len(keys)], rows[: len(keys), 2] * scale, own)
         assert self._log is not None

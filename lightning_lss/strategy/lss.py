@@ -17,6 +17,7 @@ from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -41,6 +42,8 @@ from lightning_lss.strategy import validation
 from lightning_lss.strategy.balancing import BatchLayouts
 from lightning_lss.strategy.memory import MemoryOptions
 from lightning_lss.strategy.proving import ProvedRuns
+from lightning_lss.strategy.view import showing_whole
+from lightning_lss.tensor.batch import gather_whole, show_whole
 
 
 class LSSStrategy(ProvedRuns):
@@ -66,6 +69,10 @@ class LSSStrategy(ProvedRuns):
             :func:`lightning_lss.sequence.batch.split_batch`.
         check_batches: how many of the first batches of each data loader are compared over a sequence group, in every
             epoch.
+        view: what a module is shown of a sequence: ``"segment"``, its rank's, for modules that are written with the parts
+            of this package; ``"whole"``, all of it, as on one device, in :class:`~lightning_lss.SplitTensor`, for any
+            other; ``"auto"``: whole, unless the module contains a
+            :class:`~lightning_lss.ShardedModule`, such as ``LSSAttention``, or has its own ``shard_batch``.
         communication_dtype: ``torch.bfloat16`` or ``torch.float16`` (or its name). Keys, values and gradients are sent
             in it, for half the bytes of float32, and gradients are summed in it. Gradients of positional tables keep
             their dtype. The training then equals that of one device only up to the rounding of ``communication_dtype``.
@@ -111,6 +118,7 @@ class LSSStrategy(ProvedRuns):
         layout: Literal["contiguous", "zigzag", "balanced", "auto"] = "auto",
         sequence_dims: SequenceDims | None = None,
         check_batches: int = 2,
+        view: Literal["segment", "whole", "auto"] = "auto",
         communication_dtype: torch.dtype | str | None = None,
         sharding: Sharding | None = None,
         sharding_units: Collection[type[nn.Module]] | None = None,
@@ -123,11 +131,11 @@ class LSSStrategy(ProvedRuns):
         **ddp_kwargs: Any,
     ) -> None:
         super().__init__(sequence_parallel_size, sequence_dims, check_batches, verify=verify, **ddp_kwargs)
-        validation.check_arguments(sharding, save_distributed_checkpoint, communication_dtype, ddp_kwargs)
+        validation.check_arguments(sharding, view, save_distributed_checkpoint, communication_dtype, ddp_kwargs)
         validation.warn_of_other_lightning()
         if layout != "auto":
             check_layout(layout)
-        self._layouts = BatchLayouts(layout)
+        self._layouts, self._view = BatchLayouts(layout), view
         self._communication_dtype = resolve_communication_dtype(communication_dtype)
         self._memory = MemoryOptions(activation_checkpointing, checkpointed_modules, mlp_tiles, tiled_modules)
         self._parameters: Replicated | FullyShard = Replicated(validation.keeps_frozen(ddp_kwargs))
@@ -160,6 +168,18 @@ class LSSStrategy(ProvedRuns):
     def shard_of_run(self) -> SequenceShard:
         """The shard that modules run under now: the trivial one outside of a run, when they take whole sequences."""
         return self._shard if self._running else WHOLE_SEQUENCE
+
+    @property
+    @override
+    def shard_of_module(self) -> SequenceShard:
+        return WHOLE_SEQUENCE if self.shows_whole else self.shard_of_run
+
+    @property
+    def shows_whole(self) -> bool:
+        """Whether the module of this run is shown whole sequences."""
+        if self._view != "auto":
+            return self._view == "whole"
+        return not segment_modules(self._module) and not hasattr(self._module, "shard_batch")
 
     @property
     @override
@@ -223,6 +243,9 @@ class LSSStrategy(ProvedRuns):
         assert self._grid is not None
         self._assign_segments()  # to modules made in LightningModule.setup
         self._parameters.check(self._module, self._shard.size, self.num_ranks)  # with what configure_model has made
+        if self.shows_whole and self._shard.size > 1:
+            view = showing_whole(self._module, lambda: self._shard, self._grid.data_group)
+            self._adapted = self._at_teardown.enter_context(view)
         self._at_teardown.callback(self._memory.reset)
         self._memory.apply(self._module)
         self._segment_local = local = SegmentLocal(self._module, self._grid)
@@ -282,6 +305,16 @@ class LSSStrategy(ProvedRuns):
         if not self._interrupted:  # the other ranks would not arrive
             super().barrier(*args, **kwargs)
 
+    @override
+    def split_entries(self, batch: Any) -> Any:
+        if self.shows_whole:
+            return show_whole(batch, self._shard, self._sequence_dims) if self._shard.size > 1 else batch
+        return super().split_entries(batch)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        return gather_whole(super().predict_step(*args, **kwargs))
+
     def _is_current(self, shard: SequenceShard) -> bool:
         """Whether ``shard`` is that of the batch at hand, or, in a hook of a whole epoch or stage, that of all batches."""
         module = self.lightning_module
@@ -290,6 +323,7 @@ class LSSStrategy(ProvedRuns):
         return self._layouts.is_current(shard, trainer.state.stage if trainer is not None and between else None)
 
     def _assign_segments(self) -> None:
+        validation.check_view(self._module, self._view)
         validation.check_segment_local(self._module, self._place.size, self._place.layout)
         assign_segments(segment_modules(self._module), self._shard, self.root_device)
 

@@ -1,5 +1,7 @@
 """Which batches a strategy proves, and how it runs a step apart from the training."""
 
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,6 +19,7 @@ from lightning_lss.proof.passes import Rehearsal
 from lightning_lss.proof.report import InexactError, Report
 from lightning_lss.sequence.batch import tensors_by_path
 from lightning_lss.sequence.segment import SequenceShard, segment_modules
+from lightning_lss.strategy.adapters import Adapted
 from lightning_lss.strategy.averaging import GradientAveraging
 from lightning_lss.strategy.balancing import BatchLayouts, static_shard
 from lightning_lss.strategy.sequence import SequenceParallel
@@ -44,6 +47,7 @@ class ProvedRuns(SequenceParallel, GradientAveraging):
         super().__init__(*args, **kwargs)
         self._verification = Verification(verify)
         self._on_host: Any = None  # the batch that is being split
+        self._adapted = Adapted(())
 
     def _start_proof(self) -> None:
         if self._shard.size == 1:
@@ -75,11 +79,18 @@ class ProvedRuns(SequenceParallel, GradientAveraging):
         shard = self._layouts.shard_for(batch, self._module, self._place, self._sequence_dims)
         if not self._may_have(shard):
             shard = self._place
+        if shard.layout == "balanced" and shard.assignment is None and self._shows_whole_split:
+            shard = self._layouts.for_any_length(shard)
         self._layouts.follow(shard, self._module.trainer.state.stage)
         if shard != self._shard:
             self._shard = shard
             for module in segment_modules(self._module):
                 module.set_shard(shard)
+
+    @property
+    def _shows_whole_split(self) -> bool:
+        """Whether the module is shown whole sequences that are split."""
+        return self.shard_of_module.size < self.shard_of_run.size
 
     def _may_have(self, shard: SequenceShard) -> bool:
         """Whether the batch at hand may have the layout that was chosen: an evaluation step is not proved itself."""
@@ -167,10 +178,17 @@ class ProvedRuns(SequenceParallel, GradientAveraging):
         step = module.training_step  # DistributedDataParallel would average the gradients of the whole batch as well
         if root is not module and not isinstance(root, DistributedDataParallel):
             step = partial(self._forward_redirection, root, module, "training_step")
-        run = (self._shard, self.precision_plugin, self.root_device, partial(pretend, self), self.split_batch)
+        run = (self._shard, self.precision_plugin, self.root_device, self._pretend, self.split_batch)
         varies = first_of("balanced" if self._shard.assignment is not None else "", replicas)
-        rehearsal = Rehearsal(module, step, parameters, *run, more, static_shard(self._shard) if varies else None)
+        before = static_shard(self._shard) if varies else None
+        rehearsal = Rehearsal(module, step, parameters, *run, more, before, self._shows_whole_split)
         return self._verification.batch_proof(rehearsal, self._sequence_dims)
+
+    @contextmanager
+    def _pretend(self, shard: SequenceShard) -> Generator[None, None, None]:
+        """Pretend that the ranks of ``shard`` are all there are; on one device a module is as its user made it."""
+        with pretend(self, shard), self._adapted.away() if shard.size == 1 else nullcontext():
+            yield
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:

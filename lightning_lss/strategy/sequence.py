@@ -125,8 +125,13 @@ class SequenceParallel(ParallelStrategy):
 
     @property
     def shard_of_run(self) -> SequenceShard:
-        """The shard that modules run under now: the trivial one outside of a run, when they take whole sequences."""
+        """The shard of this process now: the trivial one outside of a run."""
         return WHOLE_SEQUENCE
+
+    @property
+    def shard_of_module(self) -> SequenceShard:
+        """The shard of the sequences that the module is shown now: the trivial one where they are whole."""
+        return self.shard_of_run
 
     @property
     def _module(self) -> pl.LightningModule:
@@ -186,7 +191,11 @@ class SequenceParallel(ParallelStrategy):
         """Cut a batch to this rank's segment, as the module says or by ``sequence_dims``."""
         shard = self.shard_of_run
         by_module = getattr(self._module, "shard_batch", None) if shard.size > 1 else None
-        return by_module(batch, shard) if by_module else split_batch(batch, shard, self._sequence_dims)
+        return by_module(batch, shard) if by_module else self.split_entries(batch)
+
+    def split_entries(self, batch: Any) -> Any:
+        """Cut the entries of a batch to this rank's segment by ``sequence_dims``."""
+        return split_batch(batch, self.shard_of_run, self._sequence_dims)
 
     def _compare(self, batch: Any, trainer: pl.Trainer) -> None:
         """Compare a batch over the sequence group, where it must be the same, and over the data group, where it should
@@ -225,7 +234,8 @@ class SequenceParallel(ParallelStrategy):
         assert group is not None
         with self._logged.collect(self._module, name):
             output = step(*args, **kwargs)
-        return self._logged.show(output, group, self.root_device)
+        copies = self.shard_of_run.size // self.shard_of_module.size
+        return self._logged.show(output, group, self.root_device, copies)
 
     @override
     def on_train_end(self) -> None:

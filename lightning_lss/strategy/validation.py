@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from lightning_lss.nn.positions import SegmentPositionalEmbedding
 from lightning_lss.sequence.batch import SequenceDims, how_to_name, tensors_by_path
 from lightning_lss.sequence.layout import chunks_per_rank
-from lightning_lss.sequence.segment import segment_local_names
+from lightning_lss.sequence.segment import ShardedModule, segment_local_names
 
 _OTHER_LIGHTNING = (
     "`pytorch_lightning` has been imported. lightning_lss works with `lightning` (`import lightning.pytorch as pl`): the"
@@ -51,6 +51,20 @@ def check_module(module: pl.LightningModule, size: int, layout: str) -> None:
             )
 
 
+def check_view(module: nn.Module, view: str) -> None:
+    """Refuse to show whole sequences to parts that are written for segments.
+
+    Raises:
+        MisconfigurationException: naming the first that there is.
+    """
+    name = next((name for name, x in module.named_modules() if isinstance(x, ShardedModule)), None)
+    if view == "whole" and name is not None:
+        raise MisconfigurationException(
+            f"view='whole' shows the module whole sequences, but {name} ({type(module.get_submodule(name)).__name__}) is written for"
+            " segments. Use view='segment', or functions of whole sequences: torch's attention, lss_attention(q, k, v), nn.Embedding."
+        )
+
+
 def check_segment_local(module: nn.Module, size: int, layout: str) -> None:
     """Refuse segment-local parameters and buffers under a layout that changes with each batch.
 
@@ -70,19 +84,28 @@ _OF_DDP_STRATEGY = {
 }
 
 
+VIEWS = ("segment", "whole", "auto")
+
+
 def check_arguments(
-    sharding: object, save_distributed_checkpoint: bool, communication_dtype: object, ddp_kwargs: Mapping[str, Any]
+    sharding: object,
+    view: object,
+    save_distributed_checkpoint: bool,
+    communication_dtype: object,
+    ddp_kwargs: Mapping[str, Any],
 ) -> None:
     """Refuse arguments of :class:`~lightning_lss.LSSStrategy` that are incompatible.
 
     Raises:
-        ValueError: if ``sharding`` is unknown, one of ``ddp_kwargs`` has no effect with it, two arguments set the dtype
+        ValueError: if ``sharding`` or the view is unknown, one of ``ddp_kwargs`` has no effect with it, two arguments set the dtype
             of sent gradients, or distributed checkpoints do not support the start method.
     """
     if sharding not in (None, "fsdp", "hybrid"):
         raise ValueError(
             f"sharding={sharding!r} is unknown: use 'fsdp' (over all ranks), 'hybrid' (over the sequence group) or None."
         )
+    if view not in VIEWS:
+        raise ValueError(f"view={view!r} is unknown: choose one of {', '.join(map(repr, VIEWS))}.")
     start_method = ddp_kwargs.get("start_method", "popen")
     if save_distributed_checkpoint and start_method != "popen":
         raise ValueError(

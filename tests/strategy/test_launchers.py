@@ -28,8 +28,9 @@ def test_launchers_train_what_one_process_trains(reference, tmp_path, launcher, 
 
 
 @pytest.mark.slow
-def test_the_readmes_example_runs_and_is_the_one_in_examples(tmp_path) -> None:
-    example = ROOT / "examples/own_module.py"
+@pytest.mark.parametrize("name", ["as_it_is", "own_module"])
+def test_the_readmes_examples_run_and_are_those_in_examples(tmp_path, name) -> None:
+    example = ROOT / f"examples/{name}.py"
     assert example.read_text() in (ROOT / "README.md").read_text()
     python(example, cwd=tmp_path)
 

@@ -1,0 +1,202 @@
+"""What a module and its callbacks see in a run that shows whole sequences, and what is refused."""
+
+import warnings
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import LightningEnvironment
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric, SumMetric
+
+from lightning_lss import InexactError, LSSAttention, LSSStrategy, SplitTensor, lss_attention, sequence_shard
+from lightning_lss.sequence.segment import SequenceShard
+from lightning_lss.tensor import Placement, split
+from lightning_lss.testing.world import World
+from tests.tensor.models import VOCAB, CausalDecoder, make_batches
+from tests.training import QUIET, as_rank
+
+
+def fit(rank: int, module: pl.LightningModule, size: int, length: int = 16, **options: Any) -> pl.Trainer:
+    as_rank(rank)
+    replicas = dist.get_world_size() // size
+    strategy = LSSStrategy(size, cluster_environment=LightningEnvironment(), **options)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=dist.get_world_size(),
+        strategy=strategy,
+        use_distributed_sampler=False,
+        max_epochs=1,
+        num_sanity_val_steps=0,
+        **QUIET,
+    )
+    batches = make_batches(length)
+    own = [{name: x[rank // size :: replicas] for name, x in batch.items()} for batch in batches]
+    trainer.fit(module, DataLoader(own, batch_size=None), DataLoader(own, batch_size=None))
+    return trainer
+
+
+class Watching(CausalDecoder):
+    """Notes what it is shown, and counts tokens with metrics and in its log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.mean = SumMetric(), MeanMetric()
+        self.seen: list[Any] = []
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        tokens = batch["tokens"]
+        self.seen.append((type(tokens), tuple(tokens.shape), sequence_shard(self).size))
+        self.log("ids", tokens.double().mean())
+        return super().training_step(batch, index)
+
+    def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
+        self.tokens.update((batch["labels"] != -100).sum())
+        self.mean.update(batch["tokens"].double())
+        self.log("tokens", self.tokens)
+        self.log("mean", self.mean)
+        self.log("summed", (batch["labels"] != -100).double().sum(), reduce_fx="sum")
+
+
+def watch(rank: int, size: int) -> tuple[list[Any], dict[str, float]]:
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    module = Watching()
+    trainer = fit(rank, module, size, length=15)
+    assert torch.autograd.Function.apply.__func__.__module__ == "torch.autograd.function"
+    return module.seen, {name: float(x) for name, x in trainer.callback_metrics.items()}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_step_sees_and_counts_the_whole(world: World, ranks: int) -> None:
+    batches = make_batches(15)
+    count = sum(int((x["labels"] != -100).sum()) for x in batches)
+    mean = torch.stack([x["tokens"].double().mean() for x in batches])
+    for rank, (seen, metrics) in enumerate(world.run(ranks, watch, 2)):
+        assert seen[-1] == (SplitTensor, (4 * 2 // ranks, 15), 1)
+        assert metrics["tokens"] == count
+        assert metrics["mean"] == pytest.approx(float(mean.mean()), abs=1e-5)
+        assert metrics["ids"] == pytest.approx(float(mean[-1]), abs=1e-5)
+        own = [x["labels"][rank // 2 :: ranks // 2] for x in batches]  # a sum is that of the data replica, as on DDP
+        assert metrics["summed"] == sum(int((x != -100).sum()) for x in own)
+
+
+class Squared(torch.autograd.Function):
+    """A function of a user's own, with a sum over the sequence in it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x.sum(1, keepdim=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * x.sum(1, keepdim=True) + (grad * x).sum(1, keepdim=True)
+
+
+class OwnFunction(CausalDecoder):
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        x = Squared.apply(self.embed(batch["tokens"]))
+        q = x.unflatten(-1, (2, -1)).transpose(1, 2)
+        x = x + lss_attention(q, q, q, sequence_shard(self), causal=True).transpose(1, 2).flatten(2)
+        return F.cross_entropy(self.head(x).flatten(0, 1), batch["labels"].flatten())
+
+
+class LooksAtMemory(CausalDecoder):
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        x = self.embed(batch["tokens"])
+        x.data_ptr()
+        return super().training_step(batch, index)
+
+
+class UsesWeights(CausalDecoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        x = self.embed(batch["tokens"])
+        out, weights = self.attention(x, x, x)
+        return out.mean() + weights.sum()
+
+
+class WithSegments(CausalDecoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = LSSAttention()
+
+
+def outcome(rank: int, module: type[pl.LightningModule], options: dict[str, Any]) -> tuple[str, list[str]]:
+    torch.manual_seed(0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            trainer = fit(rank, module().double(), 2, **options)
+            said = str(trainer.strategy.verification)  # type: ignore[attr-defined]
+        except (InexactError, pl.utilities.exceptions.MisconfigurationException) as error:
+            said = str(error)
+    return said, [str(x.message) for x in caught]
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "words"),
+    [
+        (OwnFunction, {}, "exact"),
+        (LooksAtMemory, {}, "data_ptr is not known for a sequence that is split"),
+        (UsesWeights, {}, "weights of attention along a split sequence are not computed"),
+        (WithSegments, {"view": "whole"}, "attention (LSSAttention) is written for segments"),
+        (CausalDecoder, {"view": "segment"}, "Attention that was not recognized"),
+    ],
+)
+def test_what_is_exact_and_what_is_refused(world: World, module: Any, options: dict[str, Any], words: str) -> None:
+    for said, _ in world.run(2, outcome, module, options):
+        assert words in said
+
+
+class Recurrent(CausalDecoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        x, _ = self.lstm(self.embed(batch["tokens"]))
+        return F.cross_entropy(self.head(x).view(-1, VOCAB), batch["labels"].view(-1))
+
+
+def test_what_every_rank_computes_whole_is_said(world: World) -> None:
+    _, said = world.run(2, outcome, Recurrent, {})[0]
+    found = [x for x in said if "`lstm` has no rule for a sequence that is split" in x]
+    assert found
+    assert "on the whole of [4, 16, 8]" in found[0]
+
+
+def test_an_unknown_view_is_refused() -> None:
+    with pytest.raises(ValueError, match="view='all' is unknown: choose one of 'segment', 'whole', 'auto'"):
+        LSSStrategy(view="all")  # type: ignore[arg-type]
+
+
+def refusals(rank: int) -> list[str]:
+    x = split(torch.ones(2, 8, 3), Placement(1, 8, SequenceShard(rank, 2, "zigzag", dist.group.WORLD)))
+    calls = (
+        lambda: torch.autograd.grad(x.sum(), x),
+        lambda: torch._foreach_mul_([x], 2.0),
+        lambda: torch.add(x, x, out=torch.empty(2, 8, 3)),
+    )
+    said = []
+    for call in calls:
+        with pytest.raises(NotImplementedError) as error:
+            call()
+        said.append(str(error.value))
+    return said
+
+
+def test_functions_that_are_refused(world: World) -> None:
+    grad, foreach, out = world.run(2, refusals)[0]
+    assert "torch.autograd.grad is not known" in grad
+    assert "_foreach_mul_ is not known for a list of tensors" in foreach
+    assert "add(out=...) is not known" in out
