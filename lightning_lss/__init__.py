@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning_lss.attention.functional import lss_attention
 from lightning_lss.attention.masks import AttentionMask
 from lightning_lss.attention.module import LSSAttention
+from lightning_lss.integrations import huggingface
 from lightning_lss.models.lightning_module import LSSTransformer
 from lightning_lss.nn.dropout import SegmentDropout
 from lightning_lss.nn.loss import linear_cross_entropy, token_mean
@@ -18,8 +19,10 @@ from lightning_lss.nn.rotary import RotaryEmbedding
 from lightning_lss.planner import plan
 from lightning_lss.proof.report import InexactError
 from lightning_lss.sequence.segment import SequenceShard, ShardedModule, sequence_shard
+from lightning_lss.strategy.adapters import ADAPTERS
 from lightning_lss.strategy.lss import LSSStrategy
 from lightning_lss.strategy.validation import refuse_other_lightning
+from lightning_lss.tensor import SplitTensor
 from lightning_lss.verifier import verify
 from lightning_lss.version import __version__
 
@@ -36,6 +39,7 @@ __all__ = [
     "SegmentPositionalEmbedding",
     "SequenceShard",
     "ShardedModule",
+    "SplitTensor",
     "linear_cross_entropy",
     "lss_attention",
     "plan",
@@ -45,4 +49,5 @@ __all__ = [
 ]
 
 LSSStrategy.register_strategies(StrategyRegistry)
+ADAPTERS.append(huggingface.adapt)
 refuse_other_lightning()
