@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import commands, figures, gpu, masks, paper, planner, results
+from benchmarks import commands, figures, gpu, masks, models, paper, planner, results
 from benchmarks.contestants import CONTESTANTS
 from lightning_lss.sequence.layout import check_length
 
@@ -77,6 +77,9 @@ def make_parser() -> ArgumentParser:
     _add_training(slow, [4], ["lss", "lss-kept", "megatron"], rounds=3, steps=2, width=256, layers=6, heads=8)
     slow.add_argument("--megabits", type=_count, nargs="+", default=[100, 1000, 10_000], help="rates of the links")
     slow.add_argument("--kv-heads-list", type=_count, nargs="+", default=[8, 2], help="numbers of key/value heads")
+
+    as_they_are = figure("models", models.run, tiny)
+    _add_training(as_they_are, [2], ["lss"], rounds=3, steps=3, width=256, layers=4, heads=4)
 
     communication = figure("communication", commands.run_communication, {**tiny, "length": 128})
     _add_training(communication, [2, 4, 8], [*_LSS, "lss-2chunks", *_OTHERS], length=512, width=128)

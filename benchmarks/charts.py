@@ -64,6 +64,15 @@ CHARTS = {
         panels=("length",),
         reference="megatron",
     ),
+    "models": Chart(
+        "Training step of models as they are, against our own of the same sizes",
+        x="ranks",
+        x_label="ranks S",
+        y="seconds_against_lss",
+        y_label="seconds, multiples of lss",
+        panels=("length",),
+        reference="lss",
+    ),
     "strong-scaling": Chart(
         "Strong scaling: training steps on the same sequence",
         x="ranks",
