@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, set_checkpoint_early_stop
 
 from lightning_lss.attention.operator import ATTENTION
@@ -183,14 +183,15 @@ class Recomputed(nn.Module):
 def _call_checkpointed(
     module: Recomputed, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    how = module._lss_calls.checkpointing
-    inputs, structure = tree_flatten((args, kwargs))
+    how, number, names = module._lss_calls.checkpointing, len(args), list(kwargs)
+    taken_apart = [_part_of_shown(x) for x in (*args, *kwargs.values())]
+    inputs, structures = [x for x, _ in taken_apart], [structure for _, structure in taken_apart]
 
     # Torch offloads only tensors that are given by position. The function must not hold the inputs itself: they are to be
     # freed.
     def call_by_position(*inputs: Any) -> Any:
-        args, kwargs = tree_unflatten(inputs, structure)
-        return call(*args, **kwargs)
+        shown = [x if structure is None else tree_unflatten([x], structure) for x, structure in zip(inputs, structures)]
+        return call(*shown[:number], **dict(zip(names, shown[number:])))
 
     # Recomputation normally stops at the last tensor that backward needs. In a block of tiles that is within the last
     # tile, before the results are joined. Under tensor parallelism each result comes from a collective, and torch keeps
@@ -200,6 +201,14 @@ def _call_checkpointed(
     options: dict[str, Any] = {"context_fn": _keep_attention} if how == "selective" else {}
     with _early_stop(not holds_tiles), save_on_cpu(pin_memory=on_cuda) if how == "offload" else nullcontext():
         return checkpoint(call_by_position, *inputs, use_reentrant=False, **options)
+
+
+def _part_of_shown(x: Any) -> tuple[Any, TreeSpec | None]:
+    """Take apart a tensor that shows itself as whole: what is kept is a rank's part, and how it is shown again."""
+    if not isinstance(x, Tensor):
+        return x, None
+    (part,), structure = tree_flatten(x)
+    return part, structure
 
 
 def _call_in_tiles(module: Recomputed, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -213,8 +222,7 @@ def _call_in_tiles(module: Recomputed, call: Callable[..., Any], *args: Any, **k
             f"{type(module).__name__} is computed in mlp_tiles={tiles} parts along the sequence, so its first argument must be a"
             " tensor [B, l, E], given by position. Name other modules in tiled_modules."
         )
-    # a rank computes its tokens; of a sequence that is shown as whole it gives their part
-    (x, *_), structure = tree_flatten(args[0])
+    x, structure = _part_of_shown(args[0])  # a rank computes its tokens
     others, length = args[1:], x.size(1)
     dropouts = [(part, list[Tensor]()) for part in module.modules() if isinstance(part, SegmentDropout)]
 
@@ -230,7 +238,7 @@ def _call_in_tiles(module: Recomputed, call: Callable[..., Any], *args: Any, **k
     starts = accumulate((part.size(1) for part in parts), initial=0)
     with _early_stop(True):
         joined = torch.cat([run(part, start) for part, start in zip(parts, starts)], dim=1)
-    return tree_unflatten([joined], structure)
+    return joined if structure is None else tree_unflatten([joined], structure)
 
 
 def _early_stop(wanted: bool) -> AbstractContextManager[Any]:
