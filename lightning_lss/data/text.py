@@ -1,13 +1,19 @@
 """Any text or token file, or a folder of them."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
+from lightning_lss.data.cache import unpacked
+from lightning_lss.data.files import find_files, is_compressed
 from lightning_lss.data.sequences import SequenceDataModule, Split, TokenFiles, WindowDataset, spans_by_position
 
 
 class TextDataModule(SequenceDataModule):
     """A file, or a folder's files joined in the order of their names, split by position: training comes first.
+
+    Files compressed with gzip, bzip2 or xz are recognized by their first bytes (token files by their names too) and unpacked
+    once, into ``cache_dir``; other compressed files and archives are refused.
 
     Args:
         path: the file or folder. Hidden files and folders in it are ignored.
@@ -16,12 +22,14 @@ class TextDataModule(SequenceDataModule):
         vocab_size: number of token values; None means 256 and is allowed for bytes only.
         bytes_per_token: mean number of bytes of text in a token.
         pattern: a glob for the files of a folder; ``**`` stands for any number of folders.
+        cache_dir: where unpacked files are kept; None for ``lightning_lss/unpacked`` in the user's cache folder.
         seq_len, batch_size, num_workers: as in :class:`~lightning_lss.data.sequences.SequenceDataModule`.
 
     Raises:
         FileNotFoundError: if there is no such file or folder.
-        ValueError: if no file in the folder matches, a file's size is not a multiple of a token's, ``vocab_size`` is
-            missing, or a number is out of range; on reading, if a token is not in [0, vocab_size).
+        ValueError: if no file in the folder matches, a file is packed in another way, a file's size is not a multiple of a
+            token's, ``vocab_size`` is missing, or a number is out of range; on reading, if a token is not in [0, vocab_size),
+            or a compressed file is damaged.
     """
 
     def __init__(
@@ -35,10 +43,12 @@ class TextDataModule(SequenceDataModule):
         bytes_per_token: float = 1.0,
         pattern: str = "**/*",
         num_workers: int = 0,
+        cache_dir: str | Path | None = None,
     ) -> None:
         super().__init__(seq_len, batch_size, num_workers)
-        self.tokens = TokenFiles(_find_files(Path(path).expanduser(), pattern), dtype)
-        self.spans = spans_by_position(len(self.tokens), splits)
+        self.files, self.dtype, self.splits, self.cache_dir = find_files(path, pattern), dtype, splits, cache_dir
+        self.compressed = {file for file in self.files if is_compressed(file, by_name_too=dtype != "uint8")}
+        spans_by_position(0 if self.compressed else len(self.tokens), splits)  # refuses what is wrong before a run
         if vocab_size is None and dtype != "uint8":
             raise ValueError(f"vocab_size is required with dtype={dtype!r}: give the number of token values.")
         self.vocab_size = 256 if vocab_size is None else vocab_size
@@ -46,18 +56,17 @@ class TextDataModule(SequenceDataModule):
         if self.vocab_size < 1 or bytes_per_token <= 0:
             raise ValueError(f"vocab_size={vocab_size} and bytes_per_token={bytes_per_token} must be positive.")
 
+    @cached_property
+    def tokens(self) -> TokenFiles:
+        """The stream of all files. What is compressed is unpacked if it is not yet."""
+        files = [unpacked(file, self.cache_dir) if file in self.compressed else file for file in self.files]
+        return TokenFiles(files, self.dtype)
+
+    def prepare_data(self) -> None:
+        """Unpack what is compressed. Lightning calls this on one rank per node."""
+        _ = self.tokens
+
     def dataset(self, split: Split) -> WindowDataset:
         """Return windows of the part of the stream that belongs to ``split``."""
-        return WindowDataset(self.tokens, self.seq_len, self.vocab_size, self.spans[split], f"{split} split")
-
-
-def _find_files(path: Path, pattern: str) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise FileNotFoundError(f"path={str(path)!r} does not exist. Give a file or a folder (data.path=...).")
-    found = {file.relative_to(path) for file in path.glob(pattern) if file.is_file()}
-    names = sorted(name.as_posix() for name in found if not any(part.startswith(".") for part in name.parts))
-    if not names:
-        raise ValueError(f"The folder path={str(path)!r} holds no file that matches pattern={pattern!r}.")
-    return [path / name for name in names]
+        span = spans_by_position(len(self.tokens), self.splits)[split]
+        return WindowDataset(self.tokens, self.seq_len, self.vocab_size, span, f"{split} split")
