@@ -17,6 +17,7 @@ EXAMPLES = {
     "two CPU ranks share sequences of 4,096 bytes": "",
     "two groups of two ranks": "seq_len=8192 devices=4 sequence_parallel_size=2",
     "your own file or folder, as bytes": "data=text data.path=/my/text.txt",
+    "text as a tokenizer's tokens": "data=tokens data.path=/my/texts data.tokenizer=/my/tokenizer.json",
     "what fits, how fast, what to choose; nothing is trained": "mode=plan model=1b seq_len=1048576 devices=64 hardware=h100",
     "resume, on any number of ranks": "ckpt_path=outputs/.../checkpoints/last.ckpt trainer.max_steps=400",
     "several runs, each in a folder of its own": "--multirun seq_len=1024,2048",

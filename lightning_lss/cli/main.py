@@ -21,12 +21,16 @@ from lightning_lss.cli.plan import run_plan
 from lightning_lss.cli.run import run, run_in_new_process
 from lightning_lss.cli.verify import run_verify
 from lightning_lss.data.download import DownloadError
+from lightning_lss.data.optional import MissingPackageError
 
 PACKAGE = Path(__file__).parent.parent
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # in a wheel; in a clone
 
 # Errors in what the user asked for, rather than faults of the program.
-USER_ERRORS = (ValueError, FileNotFoundError, OmegaConfBaseException, MisconfigurationException, DownloadError)
+USER_ERRORS = (
+    *(ValueError, FileNotFoundError, OmegaConfBaseException, MisconfigurationException),
+    *(DownloadError, MissingPackageError),
+)
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ def run_plan(cfg: DictConfig) -> None:
     with Progress(SpinnerColumn(), text, TimeElapsedColumn(), console=console, transient=True) as progress:
         task = progress.add_task("", total=None)
         planned = plan(
-            lambda: make_model(cfg, lambda name: OmegaConf.select(cfg.data, name) or getattr(data, name)),
+            lambda: make_model(cfg, lambda name: of_data(cfg, name)),
             data.example_batch(cfg.seq_len, cfg.data.get("batch_size", 1)),
             cfg.devices * cfg.trainer.num_nodes,
             hardware,
@@ -45,6 +45,14 @@ def run_plan(cfg: DictConfig) -> None:
         write_csv(planned, cfg.plan.csv)
     if cfg.plan.png is not None:
         draw_plan(planned).savefig(cfg.plan.png, dpi=120)
+
+
+def of_data(cfg: DictConfig, name: str) -> Any:
+    """Return what a model takes from its data: the configuration's or the class's value, else that of the data themselves."""
+    if name == "bytes_per_token":
+        return 1.0  # it is for a metric; a text would have to be read for it
+    value = OmegaConf.select(cfg.data, name) or getattr(hydra.utils.get_class(cfg.data._target_), name)
+    return value or getattr(hydra.utils.instantiate(cfg.data), name)  # 0 where a tokenizer or an alphabet says it
 
 
 def _options(cfg: DictConfig, usual_precision: str) -> dict[str, Any]:

@@ -4,9 +4,9 @@ import bisect
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -138,6 +138,9 @@ class SequenceDataModule(pl.LightningDataModule, ABC):
 
     vocab_size: int = 256
     bytes_per_token: float = 1.0
+    collate_fn: Callable[[list[Sample]], dict[str, Any]] | None = (
+        None  # makes a batch of samples; None: of their tensors
+    )
 
     def __init__(self, seq_len: int, batch_size: int, num_workers: int = 0) -> None:
         super().__init__()
@@ -186,6 +189,7 @@ class SequenceDataModule(pl.LightningDataModule, ABC):
             batch_size=self.batch_size,  # by name, because Lightning passes another when it rebuilds the loader for prediction
             shuffle=split == "train",
             drop_last=split == "train",
+            collate_fn=self.collate_fn,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

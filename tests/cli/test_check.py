@@ -26,6 +26,7 @@ from tests.cli.composing import composed
         (["mode=plan", "hardware=cpu", "trainer=gpu"], "add hardware="),
         (["mode=plan", "hardware=h100", "plan.csv=nowhere/plan.csv"], "the folder nowhere does not exist"),
         (["data=text"], "data.path is not set: add data.path="),
+        (["data=tokens", "data.path=."], "data.tokenizer is not set: add data.tokenizer="),
         (["model=default", "model.num_layers=2", "model.num_heads=2"], "model.width is not set: add model.width="),
         (["seq_len=???"], "seq_len is not set"),
     ],

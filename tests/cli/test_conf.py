@@ -6,6 +6,7 @@ import torch
 from omegaconf import OmegaConf
 
 from lightning_lss import LSSTransformer
+from lightning_lss.cli.plan import of_data
 from lightning_lss.nn.recompute import calls_of
 from lightning_lss.parallel.segment_local import count_parameters
 from tests.cli.composing import CHOICES, composed
@@ -17,7 +18,7 @@ BASES = [
 
 @pytest.mark.parametrize("choice", [choice for choice in CHOICES if choice not in BASES])
 def test_choices_compose(choice) -> None:
-    cfg = composed(choice, *(["data.path=unused"] if choice == "data=text" else []))
+    cfg = composed(choice, *(f"{key}=unused" for key in sorted(OmegaConf.missing_keys(composed(choice)))))
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
 
@@ -61,6 +62,14 @@ def test_the_strategies_memory_options_are_keys() -> None:
     blocks = list(module.model.blocks)
     assert [calls_of(block).checkpointing for block in blocks] == ["full"] * 2
     assert [calls_of(block.mlp).tiles for block in blocks] == [2, 2]
+
+
+def test_a_plan_knows_the_vocabulary_of_every_data(tmp_path) -> None:
+    (tmp_path / "x.fa").write_text(">a\nACGT")
+    assert of_data(composed(), "vocab_size") == 256
+    assert of_data(composed("data=recall", "data.vocab_size=9"), "vocab_size") == 9
+    fasta = composed("data=fasta", f"data.path={tmp_path}", "data.alphabet=ACGUN", "data.cache_dir=nowhere")
+    assert (of_data(fasta, "vocab_size"), of_data(fasta, "bytes_per_token")) == (6, 1.0)
 
 
 def test_megatron_brings_its_own_model_with_the_sizes_of_the_one_that_is_chosen() -> None:

@@ -1,6 +1,8 @@
 """Real launches of the command line, away from the repository: ``train.py``, ``python -m lightning_lss.cli``, torchrun."""
 
+import gzip
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,18 @@ def test_two_ranks_start(tmp_path, launcher, strategy) -> None:
     output = train(tmp_path / "run", f"strategy={strategy}", launcher=launcher)
     assert "val bits per byte" in output
     assert (tmp_path / "run/checkpoints/last.ckpt").exists()
+
+
+def test_two_ranks_learn_dna_from_a_compressed_file(tmp_path) -> None:
+    letters = "".join(random.Random(0).choices("ACGTacgtN", k=20_000))
+    lines = "\n".join(letters[i : i + 60] for i in range(0, len(letters), 60))
+    (tmp_path / "genome.fa.gz").write_bytes(gzip.compress(f">chr1 a header\n{lines}\n>chr2\nACGTACGT".encode()))
+    data = ("data=fasta", f"data.path={tmp_path}/genome.fa.gz", f"data.cache_dir={tmp_path}/cache")
+    train(tmp_path / "run", *data, "~logger", "trainer.limit_val_batches=1", "trainer.max_steps=3")
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert 1.9 < result["val/bits_per_byte"] < 2.9  # of four letters in random order; text as bytes begins at 8
+    saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=False)
+    assert saved["hyper_parameters"]["vocab_size"] == 6
 
 
 def test_multirun_gives_each_run_a_folder(tmp_path) -> None:

@@ -11,6 +11,7 @@ from lightning_lss import InexactError
 from lightning_lss.cli import main as cli
 from lightning_lss.cli.run import program
 from lightning_lss.data.download import DownloadError
+from lightning_lss.data.optional import MissingPackageError
 
 
 @pytest.fixture
@@ -61,7 +62,9 @@ def test_hydras_variable_shows_where_a_mistake_was_found(start, monkeypatch) -> 
         start("mode=train")
 
 
-@pytest.mark.parametrize("kind", [ValueError, MisconfigurationException, DownloadError, FileNotFoundError])
+@pytest.mark.parametrize(
+    "kind", [ValueError, MisconfigurationException, DownloadError, MissingPackageError, FileNotFoundError]
+)
 def test_mistakes_are_known_by_their_class(start, monkeypatch, capsys, kind) -> None:
     class Narrower(kind):
         pass
