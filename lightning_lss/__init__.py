@@ -11,6 +11,7 @@ from lightning_lss.attention.masks import AttentionMask
 from lightning_lss.attention.module import LSSAttention
 from lightning_lss.integrations import huggingface
 from lightning_lss.models.lightning_module import LSSTransformer
+from lightning_lss.nn.convolution import SegmentConv1d
 from lightning_lss.nn.dropout import SegmentDropout
 from lightning_lss.nn.loss import linear_cross_entropy, token_mean
 from lightning_lss.nn.metrics import BitsPerByte
@@ -35,6 +36,7 @@ __all__ = [
     "LSSStrategy",
     "LSSTransformer",
     "RotaryEmbedding",
+    "SegmentConv1d",
     "SegmentDropout",
     "SegmentPositionalEmbedding",
     "SequenceShard",

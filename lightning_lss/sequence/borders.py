@@ -1,23 +1,81 @@
-"""What crosses the border of a segment: sums over the whole sequence, single positions, neighbours.
+"""What crosses the border of a segment: whole sequences, sums, single positions, neighbours.
 
-All functions are differentiable with their exact adjoint, and every rank of the sequence group must call them. They take a
-rank's segment, ``x`` [..., l, ...], and its place, a :class:`~lightning_lss.SequenceShard`.
+All functions are differentiable, once, with their exact adjoint, and every rank of the sequence group must call them. They
+take a rank's segment, ``x`` [..., l, ...], and its place, a :class:`~lightning_lss.SequenceShard`. With one rank they are
+what torch computes of a whole sequence. Compiled code calls them as they are, since the compiler cannot trace what they send.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_lss.sequence.segment import SequenceShard
+from lightning_lss.sequence.collectives import all_gather, reduce_scatter
+
+if TYPE_CHECKING:  # whose methods call this file
+    from lightning_lss.sequence.segment import SequenceShard
 
 
-def sum_over_ranks(x: Tensor, shard: SequenceShard) -> Tensor:
-    """Sum what each rank has, of one shape and any dtype: the same on every rank."""
-    return _Sum.apply(x, shard.require_group()) if shard.size > 1 else x
+# -- the whole sequence ------------------------------------------------------------------------------------------------
+
+
+@torch.compiler.disable
+def gather(x: Tensor, shard: "SequenceShard", dim: int = 1) -> Tensor:
+    """Gather the whole sequence in its original order on every rank; see :meth:`~lightning_lss.SequenceShard.gather`."""
+    if shard.size == 1:
+        return x
+    _check(x, shard, dim)
+    dim %= x.dim()
+    if x.is_complex():  # which gloo cannot gather
+        return torch.view_as_complex(_Gather.apply(torch.view_as_real(x), shard, dim))
+    return _Gather.apply(x, shard, dim)
+
+
+def _check(x: Tensor, shard: "SequenceShard", dim: int) -> None:
+    """Raise before any rank communicates, as :meth:`~lightning_lss.SequenceShard.gather`."""
+    shard.check_current()
+    shard.check_length(x.size(dim) * shard.size)
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather of segments in position order, and its adjoint.
+
+    ======== ======================= ==========================================
+    forward  x [..., l, ...]         -> [..., L, ...], the same on every rank
+    backward grad [..., L, ...]      -> sum over ranks, own segment [..., l, ...]
+    ======== ======================= ==========================================
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shard: "SequenceShard", dim: int) -> Tensor:
+        ctx.shard, ctx.dim, ctx.shape = shard, dim, x.shape
+        return torch.cat(shard.chunks_in_order(all_gather(x, shard.require_group()).wait(), dim), dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        stacked = grad.new_empty(ctx.shard.size, *ctx.shape)
+        chunks = ctx.shard.chunks_in_order(stacked, ctx.dim)
+        for chunk, part in zip(chunks, grad.chunk(len(chunks), ctx.dim)):
+            chunk.copy_(part)
+        return reduce_scatter(stacked, ctx.shard.require_group()).wait(), None, None
+
+
+# -- sums --------------------------------------------------------------------------------------------------------------
+
+
+@torch.compiler.disable
+def sum_over_ranks(x: Tensor, shard: "SequenceShard") -> Tensor:
+    """Sum what each rank has, of one shape: the same on every rank. The sum of booleans is whether any is true."""
+    if shard.size == 1:
+        return x
+    group = shard.require_group()
+    if x.dtype == torch.bool:  # which gloo cannot sum
+        return _all_reduce(x.int(), group) > 0
+    return _Sum.apply(x, group)
 
 
 class _Sum(torch.autograd.Function):
@@ -40,13 +98,13 @@ class _Sum(torch.autograd.Function):
         return _all_reduce(grad, ctx.group), None
 
 
-def _all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _all_reduce(x: Tensor, group: dist.ProcessGroup, op: Any = dist.ReduceOp.SUM) -> Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
+    dist.all_reduce(total, op=op, group=group)
     return total
 
 
-def number_for_mean(number: Tensor, shard: SequenceShard, trains: bool) -> Tensor:
+def number_for_mean(number: Tensor, shard: "SequenceShard", trains: bool) -> Tensor:
     """Divide the sum of a sequence group's losses by this, so that the mean over data replicas is that over all entries.
 
     Replicas take training steps together. In evaluation, where they need not, each has its own mean.
@@ -58,7 +116,29 @@ def number_for_mean(number: Tensor, shard: SequenceShard, trains: bool) -> Tenso
     return total * (shard.size / dist.get_world_size())
 
 
-def pick(x: Tensor, positions: range, shard: SequenceShard, dim: int = 1) -> Tensor:
+def sum_over_sequence(x: Tensor, shard: "SequenceShard", dim: int = 1) -> Tensor:
+    """Sum over the whole sequence, the same on every rank: [..., l, ...] -> [..., ...]; integers become int64."""
+    if shard.size == 1:
+        return x.sum(dim)
+    total = sum_over_ranks(x.sum(dim, dtype=_wide(x)), shard)
+    return total.to(x.dtype) if x.is_floating_point() else total
+
+
+def mean_over_sequence(x: Tensor, shard: "SequenceShard", dim: int = 1) -> Tensor:
+    """Average over the whole sequence, the same on every rank: [..., l, ...] -> [..., ...]; of numbers with a fraction."""
+    own = x.mean(dim, dtype=_wide(x) if shard.size > 1 else None)
+    return (sum_over_ranks(own, shard) / shard.size).to(x.dtype) if shard.size > 1 else own
+
+
+def _wide(x: Tensor) -> torch.dtype | None:
+    """The dtype that torch accumulates sums of ``x`` in, so that they are rounded once, as on one device."""
+    return torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else None
+
+
+# -- single positions --------------------------------------------------------------------------------------------------
+
+
+def pick(x: Tensor, positions: range, shard: "SequenceShard", dim: int = 1) -> Tensor:
     """Take some positions of the whole sequence, the same on every rank: [..., l, ...] -> [..., n, ...]."""
     own = shard.positions(x.size(dim))
     wanted = (own >= positions.start) & (own < positions.stop) & ((own - positions.start) % positions.step == 0)
@@ -69,12 +149,12 @@ def pick(x: Tensor, positions: range, shard: SequenceShard, dim: int = 1) -> Ten
     return sum_over_ranks(found, shard)
 
 
-def take(x: Tensor, position: Tensor | int, shard: SequenceShard, dim: int = 1) -> Tensor:
+def take(x: Tensor, position: Tensor | int, shard: "SequenceShard", dim: int = 1) -> Tensor:
     """Take one position of the whole sequence, the same on every rank.
 
     Args:
         x: [..., l, ...], this rank's segment.
-        position: in [0, L): a number, or int64 [B] with one for each row of dimension 0.
+        position: a number, or int64 [B] with one for each row of dimension 0. Outside of [0, L) there is 0.
         shard: the rank's place in its sequence group.
         dim: of the sequence; with a position for each row it is not 0.
 
@@ -92,62 +172,80 @@ def take(x: Tensor, position: Tensor | int, shard: SequenceShard, dim: int = 1) 
         index = index.view(-1, *[1] * (x.dim() - 1)).expand(*(1 if d == dim else n for d, n in enumerate(x.shape)))
         picked = x.gather(dim, index).squeeze(dim)
         here = here.view(-1, *[1] * (picked.dim() - 1))
-    return sum_over_ranks(picked.where(here, 0), shard)
+    return sum_over_ranks(picked.where(here, torch.zeros_like(picked)), shard)
 
 
+@torch.compiler.disable
+def take_end(x: Tensor, shard: "SequenceShard", dim: int, last: bool, valid: Tensor | None = None) -> Tensor:
+    """Take the first or the last position of the whole sequence; see :meth:`~lightning_lss.SequenceShard.first`."""
+    if valid is None:
+        return take(x, x.size(dim) * shard.size - 1 if last else 0, shard, dim)
+    rows = (x.size(0), x.size(dim))
+    if valid.dtype != torch.bool or valid.shape != rows or dim % x.dim() == 0:
+        raise ValueError(
+            f"valid must be bool [B, l] = {list(rows)}, of this rank's segment, with the rows in dimension 0 and the sequence in"
+            f" another; got {valid.dtype} {list(valid.shape)} for x {list(x.shape)} with dim={dim}. Split it as x is split."
+        )
+    own = shard.positions(valid.size(1), valid.device)
+    position = torch.where(valid, own, -1).amax(1) if last else torch.where(valid, own, _NOWHERE).amin(1)
+    if shard.size > 1:
+        op = dist.ReduceOp.MAX if last else dist.ReduceOp.MIN
+        position = _all_reduce(position, shard.require_group(), op)
+    return take(x, position, shard, dim)
+
+
+_NOWHERE = torch.iinfo(torch.int64).max
+
+
+# -- neighbours --------------------------------------------------------------------------------------------------------
+
+
+@torch.compiler.disable
 def with_neighbours(
-    x: Tensor, shard: SequenceShard, dim: int, before: int, after: int, fill: float = 0.0
+    x: Tensor, shard: "SequenceShard", dim: int, before: int, after: int, fill: float = 0.0
 ) -> list[Tensor]:
     """Extend each chunk of this rank by ``before`` positions of the sequence before it, and ``after`` after it.
 
-    What is before the first and after the last position of the whole sequence is ``fill``.
+    What is before the first and after the last position of the whole sequence is ``fill``. Only the edges of chunks are
+    sent; where a chunk is shorter than what is asked for, the whole sequence is gathered.
 
     Returns:
         [..., before + c + after, ...] for each chunk of c positions that the rank holds, in local order.
 
     Raises:
-        ValueError: if a chunk is shorter than ``before`` or ``after``: the neighbours would not be those of one chunk.
+        ValueError: if no sequence can be divided into segments of length l.
     """
     dim %= x.dim()
-    chunks = x.chunk(shard.num_chunks // shard.size, dim)
+    _check(x, shard, dim)
+    held = shard.held_chunks[shard.rank]
+    chunks = x.chunk(len(held), dim)
     length = chunks[0].size(dim)
+    start, end = (x.new_full([n if d == dim else m for d, m in enumerate(x.shape)], fill) for n in (before, after))
     if max(before, after) > length:
-        raise ValueError(
-            f"A chunk of {length} positions is shorter than what is needed beside it, {max(before, after)}: use longer sequences or"
-            " fewer ranks."
-        )
+        whole = torch.cat([start, shard.gather(x, dim), end], dim)
+        return [whole.narrow(dim, c * length, before + length + after) for c in held]
+    if before + after == 0:
+        return list(chunks)
     # the edges of all chunks are a sequence of their own, split in the same way
     edges = [t for chunk in chunks for t in (chunk.narrow(dim, 0, after), chunk.narrow(dim, length - before, before))]
-    gathered = shard.gather(torch.cat(edges, dim), dim).split(before + after, dim) if before + after else ()
-    heads = [edge.narrow(dim, 0, after) for edge in gathered] or [x.narrow(dim, 0, 0)] * shard.num_chunks
-    tails = [edge.narrow(dim, after, before) for edge in gathered] or heads
-    start, end = (torch.full_like(t, fill) for t in (tails[0], heads[0]))
-    held = shard.held_chunks[shard.rank]
-    heads, tails = [*heads, end], [start, *tails]
+    gathered = shard.gather(torch.cat(edges, dim), dim).split(before + after, dim)
+    heads = [*(edge.narrow(dim, 0, after) for edge in gathered), end]
+    tails = [start, *(edge.narrow(dim, after, before) for edge in gathered)]
     return [torch.cat([tails[c], chunk, heads[c + 1]], dim) for c, chunk in zip(held, chunks)]
 
 
-def shift(x: Tensor, offset: int, shard: SequenceShard, dim: int = 1, fill: float | None = 0.0) -> Tensor:
+def shift(x: Tensor, offset: int, shard: "SequenceShard", dim: int = 1, fill: float | None = 0.0) -> Tensor:
     """Move a sequence: position p of the result is position p + ``offset``, or ``fill`` where there is none.
 
-    With ``offset`` 1 each token sees the next one (labels), with -1 the one before it.
-
-    Args:
-        x: [..., l, ...], this rank's segment.
-        offset: in positions, at most those of a chunk.
-        shard: the rank's place in its sequence group.
-        dim: of the sequence.
-        fill: what enters at the end of the sequence; None repeats the position there.
-
-    Raises:
-        ValueError: if a chunk is shorter than ``offset``.
+    See :meth:`~lightning_lss.SequenceShard.shift`. Where ``fill`` is None the position at that end is repeated.
     """
-    before, after = max(0, -offset), max(0, offset)
+    length = x.size(dim) * shard.size
+    reach = min(abs(offset), length)
+    before, after = (0, reach) if offset > 0 else (reach, 0)
     extended = with_neighbours(x, shard, dim, before, after, fill or 0)
     moved = torch.cat([t.narrow(dim, after, t.size(dim) - before - after) for t in extended], dim)
     if fill is not None:
         return moved
-    length = x.size(dim) * shard.size
     own = shard.positions(x.size(dim), x.device) + offset
     outside = ((own < 0) | (own >= length)).view([-1 if d == dim % x.dim() else 1 for d in range(x.dim())])
     end = range(length - 1, length) if offset > 0 else range(1)
@@ -155,12 +253,30 @@ def shift(x: Tensor, offset: int, shard: SequenceShard, dim: int = 1, fill: floa
 
 
 def with_halo(
-    compute: Callable[[Tensor], Tensor], x: Tensor, shard: SequenceShard, dim: int, before: int, after: int
+    compute: Callable[[Tensor], Tensor], x: Tensor, shard: "SequenceShard", dim: int, before: int, after: int
 ) -> Tensor:
     """Apply to each position of the sequence what depends on ``before`` positions before it and ``after`` after it.
 
-    ``compute`` maps [B, ..., before + c + after, ...] to [B, ..., c, ...], as a convolution without padding does; rows of
-    the batch are independent of each other. ``x`` is [B, ..., l, ...], and beyond its ends the sequence is 0.
+    Args:
+        compute: maps [B, ..., before + c + after, ...] to [B, ..., c, ...], as a convolution without padding does; rows of
+            the batch are independent of each other.
+        x: [B, ..., l, ...], this rank's segment; beyond its ends the sequence is 0.
+        shard: the rank's place in its sequence group.
+        dim: of the sequence, not 0.
+        before: in positions.
+        after: in positions.
+
+    Raises:
+        ValueError: if no sequence can be divided into segments of length l.
     """
-    extended = torch.cat(with_neighbours(x, shard, dim, before, after))  # chunks are rows
-    return torch.cat(compute(extended).split(x.size(0)), dim)
+    return of_rows(compute(as_rows(x, shard, dim, before, after)), x.size(0), dim)
+
+
+def as_rows(x: Tensor, shard: "SequenceShard", dim: int, before: int, after: int) -> Tensor:
+    """Extend the n chunks of [B, ..., l, ...] by their neighbours and make them rows of a batch, [n B, ..., c + ..., ...]."""
+    return torch.cat(with_neighbours(x, shard, dim, before, after))
+
+
+def of_rows(rows: Tensor, batch: int, dim: int) -> Tensor:
+    """Join chunks that are rows of a batch, [n B, ..., c, ...] -> [B, ..., l, ...]."""
+    return torch.cat(rows.split(batch), dim)

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from lightning_lss.sequence import borders
 from lightning_lss.sequence.assignment import ChunkAssignment
-from lightning_lss.sequence.collectives import all_gather, reduce_scatter
 from lightning_lss.sequence.layout import check_layout, check_length, chunks_of_ranks, position_ranges
 
 
@@ -122,11 +121,69 @@ class SequenceShard:
         other ranks' losses.) Raises ``RuntimeError`` if S > 1 and there is no process group, or the shard is of an
         earlier batch; ``ValueError`` if no sequence can be divided into segments of length l.
         """
+        return borders.gather(x, self, dim)
+
+    def on_whole(self, function: Callable[[Tensor], Any], x: Tensor, dim: int = 1) -> Any:
+        """Apply ``function`` to the whole sequence on every rank and keep this rank's segment of what it returns.
+
+        For what cannot be computed on segments, such as ``nn.LSTM``: ``y, state = shard.on_whole(self.lstm, x)``. The price
+        is that of one device: every rank gathers the whole sequence, computes all of it and keeps its activations for the
+        backward pass.
+
+        Args:
+            function: maps [..., L, ...] to a tensor that has the sequence along ``dim`` too, or to a tuple that starts with
+                one. All else in the tuple is returned as it is, the same on every rank.
+            x: [..., l, ...], this rank's segment.
+            dim: of the sequence.
+
+        Raises:
+            ValueError: if no sequence can be divided into segments of length l, or the result has another length.
+        """
         if self.size == 1:
-            return x
-        self.check_current()
-        self.check_length(x.size(dim) * self.size)
-        return _Gather.apply(x, self, dim % x.dim())
+            return function(x)
+        result = function(self.gather(x, dim))
+        whole, *more = result if isinstance(result, tuple) else (result,)
+        length = x.size(dim) * self.size
+        if not isinstance(whole, Tensor) or not -whole.dim() <= dim < whole.dim() or whole.size(dim) != length:
+            found = list(whole.shape) if isinstance(whole, Tensor) else type(whole).__name__
+            raise ValueError(
+                f"on_whole needs a function whose result, or the first one in a tuple, has the {length} positions of the sequence"
+                f" in dimension {dim}; got {found}. For another result write function(shard.gather(x, dim))."
+            )
+        segment = self.split(whole, dim)
+        return (segment, *more) if isinstance(result, tuple) else segment
+
+    # Of the following, each has the exact adjoint, and every rank of the sequence group must call it. What they return of
+    # the whole sequence is the same on every rank. They raise as gather does.
+
+    def shift(self, x: Tensor, offset: int, dim: int = 1, fill: float = 0) -> Tensor:
+        """Move the sequence by ``offset`` positions: [..., l, ...] -> [..., l, ...], of any dtype.
+
+        Position p of the result is position p + ``offset`` of ``x``, or ``fill`` where the sequence has none. With 1 each
+        token sees the next one, with -1 the one before it: ``labels = shard.shift(tokens, 1, fill=-100)``. A few positions
+        are sent; the whole sequence is, where ``offset`` is longer than a chunk.
+        """
+        return borders.shift(x, offset, self, dim, fill)
+
+    def sum(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Sum over the whole sequence: [..., l, ...] -> [..., ...]; integers become int64."""
+        return borders.sum_over_sequence(x, self, dim)
+
+    def mean(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Average over the whole sequence: [..., l, ...] -> [..., ...]. ``x`` is floating-point or complex."""
+        return borders.mean_over_sequence(x, self, dim)
+
+    def first(self, x: Tensor, dim: int = 1, valid: Tensor | None = None) -> Tensor:
+        """Take the first position of the whole sequence, such as a class token: [..., l, ...] -> [..., ...].
+
+        With ``valid``, bool [B, l], it is the first valid one of each row of dimension 0, for sequences that are padded on
+        the left; 0 for a row that has none. Raises ``ValueError`` if ``valid`` does not fit ``x``.
+        """
+        return borders.take_end(x, self, dim, last=False, valid=valid)
+
+    def last(self, x: Tensor, dim: int = 1, valid: Tensor | None = None) -> Tensor:
+        """Take the last position of the whole sequence, or the last valid one of each row, as :meth:`first`."""
+        return borders.take_end(x, self, dim, last=True, valid=valid)
 
     def chunks_in_order(self, segments: Tensor, dim: int) -> list[Tensor]:
         """View segments stacked by rank, [S, ..., l, ...], as chunks in position order; ``dim`` is l's in a segment."""
@@ -219,27 +276,3 @@ def _of_strategy(module: nn.Module, name: str) -> SequenceShard:
     strategy = getattr(getattr(module, "_trainer", None), "strategy", None)
     shard = getattr(strategy, name, None)
     return shard if isinstance(shard, SequenceShard) else WHOLE_SEQUENCE
-
-
-class _Gather(torch.autograd.Function):
-    """All-gather of segments in position order, and its adjoint.
-
-    ======== ======================= ==========================================
-    forward  x [..., l, ...]         -> [..., L, ...], the same on every rank
-    backward grad [..., L, ...]      -> sum over ranks, own segment [..., l, ...]
-    ======== ======================= ==========================================
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shard: SequenceShard, dim: int) -> Tensor:
-        ctx.shard, ctx.dim, ctx.shape = shard, dim, x.shape
-        return torch.cat(shard.chunks_in_order(all_gather(x, shard.require_group()).wait(), dim), dim)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        stacked = grad.new_empty(ctx.shard.size, *ctx.shape)
-        chunks = ctx.shard.chunks_in_order(stacked, ctx.dim)
-        for chunk, part in zip(chunks, grad.chunk(len(chunks), ctx.dim)):
-            chunk.copy_(part)
-        return reduce_scatter(stacked, ctx.shard.require_group()).wait(), None, None
