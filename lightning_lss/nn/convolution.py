@@ -84,12 +84,13 @@ class SegmentConv1d(nn.Conv1d, ShardedModule):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        of_torch = "valid" if padding == "causal" else padding
+        mode: Any = padding_mode
+        kept = padding in ("same", "causal")  # torch refuses the one with strides, and does not know the other
+        of_torch: Any = 0 if kept else padding
         super().__init__(
-            in_channels, out_channels, kernel_size, 1, of_torch, dilation, groups, bias, "zeros", device, dtype
+            in_channels, out_channels, kernel_size, stride, of_torch, dilation, groups, bias, mode, device, dtype
         )
-        self.stride, self.padding_mode = (stride if isinstance(stride, tuple) else (stride,)), padding_mode
-        self.padding = padding if padding == "causal" else self.padding
+        self.padding = padding if kept else self.padding  # type: ignore[assignment]
         self.halo = halo_of(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,3 +161,9 @@ class _Halo:
             return None
         rows = result.narrow(2, self.before, result.size(2) - self.before - self.after)
         return of_rows(rows, rows.size(0) * shard.size // shard.num_chunks, 2)
+
+
+def crosses_borders(module: nn.Module) -> bool:
+    """Whether a convolution is one of those in this file, or is within :func:`crossing_borders`."""
+    hooks = module._forward_pre_hooks.values()
+    return isinstance(module, SegmentConv1d) or any(isinstance(getattr(x, "__self__", None), _Halo) for x in hooks)

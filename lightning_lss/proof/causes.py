@@ -28,23 +28,26 @@ TABLE = Cause(
 )
 LABELS = Cause(
     "Labels are shifted inside the step: the last token of a segment needs the first of the next, which is on another rank.",
-    "inputs, targets = tokens[:, :-1], tokens[:, 1:] in the dataset or collate_fn, before the batch is split.",
+    "inputs, targets = tokens[:, :-1], tokens[:, 1:] in the dataset or collate_fn, before the batch is split; or"
+    " targets = sequence_shard(self).shift(tokens, 1, fill=-100).",
 )
 CONVOLUTION = Cause(
     "A convolution or pooling window reaches across the border of a segment, where its neighbour's tokens are on another rank.",
-    "shard = sequence_shard(self); y = shard.split(conv(shard.gather(x, dim)), dim), with dim the dimension of the sequence.",
+    "LSSStrategy(convert=True), or lightning_lss.SegmentConv1d instead of nn.Conv1d; for anything else shard ="
+    " sequence_shard(self); y = shard.on_whole(conv, x, dim), with dim the dimension of the sequence.",
 )
 RECURRENCE = Cause(
     "A recurrence along the sequence starts anew in every segment.",
-    "shard = sequence_shard(self); y = shard.split(recurrent(shard.gather(x)), 1); or an attention layer in its place.",
+    "y = sequence_shard(self).on_whole(recurrent, x), which computes the whole sequence on every rank; or an attention layer in its"
+    " place.",
 )
 POOLING = Cause(
     "Pooling over the tokens sees one segment only.",
-    "shard = sequence_shard(self); pool shard.gather(x) instead of x.",
+    "shard = sequence_shard(self); shard.mean(x) or shard.sum(x); for other pooling shard.gather(x) instead of x.",
 )
 CLASS_TOKEN = Cause(
     "A class token, or one token for the whole sequence, is taken from, or added to, one segment only.",
-    "shard = sequence_shard(self); take it from shard.gather(x); put a class token into the data, before the split.",
+    "shard = sequence_shard(self); take it by shard.first(x) or shard.last(x); put a class token into the data, before the split.",
 )
 NORMALIZATION = Cause(
     "Normalization over the tokens computes its statistics over one segment.",

@@ -6,6 +6,7 @@ checkpoints (:mod:`lightning_lss.checkpoint`). Hooks delegate to them.
 
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +43,7 @@ from lightning_lss.strategy import validation
 from lightning_lss.strategy.balancing import BatchLayouts
 from lightning_lss.strategy.memory import MemoryOptions
 from lightning_lss.strategy.proving import ProvedRuns
-from lightning_lss.strategy.view import showing_whole
+from lightning_lss.strategy.view import showing_segments, showing_whole
 from lightning_lss.tensor.batch import gather_whole, show_whole
 
 
@@ -73,6 +74,9 @@ class LSSStrategy(ProvedRuns):
             of this package; ``"whole"``, all of it, as on one device, in :class:`~lightning_lss.SplitTensor`, for any
             other; ``"auto"``: whole, unless the module contains a
             :class:`~lightning_lss.ShardedModule`, such as ``LSSAttention``, or has its own ``shard_batch``.
+        convert: where the module is shown segments, whether its ``nn.Conv1d`` see across their borders during a run, as
+            :class:`~lightning_lss.SegmentConv1d`; or the names of those that are along the sequence, as in
+            ``checkpointed_modules``. The whole view needs it for none.
         communication_dtype: ``torch.bfloat16`` or ``torch.float16`` (or its name). Keys, values and gradients are sent
             in it, for half the bytes of float32, and gradients are summed in it. Gradients of positional tables keep
             their dtype. The training then equals that of one device only up to the rounding of ``communication_dtype``.
@@ -119,6 +123,7 @@ class LSSStrategy(ProvedRuns):
         sequence_dims: SequenceDims | None = None,
         check_batches: int = 2,
         view: Literal["segment", "whole", "auto"] = "auto",
+        convert: bool | Sequence[str] = False,
         communication_dtype: torch.dtype | str | None = None,
         sharding: Sharding | None = None,
         sharding_units: Collection[type[nn.Module]] | None = None,
@@ -135,7 +140,7 @@ class LSSStrategy(ProvedRuns):
         validation.warn_of_other_lightning()
         if layout != "auto":
             check_layout(layout)
-        self._layouts, self._view = BatchLayouts(layout), view
+        self._layouts, self._view, self._convert = BatchLayouts(layout), view, convert
         self._communication_dtype = resolve_communication_dtype(communication_dtype)
         self._memory = MemoryOptions(activation_checkpointing, checkpointed_modules, mlp_tiles, tiled_modules)
         self._parameters: Replicated | FullyShard = Replicated(validation.keeps_frozen(ddp_kwargs))
@@ -243,9 +248,11 @@ class LSSStrategy(ProvedRuns):
         assert self._grid is not None
         self._assign_segments()  # to modules made in LightningModule.setup
         self._parameters.check(self._module, self._shard.size, self.num_ranks)  # with what configure_model has made
-        if self.shows_whole and self._shard.size > 1:
-            view = showing_whole(self._module, lambda: self._shard, self._grid.data_group)
-            self._adapted = self._at_teardown.enter_context(view)
+        if self._shard.size > 1:
+            show = partial(showing_segments, convert=self._convert)
+            if self.shows_whole:
+                show = partial(showing_whole, data_group=self._grid.data_group)
+            self._adapted = self._at_teardown.enter_context(show(self._module, lambda: self._shard))
         self._at_teardown.callback(self._memory.reset)
         self._memory.apply(self._module)
         self._segment_local = local = SegmentLocal(self._module, self._grid)
@@ -314,13 +321,6 @@ class LSSStrategy(ProvedRuns):
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         return gather_whole(super().predict_step(*args, **kwargs))
-
-    def _is_current(self, shard: SequenceShard) -> bool:
-        """Whether ``shard`` is that of the batch at hand, or, in a hook of a whole epoch or stage, that of all batches."""
-        module = self.lightning_module
-        trainer, hook = getattr(module, "_trainer", None), getattr(module, "_current_fx_name", None) or ""
-        between = hook.startswith("on_") and hook.endswith(("_start", "_end")) and "batch" not in hook
-        return self._layouts.is_current(shard, trainer.state.stage if trainer is not None and between else None)
 
     def _assign_segments(self) -> None:
         validation.check_view(self._module, self._view)

@@ -92,6 +92,13 @@ class ProvedRuns(SequenceParallel, GradientAveraging):
         """Whether the module is shown whole sequences that are split."""
         return self.shard_of_module.size < self.shard_of_run.size
 
+    def _is_current(self, shard: SequenceShard) -> bool:
+        """Whether ``shard`` is that of the batch at hand, or, in a hook of a whole epoch or stage, that of all batches."""
+        module = self.lightning_module
+        trainer, hook = getattr(module, "_trainer", None), getattr(module, "_current_fx_name", None) or ""
+        between = hook.startswith("on_") and hook.endswith(("_start", "_end")) and "batch" not in hook
+        return self._layouts.is_current(shard, trainer.state.stage if trainer is not None and between else None)
+
     def _may_have(self, shard: SequenceShard) -> bool:
         """Whether the batch at hand may have the layout that was chosen: an evaluation step is not proved itself."""
         if self._module.trainer.training or self._layouts.requested != "auto" or not self._verification.wanted:

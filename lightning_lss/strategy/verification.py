@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from lightning_lss.nn.convolution import crosses_borders
 from lightning_lss.proof.batch import BatchProof
 from lightning_lss.proof.causes import FAILS
 from lightning_lss.proof.evenness import Sign, uneven_signs
@@ -171,11 +172,12 @@ def warn_of_unverified(module: nn.Module, why: str) -> None:
 def suspects(module: nn.Module) -> list[str]:
     """Name the recurrent layers of ``module``, and its convolutions over more than one position."""
     kinds = (nn.RNNBase, nn.RNNCellBase)
-    return [name for name, x in module.named_modules() if isinstance(x, kinds) or _is_wide_convolution(x)]
+    return [name for name, x in module.named_modules() if isinstance(x, kinds) or _is_blind(x)]
 
 
-def _is_wide_convolution(x: nn.Module) -> bool:
-    return isinstance(x, nn.modules.conv._ConvNd) and any(size > 1 for size in x.kernel_size)
+def _is_blind(x: nn.Module) -> bool:
+    """Whether it is a convolution over more than one position, all of its segment."""
+    return isinstance(x, nn.modules.conv._ConvNd) and any(n > 1 for n in x.kernel_size) and not crosses_borders(x)
 
 
 def warn_of_layout(refusal: InexactError) -> None:

@@ -1,13 +1,17 @@
-"""What a run does to a module that it shows whole sequences, and undoes afterwards."""
+"""What a run does to a module that it shows whole sequences or segments, and undoes afterwards."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import TypeGuard
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.distributed import ProcessGroup
 from torchmetrics import Metric
 
+from lightning_lss.nn.convolution import crossing_borders, halo_of
+from lightning_lss.nn.recompute import named_blocks
 from lightning_lss.sequence.segment import SequenceShard
 from lightning_lss.strategy.adapters import ADAPTERS, Adapted
 from lightning_lss.tensor.batch import splitting_blocks
@@ -28,6 +32,57 @@ def showing_whole(
         stack.enter_context(_metrics_over(module, data_group))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # the compiler cannot trace SplitTensor
         yield stack.enter_context(Adapted(ADAPTERS, module))
+
+
+@contextmanager
+def showing_segments(
+    module: nn.Module, shard_now: Callable[[], SequenceShard], convert: bool | Sequence[str]
+) -> Generator[Adapted, None, None]:
+    """Let convolutions of ``module`` cross the borders of segments, if it is to ``convert`` them, within the ``with`` statement.
+
+    Yields what libraries' own modules are adapted by: nothing.
+
+    Raises:
+        MisconfigurationException: if a convolution cannot, or a name matches none.
+    """
+    convolutions = _convolutions(module, convert)
+    names = {x: name for name, x in module.named_modules()}
+    for conv in convolutions:
+        try:
+            halo_of(conv)
+        except ValueError as error:
+            raise MisconfigurationException(
+                f"convert={convert!r} cannot let {names[conv]} = {conv} see across the borders of segments: {error} Or name the"
+                " convolutions that are along the sequence: convert=['name', ...]."
+            ) from None
+    with crossing_borders(convolutions, shard_now):
+        yield Adapted(())
+
+
+def _convolutions(module: nn.Module, convert: bool | Sequence[str]) -> list[nn.Conv1d]:
+    """Find what is to be converted: convolutions that compute as ``nn.Conv1d`` does, over more than one position."""
+    if not convert:
+        return []
+    if convert is True:
+        return [x for x in module.modules() if _is_torchs(x) and x.kernel_size[0] > 1]
+    convolutions: list[nn.Conv1d] = []
+    for name in convert:
+        try:
+            found = named_blocks(module, [name])
+        except ValueError as error:
+            raise MisconfigurationException(f"convert={convert!r}: {error}") from None
+        own = [x for x in found if _is_torchs(x)]
+        if not own:
+            raise MisconfigurationException(
+                f"convert={convert!r}: {name!r} names a {type(found[0]).__name__}, but only nn.Conv1d can be converted. For other"
+                " layers use sequence_shard(self).on_whole(layer, x), or its shift for a few neighbours."
+            )
+        convolutions += own
+    return convolutions
+
+
+def _is_torchs(x: nn.Module) -> TypeGuard[nn.Conv1d]:
+    return isinstance(x, nn.Conv1d) and type(x).forward is nn.Conv1d.forward
 
 
 @contextmanager

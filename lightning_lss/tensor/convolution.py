@@ -35,10 +35,11 @@ def convolution(
     else:
         before = [padding] * spatial if isinstance(padding, int) else [*padding]
     keeps = padding == "same" or 2 * before[axis] == reach[axis]
-    chunk = placement.padded // placement.shard.num_chunks
-    if axis < 0 or strides[axis] != 1 or not keeps or placement.outer * placement.inner > 1 or reach[axis] > chunk:
+    if axis < 0 or strides[axis] != 1 or not keeps or placement.outer * placement.inner > 1:
         return NotImplemented
-    if padding == "same" and any(n % 2 for n in reach):  # torch pads one side of the other dimensions more
+    if padding == "same" and any(
+        n % 2 for d, n in enumerate(reach) if d != axis
+    ):  # torch pads one side of the other dimensions more
         return NotImplemented
     others = [0 if d == axis else n for d, n in enumerate(before)]
     result = with_halo(
