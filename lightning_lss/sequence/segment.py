@@ -154,7 +154,8 @@ class SequenceShard:
         return (segment, *more) if isinstance(result, tuple) else segment
 
     # Of the following, each has the exact adjoint, and every rank of the sequence group must call it. What they return of
-    # the whole sequence is the same on every rank. They raise as gather does.
+    # the whole sequence is the same on every rank, and so is a loss of it, as it should be: the losses of ranks are averaged.
+    # They raise as gather does.
 
     def shift(self, x: Tensor, offset: int, dim: int = 1, fill: float = 0) -> Tensor:
         """Move the sequence by ``offset`` positions: [..., l, ...] -> [..., l, ...], of any dtype.
@@ -170,7 +171,11 @@ class SequenceShard:
         return borders.sum_over_sequence(x, self, dim)
 
     def mean(self, x: Tensor, dim: int = 1) -> Tensor:
-        """Average over the whole sequence: [..., l, ...] -> [..., ...]. ``x`` is floating-point or complex."""
+        """Average over the whole sequence: [..., l, ...] -> [..., ...]. ``x`` is floating-point or complex.
+
+        Of the tokens [B, l, E] that are ``valid``, bool [B, l], write
+        ``shard.sum(x * valid[..., None]) / shard.sum(valid)[:, None]``.
+        """
         return borders.mean_over_sequence(x, self, dim)
 
     def first(self, x: Tensor, dim: int = 1, valid: Tensor | None = None) -> Tensor:

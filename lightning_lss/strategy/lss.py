@@ -76,7 +76,7 @@ class LSSStrategy(ProvedRuns):
             :class:`~lightning_lss.ShardedModule`, such as ``LSSAttention``, or has its own ``shard_batch``.
         convert: where the module is shown segments, whether its ``nn.Conv1d`` see across their borders during a run, as
             :class:`~lightning_lss.SegmentConv1d`; or the names of those that are along the sequence, as in
-            ``checkpointed_modules``. The whole view needs it for none.
+            ``checkpointed_modules``. Where it is shown whole sequences none needs it.
         communication_dtype: ``torch.bfloat16`` or ``torch.float16`` (or its name). Keys, values and gradients are sent
             in it, for half the bytes of float32, and gradients are summed in it. Gradients of positional tables keep
             their dtype. The training then equals that of one device only up to the rounding of ``communication_dtype``.

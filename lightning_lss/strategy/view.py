@@ -66,7 +66,7 @@ def _convolutions(module: nn.Module, convert: bool | Sequence[str]) -> list[nn.C
     if convert is True:
         return [x for x in module.modules() if _is_torchs(x) and x.kernel_size[0] > 1]
     convolutions: list[nn.Conv1d] = []
-    for name in convert:
+    for name in [convert] if isinstance(convert, str) else convert:
         try:
             found = named_blocks(module, [name])
         except ValueError as error:
