@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lss import InexactError, LSSAttention, SegmentConv1d, sequence_shard, token_mean
+from lightning_lss.nn.convolution import crosses_borders
 from lightning_lss.nn.loss import IGNORED
 from lightning_lss.strategy.verification import suspects
-from lightning_lss.testing.compare import assert_equal_on_ranks
+from lightning_lss.testing.compare import assert_equal, assert_equal_on_ranks
 from tests.training import Run, fit, make_loader, make_module, make_samples, make_trainer, whole_state
 
 
@@ -42,6 +43,9 @@ class Crossing(pl.LightningModule):
         targets = batch["targets"].flatten()
         total = F.cross_entropy(self.out(x).flatten(0, 1), targets, reduction="sum", ignore_index=IGNORED)
         return token_mean(total, (targets != IGNORED).sum()) + self.more_loss(x, batch)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return sequence_shard(self).gather(self.mix(self.embed(batch["inputs"])))
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.3)
@@ -109,7 +113,7 @@ def train(rank: int, run: Run) -> dict[str, Tensor]:
     )
     assert trainer.strategy.verification.exact
     assert seen == {"state": list(module.state_dict()), "suspects": [n for n in ("gru",) if hasattr(module, n)]}
-    assert not any(x._forward_hooks or x._forward_pre_hooks for x in module.modules() if isinstance(x, nn.Conv1d))
+    assert not any(crosses_borders(x) for x in module.modules() if not isinstance(x, SegmentConv1d))
     return whole_state(module)
 
 
@@ -118,7 +122,7 @@ CASES: list[tuple[type[Crossing], int, int, str, dict[str, Any]]] = [
     (ByHand, 4, 4, "contiguous", {}),
     (ByHand, 4, 2, "balanced", {"sharding": "fsdp"}),
     (OfTorch, 4, 4, "zigzag", {"convert": True}),
-    (OfTorch, 4, 2, "contiguous", {"convert": True, "sharding": "fsdp"}),
+    (OfTorch, 4, 2, "contiguous", {"convert": True, "sharding": "fsdp", "sharding_units": [nn.Conv1d]}),
     (OfTorch, 2, 2, "balanced", {"convert": True}),
     (
         OfTorch,
@@ -143,6 +147,22 @@ def test_training_is_that_of_one_device(world, module, ranks, size, layout, opti
     run = Run(size, layout, module=module, trainer=precise, strategy=options)
     expected = world.run(1, fit, Run(module=module, trainer=precise))[0]
     assert_equal_on_ranks(world.run(ranks, train, run), expected, 1e-10)
+
+
+def predict(rank: int, run: Run) -> Tensor:
+    """What two epochs of prediction return, the second of a run of its own."""
+    module, trainer = make_module(run), make_trainer(rank, run)
+    loader = make_loader(trainer, make_samples(4), 4)
+    first, second = trainer.predict(module, loader), trainer.predict(module, loader)
+    assert torch.equal(first[0], second[0])
+    return first[0]
+
+
+def test_evaluation_crosses_borders_too(world) -> None:
+    precise = {"precision": "64-true"}
+    (alone,) = world.run(1, predict, Run(module=OfTorch, trainer=precise))
+    for found in world.run(2, predict, Run(2, module=OfTorch, trainer=precise, strategy={"convert": "layers.?"})):
+        assert_equal([found], [alone], 1e-10)
 
 
 def refusal(rank: int, run: Run) -> str:
