@@ -170,7 +170,7 @@ class SequenceParallel(ParallelStrategy):
         module = self._module
         part = self.split_batch(batch)
         loader, epoch = (module.trainer.state.stage, dataloader_idx), module.trainer.current_epoch
-        if loader not in self._batches_seen and shard.size > 1 and not self.proves_batches:
+        if loader not in self._batches_seen and self.shard_of_module.size > 1 and not self.proves_batches:
             validation.warn_of_images(batch, self._sequence_dims)
         last_epoch, seen = self._batches_seen.get(loader, (epoch, 0))
         seen = seen if last_epoch == epoch else 0

@@ -103,7 +103,8 @@ class Verification:
             self.rehearsal = None
         if report.unverified:
             warn_of_unverified(proof.rehearsal.module, report.unverified)
-            warn_of_images(proof.batch, proof.dims)
+            if not proof.rehearsal.shows_whole:
+                warn_of_images(proof.batch, proof.dims)
         elif not report.exact:
             report.remedy = remedy
             first_of(str(report), replicas)

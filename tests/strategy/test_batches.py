@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -189,3 +190,21 @@ def test_images_are_warned_of_once_a_loader(world) -> None:
     assert world.run(2, image_warnings, run)[0] == []  # the proof has shown that it is the sequence
     unproved = Run(2, layout="contiguous", module=OfImages, steps=3, strategy={"verify": False})
     assert len(world.run(2, image_warnings, unproved)[0]) == 1
+
+
+class SumsImages(pl.LightningModule):
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return batch["pixels"].sum()
+
+
+def images_in_prediction(rank: int, run: Run) -> list[str]:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        make_trainer(rank, run).predict(SumsImages(), DataLoader([{"pixels": IMAGES[0]}]))
+    return [str(x.message) for x in found if "taken for the sequence" in str(x.message)]
+
+
+@pytest.mark.parametrize(("view", "count"), [("segment", 1), ("whole", 0)])
+def test_images_that_are_shown_whole_are_not_warned_of(world, view, count) -> None:
+    run = Run(2, layout="contiguous", strategy={"view": view})
+    assert len(world.run(2, images_in_prediction, run)[0]) == count
