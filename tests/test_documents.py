@@ -44,5 +44,5 @@ def test_the_table_of_kernels_says_which_run_on_a_cpu() -> None:
 def test_every_program_of_the_readme_is_one_of_the_examples_which_other_tests_run() -> None:
     programs = [path.read_text() for path in (ROOT / "examples").glob("*.py")]
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == len(programs)
+    assert blocks
     assert all(any(block.strip() in program for program in programs) for block in blocks)
