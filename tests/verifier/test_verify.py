@@ -9,6 +9,7 @@ from torch import nn
 from lightning_lss import InexactError, verify
 from lightning_lss.testing.compare import assert_equal
 from tests.proof.faulty import FAULTS, VOCAB, WIDTH, OwnPositions, Right, make_batch
+from tests.tensor.models import CausalDecoder, make_batches
 
 pytestmark = pytest.mark.slow  # starts processes
 
@@ -37,6 +38,13 @@ def test_a_fault_is_raised_with_its_report(capsys) -> None:
     assert caught.value.report.modules["positions"] > 0.1
     assert caught.value.report.modules["embed"] == 0.0
     assert "positions.weight" in capsys.readouterr().out
+
+
+def test_a_module_that_is_shown_whole_sequences_gets_a_report() -> None:
+    report = verify(CausalDecoder(), make_batches(24, steps=1)[0])
+    assert report.exact
+    assert (report.size, report.leaks) == (2, [])
+    assert {x.name for x in report.gradients} >= {"embed.weight", "positions.weight"}
 
 
 def test_what_cannot_be_compared_is_said() -> None:
