@@ -3,7 +3,15 @@
 from lightning_lss.callbacks.gradient_norm import GradientNormMonitor
 from lightning_lss.callbacks.memory import PeakMemoryMonitor
 from lightning_lss.callbacks.predictions import PredictionWriter
+from lightning_lss.callbacks.pretrained import PretrainedWriter
 from lightning_lss.callbacks.run_layout import RunLayout
 from lightning_lss.callbacks.throughput import LSSThroughputMonitor
 
-__all__ = ["GradientNormMonitor", "LSSThroughputMonitor", "PeakMemoryMonitor", "PredictionWriter", "RunLayout"]
+__all__ = [
+    "GradientNormMonitor",
+    "LSSThroughputMonitor",
+    "PeakMemoryMonitor",
+    "PredictionWriter",
+    "PretrainedWriter",
+    "RunLayout",
+]

@@ -253,7 +253,7 @@ class Transformer(nn.Module):
         x = self.norm(x)
         return self.head(x) if targets is None else self.head.loss(x.flatten(0, 1), targets.flatten())
 
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Group parameters for an optimizer, with weight decay only for the matrices of linear layers."""
         linear = {m.weight for m in self.modules() if isinstance(m, nn.Linear)}
         linear -= {m.weight for m in self.modules() if isinstance(m, nn.Embedding)}  # a tied head is an embedding

@@ -12,7 +12,7 @@ from lightning_lss import AttentionMask, SequenceShard
 from lightning_lss.callbacks import GradientNormMonitor, LSSThroughputMonitor, PeakMemoryMonitor, RunLayout
 from lightning_lss.callbacks.memory import peak_memory
 from lightning_lss.callbacks.tiles_figure import draw_attention_tiles
-from tests.training import Run, make_loader, make_module, make_samples, make_trainer
+from tests.training import LENGTH, VOCAB, Run, make_loader, make_module, make_samples, make_trainer
 
 
 class Logged(CSVLogger):
@@ -46,6 +46,35 @@ def test_a_run_over_two_ranks_logs_what_one_process_logs(world, tmp_path, strate
     assert ours["memory/peak"][-1] == max(ours["memory/rank_0"][-1], ours["memory/rank_1"][-1])
     assert "memory/rank_0" not in reference
     assert {"train/tokens_per_sec", "train/device/flops_per_sec"} <= ours.keys() & reference.keys()
+
+
+class ForOneDevice(pl.LightningModule):
+    flops_per_batch = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(VOCAB, 4)
+
+    def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
+        return self.embed(batch["inputs"]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def tokens_and_samples(rank: int, size: int, folder: str) -> list[float]:
+    logger, run = Logged(folder), Run(size)
+    trainer = make_trainer(rank, run, logger=logger, callbacks=[LSSThroughputMonitor(2)], log_every_n_steps=1)
+    trainer.fit(ForOneDevice(), make_loader(trainer, make_samples(16), 4))
+    tokens, samples = (logger.seen.get(f"train/{name}_per_sec", []) for name in ("tokens", "samples"))
+    return [a / b for a, b in zip(tokens, samples)]  # of rank 0, which logs
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_tokens_are_counted_once_where_each_rank_is_shown_all(world, tmp_path, size) -> None:
+    found = world.run(2, tokens_and_samples, size, str(tmp_path))[0]
+    assert found == pytest.approx([LENGTH] * len(found))
+    assert found
 
 
 def test_peak_memory_never_falls() -> None:
