@@ -7,6 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_lss.sequence import layout as layouts
 
 MODES = ("fit", "validate", "test", "predict", "plan", "verify")
+HUGGING_FACE = "HuggingFaceLM"  # the model whose sizes are in its own files, by the end of its `_target_`
 SPLITTING = ("LSSStrategy", "MegatronStrategy")  # the strategies that split sequences, by the end of their `_target_`
 
 
@@ -26,6 +27,10 @@ def check(cfg: DictConfig) -> None:
         )
     if cfg.mode == "verify" and not strategy.endswith("LSSStrategy"):
         raise ValueError("mode=verify proves the strategies lss and lss_fsdp: add strategy=lss.")
+    if strategy.endswith("MegatronStrategy") and "num_heads" not in cfg.model.keys():  # noqa: SIM118  # also those that are not set
+        raise ValueError(
+            "strategy=megatron splits this package's own transformer: use strategy=lss or strategy=lss_fsdp."
+        )
     missing = [str(key) for key in cfg if OmegaConf.is_missing(cfg, key)] or sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ValueError(f"{missing[0]} is not set: add {missing[0]}=...")
@@ -34,6 +39,11 @@ def check(cfg: DictConfig) -> None:
 
 
 def _check_plan(cfg: DictConfig) -> None:
+    if cfg.model.get("_target_", "").endswith(HUGGING_FACE):
+        raise ValueError(
+            "mode=plan traces models that are written for segments, which model=huggingface is not: plan a model of its sizes,"
+            " such as model=8b."
+        )
     if cfg.get("hardware") is None:
         raise ValueError(
             "mode=plan needs hardware to plan for: add hardware=cpu, hardware=h100 or another choice of that group."

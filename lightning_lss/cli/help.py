@@ -20,6 +20,7 @@ EXAMPLES = {
     "text as a tokenizer's tokens": "data=tokens data.path=/my/texts data.tokenizer=/my/tokenizer.json",
     "what fits, how fast, what to choose; nothing is trained": "mode=plan model=1b seq_len=1048576 devices=64 hardware=h100",
     "resume, on any number of ranks": "ckpt_path=outputs/.../checkpoints/last.ckpt trainer.max_steps=400",
+    "fine-tune a checkpoint of Hugging Face": "model=huggingface model.path=/my/folder data=text data.path=/my/texts",
     "several runs, each in a folder of its own": "--multirun seq_len=1024,2048",
     "choices of your own: my_conf/model/mine.yaml": "--config-dir my_conf model=mine",
     "the keys below, as they are with other choices": "--help model=8b mode=plan hardware=h100",

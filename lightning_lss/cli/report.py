@@ -27,6 +27,8 @@ def report(trainer: pl.Trainer, folder: Path) -> None:
             table.add_row("tokens per second", f"{callback.tokens_per_second:,.0f}")
     if checkpoint := getattr(trainer.checkpoint_callback, "best_model_path", ""):
         table.add_row("checkpoint", shown(checkpoint))
+    if (folder / "hf").is_dir():
+        table.add_row("for from_pretrained", shown(folder / "hf"))
     if (folder / "predictions").is_dir():
         table.add_row("predictions", shown(folder / "predictions"))
     for logger in trainer.loggers:

@@ -12,7 +12,7 @@ import hydra
 import lightning.pytorch as pl
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import LearningRateMonitor
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lightning_lss.cli.report import RESULT, report
 
@@ -20,7 +20,7 @@ from lightning_lss.cli.report import RESULT, report
 def run(cfg: DictConfig) -> None:
     """Instantiate everything that ``cfg`` names, and call the Trainer's method for its mode."""
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    datamodule = hydra.utils.instantiate(cfg.data)
+    datamodule = make_data(cfg)
     model = make_model(cfg, lambda name: getattr(datamodule, name))
     logger = hydra.utils.instantiate(cfg.logger) if cfg.get("logger") else False
     callbacks = [hydra.utils.instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
@@ -33,6 +33,22 @@ def run(cfg: DictConfig) -> None:
     getattr(trainer, cfg.mode)(model, datamodule=datamodule, ckpt_path=cfg.ckpt_path, **options)
     if trainer.is_global_zero:
         report(trainer, Path(cfg.output_dir))
+
+
+def make_data(cfg: DictConfig) -> pl.LightningDataModule:
+    """Instantiate the data; a text for a model with a tokenizer of its own is tokenized by that."""
+    return hydra.utils.instantiate(tokenized(cfg))
+
+
+def tokenized(cfg: DictConfig) -> DictConfig:
+    """Return ``cfg.data``, or ``data=tokens`` in place of the bytes of ``data=text`` where the model's folder has a tokenizer."""
+    data, folder = cfg.data, cfg.model.get("path")
+    of_bytes = data._target_ == "lightning_lss.data.TextDataModule" and data.dtype == "uint8"
+    if not (of_bytes and folder and (Path(folder).expanduser() / "tokenizer.json").is_file()):
+        return data
+    kept = {name: value for name, value in data.items() if name not in ("dtype", "vocab_size", "bytes_per_token")}
+    given = {**kept, "_target_": "lightning_lss.data.TokensDataModule", "tokenizer": folder}
+    return OmegaConf.create(given)
 
 
 def make_model(cfg: DictConfig, of_data: Callable[[str], Any]) -> pl.LightningModule:

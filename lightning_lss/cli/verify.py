@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import hydra
 import lightning.pytorch as pl
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_lss.cli.run import make_model
+from lightning_lss.cli.run import make_data, make_model
 from lightning_lss.sequence.layout import resolve_sequence_parallel_size
 from lightning_lss.verifier import verify
 
@@ -18,7 +17,7 @@ def run_verify(cfg: DictConfig) -> None:
     """Prove the training that ``cfg`` describes on the first batch of its data; raise ``InexactError`` if it is not that of one
     device."""
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    datamodule = hydra.utils.instantiate(cfg.data)
+    datamodule = make_data(cfg)
     datamodule.prepare_data()
     datamodule.setup("fit")
     batch = next(iter(datamodule.train_dataloader()))
