@@ -55,7 +55,7 @@ def draw(count, seed, size=32, extent=13):
     ).float()
     samples = []
     for shape in torch.randint(len(SHAPES), (count,), generator=generator):
-        image = 0.2 * torch.randn(1, size, size, generator=generator)
+        image = 0.1 * torch.randn(1, size, size, generator=generator)
         top, left = torch.randint(size - extent, (2,), generator=generator).tolist()
         image[0, top : top + extent, left : left + extent] += pictures[shape]
         samples.append({"images": image, "shapes": shape})
@@ -65,9 +65,9 @@ def draw(count, seed, size=32, extent=13):
 if __name__ == "__main__":
     L.seed_everything(1, verbose=False)
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer = L.Trainer(strategy="lss", accelerator="cpu", devices=2, max_epochs=10, **quiet)
+    trainer = L.Trainer(strategy="lss", accelerator="cpu", devices=2, max_epochs=7, **quiet)
     model, unseen = VisionTransformer(), draw(256, seed=2)
-    trainer.fit(model, DataLoader(draw(1024, seed=1), batch_size=32, shuffle=True))
+    trainer.fit(model, DataLoader(draw(768, seed=1), batch_size=32, shuffle=True))
     predicted = torch.cat(trainer.predict(model, DataLoader(unseen, batch_size=64)))
     if trainer.is_global_zero:
         actual = torch.stack([sample["shapes"] for sample in unseen])
