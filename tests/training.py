@@ -108,6 +108,14 @@ def make_trainer(rank: int, run: Run, **more: Any) -> pl.Trainer:
     )
 
 
+def as_it_is_trainer(rank: int, size: int, layout: str = "auto", **options: Any) -> pl.Trainer:
+    """The Trainer of one epoch for a module that knows nothing of ranks; ``options`` are those of the strategy."""
+    as_rank(rank)
+    strategy = LSSStrategy(size, layout, cluster_environment=LightningEnvironment(), **options)  # type: ignore[arg-type]
+    more: dict[str, Any] = {"use_distributed_sampler": False, "num_sanity_val_steps": 0, "max_epochs": 1, **QUIET}
+    return pl.Trainer(accelerator="cpu", devices=dist.get_world_size(), strategy=strategy, **more)
+
+
 def make_module(run: Run) -> pl.LightningModule:
     torch.manual_seed(7)
     options = dict(vocab_size=VOCAB, seq_len=LENGTH, width=16, num_layers=2, num_heads=4, num_kv_heads=2)

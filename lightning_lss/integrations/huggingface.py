@@ -58,8 +58,14 @@ def attention_forward(
             " split. Load the model with attn_implementation='eager' to compute attention from its formula."
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if position_bias is not None:
+    learned = isinstance(attention_mask, Tensor) and attention_mask.requires_grad
+    if (position_bias is not None or learned) and softcap is None and s_aux is None:
         return _with_bias(module, query, key, value, attention_mask, dropout, scaling, causal, position_bias)
+    if position_bias is not None or learned:
+        raise NotImplementedError(
+            f"{type(module).__name__} learns a bias of its attention and uses softcap or s_aux too, which is not known for a sequence"
+            " that is split. Load the model with attn_implementation='eager' to compute attention from its formula."
+        )
     mask, bias = attention_mask, None
     if isinstance(attention_mask, Tensor):
         mask, bias = read_mask(attention_mask, query.shape[2], key.shape[2])

@@ -187,7 +187,8 @@ class BatchProof:
     def inspect(self, report: Report) -> Report:
         """Find the outputs of modules that differ, the operations at fault, and their causes; every rank must call it."""
         if self.rehearsal.shows_whole:  # no line of the user's is at fault
-            report.causes = [FAILS_SHOWN_WHOLE if report.failure else SHOWN_WHOLE]
+            if not report.exact:
+                report.causes = [FAILS_SHOWN_WHOLE if report.failure else SHOWN_WHOLE]
             return report
         record = Record()
         self.run(report.length, whole=True, watch=record)

@@ -59,13 +59,13 @@ class LoggedValues:
         self._entries: list[_Entry] = []
         self._log: Callable[..., Any] | None = None
         self._module: pl.LightningModule | None = None
-        self._step = ""
+        self._step, self._copies = "", 1
         self._same: Tensor | None = None
 
     @contextmanager
-    def collect(self, module: pl.LightningModule, step: str) -> Generator[None, None, None]:
-        """Collect what is logged in ``step``; :meth:`show` must follow."""
-        before = vars(module).get("log")
+    def collect(self, module: pl.LightningModule, step: str, copies: int = 1) -> Generator[None, None, None]:
+        """Collect what is logged in ``step``; :meth:`show` must follow. ``copies`` ranks log the same values."""
+        before, self._copies = vars(module).get("log"), copies
         self._entries, self._log, self._module, self._step = [], module.log, module, step
         vars(module)["log"] = self._collect
         try:
@@ -84,6 +84,8 @@ class LoggedValues:
         entry = self._entry(*args, **kwargs) if self._module._current_fx_name == self._step else None
         if entry is None:
             self._log(*args, **kwargs)
+        elif entry.kwargs.get("sync_dist"):  # Lightning adds up all ranks
+            entry.log(self._log, entry.value / self._copies)
         else:
             self._entries.append(entry)
 
@@ -94,8 +96,9 @@ class LoggedValues:
             return None
         bound.apply_defaults()
         name, value, reduce_fx = (bound.arguments[x] for x in ("name", "value", "reduce_fx"))
-        alone = bound.arguments["sync_dist"] or bound.arguments["rank_zero_only"] or reduce_fx not in _IS_SUM
-        if alone or not _is_number(value):
+        alone = bound.arguments["rank_zero_only"] or reduce_fx not in _IS_SUM
+        is_counted_again = self._copies > 1 and reduce_fx in _IS_SUM and _IS_SUM[reduce_fx]
+        if alone or not _is_number(value) or (bound.arguments["sync_dist"] and not is_counted_again):
             return None
         if len(self._entries) == _ROWS - 1:
             rank_zero_warn(
@@ -107,9 +110,9 @@ class LoggedValues:
             value = torch.as_tensor(value, dtype=_get_default_dtype())
         return _Entry(f"{name} {_IS_SUM[reduce_fx]}", value.detach().clone(), _IS_SUM[reduce_fx], args, kwargs)
 
-    def show(self, output: Any, group: dist.ProcessGroup, device: torch.device, copies: int = 1) -> Any:
+    def show(self, output: Any, group: dist.ProcessGroup, device: torch.device) -> Any:
         """Log what was collected, with the values of all ranks of ``group``, and return the step's ``output`` with its loss
-        as theirs; every rank of the group must call it. Of a sum, ``copies`` ranks have the same part.
+        as theirs; every rank of the group must call it.
 
         The loss keeps its own gradient. A value stays as it is on ranks that do not agree on what it is, which takes no
         second collective, and no wait for the device.
@@ -131,7 +134,7 @@ class LoggedValues:
         first, second = rows[:, 0].long(), rows[:, 1].long()
         same = first * first == count * second  # modulo 2^64; the numbers are equal if and only if their variance is 0
         self._same = same.all() if self._same is None else self._same & same.all()
-        scale = torch.tensor([1.0 / copies if x.is_sum else 1.0 / count for x in entries], dtype=torch.float64)
+        scale = torch.tensor([1.0 / self._copies if x.is_sum else 1.0 / count for x in entries], dtype=torch.float64)
         scale = scale.to(device, non_blocking=True)
         values = torch.where(same[: len(keys)], rows[: len(keys), 2] * scale, own)
         assert self._log is not None

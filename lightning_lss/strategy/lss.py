@@ -43,7 +43,7 @@ from lightning_lss.strategy import validation
 from lightning_lss.strategy.balancing import BatchLayouts
 from lightning_lss.strategy.memory import MemoryOptions
 from lightning_lss.strategy.proving import ProvedRuns
-from lightning_lss.strategy.view import showing_segments, showing_whole
+from lightning_lss.strategy.view import showing_segments, showing_whole, wants_whole
 from lightning_lss.tensor.batch import gather_whole, show_whole
 
 
@@ -153,7 +153,7 @@ class LSSStrategy(ProvedRuns):
         self._grid: SequenceGrid | None = None
         self._shard = self._place = WHOLE_SEQUENCE  # with the batch at hand, and without one
         self._segment_local: SegmentLocal | None = None
-        self._running = self._failed = False
+        self._running = self._failed = self._shows_whole = False
 
     def __repr__(self) -> str:  # shown by pytorch_lightning.Trainer when it refuses the object
         size = self._requested_size
@@ -177,14 +177,7 @@ class LSSStrategy(ProvedRuns):
     @property
     @override
     def shard_of_module(self) -> SequenceShard:
-        return WHOLE_SEQUENCE if self.shows_whole else self.shard_of_run
-
-    @property
-    def shows_whole(self) -> bool:
-        """Whether the module of this run is shown whole sequences."""
-        if self._view != "auto":
-            return self._view == "whole"
-        return not segment_modules(self._module) and not hasattr(self._module, "shard_batch")
+        return WHOLE_SEQUENCE if self._shows_whole else self.shard_of_run
 
     @property
     @override
@@ -248,9 +241,10 @@ class LSSStrategy(ProvedRuns):
         assert self._grid is not None
         self._assign_segments()  # to modules made in LightningModule.setup
         self._parameters.check(self._module, self._shard.size, self.num_ranks)  # with what configure_model has made
+        self._shows_whole = wants_whole(self._module, self._view)  # now that all of it exists
         if self._shard.size > 1:
             show = partial(showing_segments, convert=self._convert)
-            if self.shows_whole:
+            if self._shows_whole:
                 show = partial(showing_whole, data_group=self._grid.data_group)
             self._adapted = self._at_teardown.enter_context(show(self._module, lambda: self._shard))
         self._at_teardown.callback(self._memory.reset)
@@ -286,7 +280,8 @@ class LSSStrategy(ProvedRuns):
             finally:
                 self._lightning_module = self.model = module
                 self.optimizers = optimizers
-        self._running, self._segment_local, self._shard = False, None, self._place
+        self._running = self._shows_whole = False
+        self._segment_local, self._shard = None, self._place
         self._layouts.forget()
         if module is not None:
             reset_segments(module)
@@ -314,7 +309,7 @@ class LSSStrategy(ProvedRuns):
 
     @override
     def split_entries(self, batch: Any) -> Any:
-        if self.shows_whole:
+        if self._shows_whole:
             return show_whole(batch, self._shard, self._sequence_dims) if self._shard.size > 1 else batch
         return super().split_entries(batch)
 

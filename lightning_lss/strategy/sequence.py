@@ -232,10 +232,10 @@ class SequenceParallel(ParallelStrategy):
         if self.shard_of_run.size == 1:
             return step(*args, **kwargs)
         assert group is not None
-        with self._logged.collect(self._module, name):
-            output = step(*args, **kwargs)
         copies = self.shard_of_run.size // self.shard_of_module.size
-        return self._logged.show(output, group, self.root_device, copies)
+        with self._logged.collect(self._module, name, copies):
+            output = step(*args, **kwargs)
+        return self._logged.show(output, group, self.root_device)
 
     @override
     def on_train_end(self) -> None:

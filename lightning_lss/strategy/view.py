@@ -12,10 +12,16 @@ from torchmetrics import Metric
 
 from lightning_lss.nn.convolution import crossing_borders, halo_of
 from lightning_lss.nn.recompute import named_blocks
-from lightning_lss.sequence.segment import SequenceShard
+from lightning_lss.sequence.segment import SequenceShard, segment_modules
 from lightning_lss.strategy.adapters import ADAPTERS, Adapted
 from lightning_lss.tensor.batch import splitting_blocks
 from lightning_lss.tensor.functions import functions_of_whole_tensors
+
+
+def wants_whole(module: nn.Module, view: str) -> bool:
+    """Whether ``module`` is to be shown whole sequences under a ``view``; one that is written for segments is not."""
+    written_for_segments = segment_modules(module) or hasattr(module, "shard_batch")
+    return view == "whole" or (view == "auto" and not written_for_segments)
 
 
 @contextmanager

@@ -164,12 +164,13 @@ def _rows(
 def read_mask(given: Tensor | None, queries: int, keys: int) -> tuple[AttentionMask | None, Tensor | None]:
     """Say what a mask as torch's attention takes it shows, and what it adds to scores.
 
-    ``given`` is broadcast to [B, H, L, M]: bool, true where a key is visible, or added to the scores. One that is 0 or -inf
-    is no bias. One that is the same for all queries takes little memory, and a triangle none.
+    ``given`` is broadcast to [B, H, L, M]: bool, true where a key is visible, or added to the scores, and not learned. One
+    that is 0 or -inf is no bias. One that is the same for all queries takes little memory, and a triangle none.
     """
     if given is None:
         return None, None
-    given = whole(given).detach()
+    assert not given.requires_grad
+    given = whole(given)
     visible = given = given.view(*[1] * (4 - given.dim()), *given.shape)
     if given.dtype != torch.bool:
         visible = given > torch.finfo(given.dtype).min / 2

@@ -33,12 +33,19 @@ def show_whole(batch: Any, shard: SequenceShard, sequence_dims: SequenceDims | N
         ValueError: if a named dimension does not exist.
     """
     dims = sequence_dims or {}
-    lengths = Counter(x.size(1) for path, x in tensors_by_path(batch) if _by_default(path, x, dims))
+
+    def is_named(path: Path) -> bool:
+        return not dims.keys().isdisjoint(path)
+
+    unnamed = {
+        path: x.size(1) for path, x in tensors_by_path(batch) if 2 <= x.dim() <= MOST_DIMS and not is_named(path)
+    }
+    lengths = Counter(unnamed.values())
     length = max(lengths, key=lambda n: (lengths[n], n), default=0)
 
     def shown(path: Path, x: Tensor) -> Tensor:
         dim = sequence_dim(path, x, dims)
-        if dim is None or (_is_unnamed(path, dims) and not (_by_default(path, x, dims) and x.size(1) == length)):
+        if dim is None or not (is_named(path) or unnamed.get(path) == length):
             return x
         if not -x.dim() <= dim < x.dim():
             raise ValueError(
@@ -48,14 +55,6 @@ def show_whole(batch: Any, shard: SequenceShard, sequence_dims: SequenceDims | N
         return split(x, Placement(dim, x.size(dim), shard)) if x.size(dim) >= shard.size else x
 
     return map_tensors(batch, shown)
-
-
-def _is_unnamed(path: Path, dims: SequenceDims) -> bool:
-    return dims.keys().isdisjoint(path)
-
-
-def _by_default(path: Path, x: Tensor, dims: SequenceDims) -> bool:
-    return 2 <= x.dim() <= MOST_DIMS and _is_unnamed(path, dims)
 
 
 @contextmanager
@@ -74,8 +73,8 @@ def splitting_blocks(module: nn.Module, shard_now: Callable[[], SequenceShard]) 
         if first is None:
             return None
         parted = split(first, Placement(1, first.size(1), shard))
-        show = lambda x: parted if x is first else x  # noqa: E731
-        return tuple(map(show, args)), {name: show(x) for name, x in kwargs.items()}
+        own_args = tuple(parted if x is first else x for x in args)
+        return own_args, {name: parted if x is first else x for name, x in kwargs.items()}
 
     with ExitStack() as stack:
         for block in repeated_blocks(module):

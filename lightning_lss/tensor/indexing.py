@@ -134,13 +134,12 @@ def _positions(x: SplitTensor, asked: int | slice) -> Any:
         position = asked % old.length
         return pick(x.part, range(position, position + 1), old.shard, old.dim).squeeze(old.dim)
     run = range(*asked.indices(old.length))
-    if 0 < len(run) <= _FEW:
+    if len(run) <= _FEW:
         return pick(x.part, run, old.shard, old.dim)
     new = old._replace(length=len(run))
-    chunk = old.padded // old.shard.num_chunks
-    if run.step != 1 or run.start > chunk or not run or new.padded != old.padded:
-        return NotImplemented
-    return split_tensor(shift(x.part, run.start, old.shard, old.dim, fill=None) if run.start else x.part, new)
+    if run.step == 1 and run.start <= old.padded // old.shard.num_chunks and new.padded == old.padded:
+        return split_tensor(shift(x.part, run.start, old.shard, old.dim, fill=None) if run.start else x.part, new)
+    return split(pick(x.part, run, old.shard, old.dim), new)
 
 
 @rule("setitem")

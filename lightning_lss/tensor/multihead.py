@@ -55,10 +55,14 @@ def multi_head_attention_forward(
         for x, w, b in zip((query, key, value), weights, biases)
     )
     pairs, keys = _visible(attn_mask), _visible(key_padding_mask)
-    if pairs is not None:
-        pairs = pairs.unflatten(0, (-1, num_heads)) if pairs.dim() == 3 else pairs[None, None]
+    if (
+        is_causal and keys is None and not need_weights
+    ):  # as torch: the caller says what the mask is, and nobody looks at it
+        pairs = None
+    if pairs is not None and pairs.dim() == 3:
+        pairs = pairs.unflatten(0, (-1, num_heads))
     keys = None if keys is None else keys[:, None, None]
-    attended = _attend(q, k, v, pairs, keys, is_causal and attn_mask is None, dropout_p if training else 0.0)
+    attended = _attend(q, k, v, pairs, keys, is_causal and pairs is None, dropout_p if training else 0.0)
     result = F.linear(attended.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias)
     return result, WeightsNotComputed() if need_weights else None
 
@@ -72,11 +76,11 @@ def _visible(hidden: Tensor | None) -> Tensor | None:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, pairs: Tensor | None, keys: Tensor | None, causal: bool, dropout: float
 ) -> Tensor:
-    """Attend where a mask of pairs [B or 1, H or 1, L, M] and one of keys [B, 1, 1, M] show it."""
+    """Attend where a mask of pairs, [L, M] or [B, H, L, M], and one of keys [B, 1, 1, M] show it."""
     q, k, v = split_alike(q, k, v)
-    lengths = q.shape[2], k.shape[2]
-    if isinstance(q, SplitTensor) and fits(q, k, v):
-        read = [read_mask(x, *lengths) for x in (pairs, keys)]
+    lengths, given = (q.shape[2], k.shape[2]), [x for x in (pairs, keys) if x is not None]
+    if isinstance(q, SplitTensor) and fits(q, k, v) and not any(x.requires_grad for x in given):
+        read = [read_mask(x, *lengths) for x in given]
         masks = [mask for mask, _ in read if mask is not None]
         biases = [bias for _, bias in read if bias is not None]
         if masks and causal:
@@ -84,10 +88,9 @@ def _attend(
         mask = reduce(operator.and_, masks) if masks else None
         bias = reduce(operator.add, biases) if biases else None
         return attend(q, k, v, mask=mask, bias=bias, causal=causal and mask is None, dropout=dropout)
-    masks_of_torch = [x for x in (pairs, keys) if x is not None]
-    if masks_of_torch and causal:
-        masks_of_torch.append(torch.ones(lengths, dtype=torch.bool, device=k.device).tril())
-    joined = reduce(_both, masks_of_torch) if masks_of_torch else None
+    if given and causal:
+        given.append(torch.ones(lengths, dtype=torch.bool, device=k.device).tril())
+    joined = reduce(_both, given) if given else None
     return F.scaled_dot_product_attention(q, k, v, joined, dropout, causal and joined is None)
 
 

@@ -269,10 +269,9 @@ def _warn_of(name: str, tensors: list[SplitTensor]) -> None:
     frame = sys._getframe(1)
     while frame.f_back is not None and _is_library(frame.f_code.co_filename):
         frame = frame.f_back
-    shapes = " and ".join(str(list(shape_of(x))) for x in tensors)
-    warnings.warn_explicit(
-        f"`{name}` has no rule for a sequence that is split: every rank computes it on the whole of {shapes}, with the memory and"
-        " the time of one device. The results are exact.",
+    warnings.warn_explicit(  # without lengths: Python shows a text once for each line
+        f"`{name}` has no rule for a sequence that is split: every rank computes it on the whole, with the memory and the time of one"
+        " device. The results are exact.",
         UserWarning,
         frame.f_code.co_filename,
         frame.f_lineno,

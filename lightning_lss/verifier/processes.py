@@ -92,7 +92,7 @@ class _Prover(LSSStrategy):
         report = proof.prove()
         if not report.unverified:
             proof.inspect(report)
-        if report.exact and not self.shows_whole:  # there a rank's outputs are shown whole too
+        if report.exact and not proof.rehearsal.shows_whole:  # there a rank's outputs are shown whole too
             report.leaks = list(find_leaks(proof, report.length))
         raise _Proved(report)
 

@@ -3,21 +3,18 @@
 import warnings
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import LightningEnvironment
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_lss import LSSStrategy
 from lightning_lss.integrations.huggingface import NAME
 from lightning_lss.sequence.batch import map_tensors
 from lightning_lss.testing.compare import assert_equal, assert_equal_on_ranks
 from lightning_lss.testing.world import World
 from tests.integrations.architectures import DECODERS, FineTuned, dtype_of, make_batches, make_model
-from tests.training import QUIET, as_rank, whole_state
+from tests.training import as_it_is_trainer, whole_state
 
 Prepare = list[str]
 """What is done to a model before it is trained: names of functions of this module."""
@@ -68,24 +65,11 @@ def train_alone(name: str, how: str, length: int, prepare: Prepare) -> dict[str,
     return {key: x.detach().clone() for key, x in module.state_dict().items()}
 
 
-def make_trainer(rank: int, size: int, layout: str, options: dict[str, Any]) -> pl.Trainer:
-    warnings.simplefilter("ignore")
-    as_rank(rank)
-    strategy = LSSStrategy(size, layout, cluster_environment=LightningEnvironment(), **options)
-    return pl.Trainer(
-        accelerator="cpu",
-        devices=dist.get_world_size(),
-        strategy=strategy,
-        use_distributed_sampler=False,
-        max_epochs=1,
-        **QUIET,
-    )
-
-
 def train(
     rank: int, name: str, how: str, length: int, size: int, layout: str, options: dict[str, Any], prepare: Prepare
 ) -> dict[str, Tensor]:
-    trainer, module = make_trainer(rank, size, layout, options), prepared(name, prepare, alone=False)
+    warnings.simplefilter("ignore")
+    trainer, module = as_it_is_trainer(rank, size, layout, **options), prepared(name, prepare, alone=False)
     before = module.model.config._attn_implementation
     own = slice(rank // size, None, dist.get_world_size() // size)
     batches = [map_tensors(batch, lambda path, x: x[own].contiguous()) for batch in make_batches(name, how, length)]
@@ -178,7 +162,7 @@ def test_ways_to_train(world: World, name: str, how: str, options: dict[str, Any
 
 
 def predict(rank: int, name: str, length: int) -> list[Tensor]:
-    trainer, module = make_trainer(rank, 2, "zigzag", {}), make_model(name)
+    trainer, module = as_it_is_trainer(rank, 2, "zigzag"), make_model(name)
     batches = make_batches(name, "padded", length)
     return [x.double() for x in trainer.predict(module, DataLoader(batches, batch_size=None))]  # type: ignore[union-attr]
 
@@ -191,7 +175,7 @@ def test_predictions_are_whole(world: World) -> None:
 
 
 def forward_with(rank: int) -> str:
-    trainer, module = make_trainer(rank, 2, "zigzag", {}), make_model("llama")
+    trainer, module = as_it_is_trainer(rank, 2, "zigzag"), make_model("llama")
     layer = module.model.model.layers[0].self_attn
     forward = layer.forward
     layer.forward = lambda *args, **kwargs: forward(*args, **kwargs, head_bias=torch.ones(1))

@@ -37,7 +37,8 @@ x.unbind(-1)[2] ; x.narrow(-1, 1, 2) ; x.select(-1, 1) ; x.select(0, 1) ; x.inde
 torch.stack([a for a in x]) ; torch.cat([x, y], -1) ; torch.cat([x, pos.expand(B, L, E)], 0) ; torch.stack([x, y])
 torch.stack([x, y], -1) ; torch.stack([x, y], 1) ; x[0] ; x[..., 1] ; x[:, :, 1:3] ; x[None] ; x[:, None]
 x[..., None, :] ; x[:] ; x[:, :L] ; x[1, :, 0] ; x[-1:, ..., -1] ; x[:, 0] ; x[:, -1] ; x[:, 3, 1] ; x[:, :2]
-x[:, -3:] ; x[:, 1:5:2] ; x[..., -1, :] ; x.gather(-1, ids[..., None] % E) ; F.embedding(ids, table) ; table[ids]
+x[:, -3:] ; x[:, 1:5:2] ; x[..., -1, :] ; x[:, 1:] ; x[:, :-1] ; x[:, 1:-1] ; x[:, ::2] ; x[:, 3:] ; x[:, 5:5]
+x[:, -7:].mean(1) ; x.gather(-1, ids[..., None] % E) ; F.embedding(ids, table) ; table[ids]
 F.one_hot(ids, V).double() ; nn.functional.embedding(ids.flatten(), table) ; F.linear(x, w) ; x @ w ; w @ x.mT
 x @ x.mT ; x.mT @ x ; torch.bmm(x, y.mT) ; q @ k.mT ; (q @ k.mT).softmax(-1) @ v ; pos.T @ pos2 @ x.mT
 torch.baddbmm(y, x, w.expand(B, E, E)) ; torch.einsum("bld,bmd->blm", x, y) ; torch.einsum("bhid,bhjd->bhij", q, k)
@@ -52,7 +53,9 @@ attend(x.transpose(0, 1), y.transpose(0, 1), x.transpose(0, 1)) ; mha(x, x, x)[0
 mha(x, x, x, need_weights=False)[0] ; mha(x, x, x, key_padding_mask=ids < 2, need_weights=False)[0]
 mha(x, x, x, attn_mask=~tril, is_causal=True)[0]
 mha(x, x, x, attn_mask=~tril, key_padding_mask=(ids < 2) & (torch.arange(L) > 0))[0]
-mha(x, memory[:, 0], memory[:, 0])[0] ; encoder(x) ; encoder(x, src_key_padding_mask=ids < 2)
+mha(x, memory[:, 0], memory[:, 0])[0] ; mha(x, x, x, attn_mask=bias[0])[0]
+mha(x, x, x, attn_mask=zeros * bias[0])[0] ; mha(x, x, x, attn_mask=~tril, is_causal=True, need_weights=False)[0]
+encoder(x) ; encoder(x, src_key_padding_mask=ids < 2)
 decoder(x, y, tgt_mask=nn.Transformer.generate_square_subsequent_mask(L, dtype=x.dtype), tgt_is_causal=True)
 F.cross_entropy(x.flatten(0, 1), ids.flatten() % E) ; F.cross_entropy(x.mT, ids % E)
 F.cross_entropy(x.mT, ids % E, ignore_index=2) ; F.cross_entropy(x.mT, ids % E, reduction="sum")
@@ -62,9 +65,9 @@ F.nll_loss(x.log_softmax(-1).mT, ids % E) ; F.cross_entropy(x.reshape(-1, E), (p
 F.mse_loss(x, y) ; F.l1_loss(x, y, reduction="sum") ; F.smooth_l1_loss(x, y) ; F.mse_loss(x, y, reduction="none")
 F.binary_cross_entropy_with_logits(x, y.sigmoid()) ; F.mse_loss(x, plain) ; F.conv1d(x.mT, kernel, padding=1)
 F.conv1d(x.mT, kernel, padding="same", dilation=1) ; F.conv1d(x.mT, kernel, padding=4, dilation=4)
-F.conv1d(x.mT, kernel[..., :2], padding="same")
-nn.functional.conv2d(x[:, None], kernel[:1, None, :3, :], padding=1) ; x.float().detach() ; x.to(torch.float64)
-x.contiguous() ; x.detach() ; x.clone() ; torch.zeros_like(x) ; torch.ones_like(x) * x ; x.new_zeros(3) ; x.type_as(y)
+F.conv1d(x.mT, kernel[..., :2], padding="same") ; nn.functional.conv2d(x[:, None], kernel[:1, None, :3, :], padding=1)
+x.float().detach() ; x.to(torch.float64) ; x.contiguous() ; x.detach() ; x.clone() ; torch.zeros_like(x)
+torch.ones_like(x) * x ; x.new_zeros(3) ; x.type_as(y)
 x.size(1) + x.shape[1] + len(x) + x.numel() + x.dim() + x.stride(0) ; in_place(x) ; assign(x) ; assign_where(x, ids)
 windows(x)
 """
@@ -135,6 +138,7 @@ def tensors(length: int) -> dict[str, Any]:
     parameters = {f"{n}.{p}": x for n, m in modules.items() for p, x in m.double().named_parameters()}
     ids = torch.randint(0, V, (B, length))
     others = {"ids": ids, "plain_ids": ids, "plain": torch.randn(B, length, E, **kwargs), "L": length}
+    others["zeros"] = torch.zeros(length, length, **kwargs)
     others["tril"] = torch.ones(length, length, dtype=torch.bool).tril()
     return {"leaves": leaves, "parameters": parameters, "modules": modules, "others": others}
 

@@ -7,16 +7,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import LightningEnvironment
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_lss import LSSStrategy
 from lightning_lss.sequence.batch import map_tensors
 from lightning_lss.testing.compare import assert_equal_on_ranks
 from lightning_lss.testing.world import World
 from tests.tensor import models
-from tests.training import QUIET, as_rank, whole_state
+from tests.training import as_it_is_trainer, whole_state
 
 
 def make(name: str) -> pl.LightningModule:
@@ -38,23 +36,15 @@ def train_alone(name: str, length: int, steps: int = 3) -> dict[str, Tensor]:
 def train(rank: int, name: str, length: int, size: int, layout: str, options: dict[str, Any]) -> dict[str, Tensor]:
     """The weights after training on all ranks of this world."""
     warnings.simplefilter("ignore")
-    as_rank(rank)
     replicas = dist.get_world_size() // size
-    strategy = LSSStrategy(size, layout, cluster_environment=LightningEnvironment(), **options)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=dist.get_world_size(),
-        strategy=strategy,
-        use_distributed_sampler=False,
-        max_epochs=1,
-        **QUIET,
-    )
+    trainer = as_it_is_trainer(rank, size, layout, **options)
     own = slice(rank // size, None, replicas)
     batches = [map_tensors(batch, lambda path, x: x[own]) for batch in models.make_batches(length)]
     module = make(name)
     trainer.fit(module, DataLoader(batches, batch_size=None))
-    assert strategy.verification is not None
-    assert strategy.verification.exact
+    report = trainer.strategy.verification  # type: ignore[attr-defined]
+    assert report is not None
+    assert report.exact
     return whole_state(module)
 
 
