@@ -84,7 +84,7 @@ class Reading:
     def __init__(self, function: Callable[..., Any], ran: Watched) -> None:
         self.function = function
         self.ran = ran.keys() - {nn.Module.__getattr__.__code__}  # it names all parameters, buffers and modules
-        self.own = {code for code, is_library in ran.items() if not is_library}
+        self.own = [code for code, is_library in ran.items() if not is_library]  # in the order in which it ran
         self.names = frozenset().union(*map(_names, self.own))
         self.everything = not self.names.isdisjoint(("getattr", "vars", "__dict__"))
 
@@ -108,7 +108,7 @@ class _Walk:
 
     def digest(self) -> bytes:
         found = self._content(self._reading.function)
-        for code in self._reading.own - self._reached:
+        for code in (x for x in self._reading.own if x not in self._reached):
             raise self._unknown(f"what {code.co_name} (line {code.co_firstlineno} of {code.co_filename}) reads")
         return found
 
