@@ -1,5 +1,6 @@
 """Attention along a split sequence as a function; the algorithm is in :mod:`lightning_lss.attention.operator`."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -93,6 +94,9 @@ def lss_attention(
     _check_inputs(q, k, v, causal and mask is None and queries != keys)
     check_softcap(softcap)
     check_dropout(dropout)
+    sees_ahead = not causal or mask is not None or bias is not None
+    if sees_ahead and shard.padding:  # a causal query sees no padding, which is at the end
+        mask, bias = _hiding_padding(q, k, mask, bias, shard, causal, whole_memory)
     _check_modifiers(q, queries, keys, sinks, bias, alibi_slopes)
     if mask is not None:
         _check_mask(mask)
@@ -159,6 +163,44 @@ def _check_mask(mask: object) -> None:
             f"mask must be an AttentionMask, not {type(mask).__name__}: make one with AttentionMask.from_dense(visible), or, for far"
             " less, with AttentionMask.documents, .padding, .sliding_window and the like."
         )
+
+
+@torch.compiler.disable
+def _hiding_padding(
+    q: Tensor,
+    k: Tensor,
+    mask: AttentionMask | None,
+    bias: Tensor | None,
+    shard: SequenceShard,
+    causal: bool,
+    whole_memory: bool,
+) -> tuple[AttentionMask | None, Tensor | None]:
+    """Extend a mask and a bias, of sequences without padding, to those of ``shard``, and hide the keys of the padding."""
+    if mask is not None:
+        _check_mask(mask)
+    length = shard.true_length(q.size(2))
+    of_memory = whole_memory or k.size(2) != q.size(2)
+    if of_memory and (bias is not None or not whole_memory or (mask is not None and mask.num_queries is not None)):
+        raise ValueError(
+            f"The sequences of this batch were filled up by {shard.padding} positions to {q.size(2) * shard.size} queries, but a memory of"
+            f" {k.size(2) * (1 if whole_memory else shard.size)} keys cannot be filled up alike. Use sequences of a length that can be"
+            " divided, or a memory that every rank holds whole, and no mask or bias by query."
+        )
+    if of_memory:
+        return mask, None
+    if mask is None:
+        mask = AttentionMask.causal() if causal else AttentionMask.full()
+    more = shard.padding
+    return _extended(mask, length, more), None if bias is None else F.pad(bias, [0, more, 0, more])
+
+
+@lru_cache(maxsize=8)  # layers share masks
+def _extended(mask: AttentionMask, length: int, padding: int) -> AttentionMask:
+    """The mask of sequences of ``length`` that are followed by ``padding`` positions, whose keys nobody sees."""
+    mask.check(Sizes(mask.rows, mask.heads, length, length))
+    positions = torch.arange(length + padding)
+    extended = mask.select(positions.clamp(max=length - 1))
+    return extended & AttentionMask.key_padding((positions < length)[None])
 
 
 def check_dropout(p: float) -> None:

@@ -48,7 +48,7 @@ _SPEC = (
 """The keyword arguments of the operators: the fields of a spec and of its shard."""
 
 _SHARD_FIELDS = tuple(
-    field.name for field in fields(SequenceShard) if field.name not in ("group", "assignment", "is_current")
+    field.name for field in fields(SequenceShard) if field.name not in ("group", "assignment", "padding", "is_current")
 )
 _SPEC_FIELDS = tuple(field.name for field in fields(AttentionSpec) if field.name != "shard")
 

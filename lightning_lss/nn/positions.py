@@ -1,6 +1,6 @@
 """Learned positions for a split sequence: each rank keeps its own rows of the table."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -125,7 +125,7 @@ class SegmentPositionalEmbedding(ShardedModule):
                 f" serve segment {shard.rank} of {shard.size} ({shard.layout}): the other rows are on other ranks. Make a new"
                 " model, or load one from a checkpoint."
             )
-        super().set_shard(shard)
+        super().set_shard(replace(shard, padding=0, is_current=None))  # rows are those of all batches
         if isinstance(self.weight, DeferredTable):  # as is_deferred, but for type checkers
             self.weight.rows = self._initial_rows()
             self.weight.build()

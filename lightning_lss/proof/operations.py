@@ -213,18 +213,21 @@ class Comparison(Record):
 
     def _nearest(self, x: Tensor, reference: Tensor) -> tuple[float, Tensor | None]:
         """Return the error of ``x`` as this rank's part of ``reference``, and that part; None where it can be none."""
-        found = [(_error(x, part), part) for part in self._parts(reference, x.shape)]
+        found = [(_error(x, part), part) for part in self._parts(reference, x)]
         return min(found, key=lambda pair: pair[0], default=(float("inf"), None))
 
-    def _parts(self, reference: Tensor, shape: torch.Size) -> Iterator[Tensor]:
-        """Yield what this rank's part could be: along one dimension, which may be that of the sequence and others in one."""
-        if reference.shape == shape:
+    def _parts(self, reference: Tensor, x: Tensor) -> Iterator[Tensor]:
+        """Yield what this rank's part could be: along one dimension, which may be that of the sequence and others in one.
+
+        Padding is as in ``x``, since one device has none.
+        """
+        if reference.shape == x.shape:
             yield reference
             return
-        if reference.dim() != len(shape):
+        if reference.dim() != x.dim():
             return
-        dims = [d for d in range(len(shape)) if reference.size(d) != shape[d]]
-        if len(dims) != 1 or reference.size(dims[0]) != shape[dims[0]] * self._shard.size:
+        dims = [d for d in range(x.dim()) if reference.size(d) != x.size(d)]
+        if len(dims) != 1:
             return
         dim, size = dims[0], reference.size(dims[0])
         views = [(size, 1)]
@@ -233,9 +236,18 @@ class Comparison(Record):
         for outer, inner in views:
             along = dim + 1 if inner == self._length and outer != self._length else dim
             try:
-                yield self._shard.split(reference.unflatten(dim, (outer, inner)), along).flatten(dim, dim + 1)
+                part = self._shard.split(reference.unflatten(dim, (outer, inner)), along)
             except ValueError:  # not divisible
                 continue
+            if part.flatten(dim, dim + 1).shape == x.shape:
+                yield self._with_padding_of(x.view_as(part), part, along).flatten(dim, dim + 1)
+
+    def _with_padding_of(self, x: Tensor, part: Tensor, dim: int) -> Tensor:
+        """Take the padding at the end of the sequence from ``x``: one device has none."""
+        if not self._shard.padding:
+            return part
+        valid = self._shard.valid(part.size(dim), part.device)
+        return part.where(valid.view([-1 if d == dim else 1 for d in range(part.dim())]), x)
 
     def _find(
         self,

@@ -91,11 +91,11 @@ def _check(leaves: list[tuple[Path, Tensor]], shard: SequenceShard, dims: Sequen
     for path, tensor, dim in cuts:
         if not -tensor.dim() <= dim < tensor.dim():
             raise ValueError(
-                f"sequence_dims names dimension {dim} of {_show(path, tensor)}, which has {tensor.dim()} dimensions."
+                f"sequence_dims names dimension {dim} of {show_entry(path, tensor)}, which has {tensor.dim()} dimensions."
             )
     unnamed = [(path, tensor) for path, tensor, _ in cuts if dims.keys().isdisjoint(path)]
     if len({tensor.size(DEFAULT_DIM) for _, tensor in unnamed}) > 1:
-        entries = "; ".join(_show(path, tensor) for path, tensor in unnamed)
+        entries = "; ".join(show_entry(path, tensor) for path, tensor in unnamed)
         raise ValueError(
             f"Tensors of the batch disagree on the sequence length (dimension {DEFAULT_DIM}): {entries}. Say which dimension is the"
             " sequence, or None for a tensor that every rank needs whole, with LSSStrategy(sequence_dims={key: dimension or None}), or"
@@ -106,8 +106,9 @@ def _check(leaves: list[tuple[Path, Tensor]], shard: SequenceShard, dims: Sequen
             shard.check_length(tensor.size(dim))
         except ValueError as error:
             raise ValueError(
-                f"Batch entry {_show(path, tensor)}, dimension {dim}: {error} If another dimension is the sequence, or none is,"
-                f" {how_to_name(path)}."
+                f"Batch entry {show_entry(path, tensor)}, dimension {dim}: {error} To have sequences filled up, say with what:"
+                f" LSSStrategy(pad_values={{{path[-1] if path else 0!r}: value, ...}}). If another dimension is the sequence, or none"
+                f" is, {how_to_name(path)}."
             ) from None
 
 
@@ -124,7 +125,8 @@ def how_to_name(path: Path) -> str:
     return f"write LSSStrategy(sequence_dims={{{path[-1]!r}: dimension or None}})"
 
 
-def _show(path: Path, tensor: Tensor) -> str:
+def show_entry(path: Path, tensor: Tensor) -> str:
+    """Name a batch entry in a message, with its shape."""
     return f"{'.'.join(map(str, path)) or 'batch'} {tuple(tensor.shape)}"
 
 

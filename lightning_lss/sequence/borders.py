@@ -22,9 +22,15 @@ if TYPE_CHECKING:  # whose methods call this file
 # -- the whole sequence ------------------------------------------------------------------------------------------------
 
 
-@torch.compiler.disable
 def gather(x: Tensor, shard: "SequenceShard", dim: int = 1) -> Tensor:
     """Gather the whole sequence in its original order on every rank; see :meth:`~lightning_lss.SequenceShard.gather`."""
+    whole = _gather_all(x, shard, dim)
+    return whole.narrow(dim, 0, shard.true_length(x.size(dim))) if shard.padding else whole
+
+
+@torch.compiler.disable
+def _gather_all(x: Tensor, shard: "SequenceShard", dim: int) -> Tensor:
+    """The same with the padding at the end of the sequence."""
     if shard.size == 1:
         return x
     _check(x, shard, dim)
@@ -32,6 +38,20 @@ def gather(x: Tensor, shard: "SequenceShard", dim: int = 1) -> Tensor:
     if x.is_complex():  # which gloo cannot gather
         return torch.view_as_complex(_Gather.apply(torch.view_as_real(x), shard, dim))
     return _Gather.apply(x, shard, dim)
+
+
+def padded(x: Tensor, padding: int, dim: int) -> Tensor:
+    """Repeat the last position ``padding`` times: what is computed of it stays finite."""
+    last = x.narrow(dim, x.size(dim) - 1, 1)
+    return torch.cat([x, *[last] * padding], dim)
+
+
+def without_padding(x: Tensor, shard: "SequenceShard", dim: int, fill: float = 0.0) -> Tensor:
+    """Write ``fill`` over the padding in a segment."""
+    if not shard.padding:
+        return x
+    valid = shard.valid(x.size(dim), x.device)
+    return x.masked_fill(~valid.view([-1 if d == dim % x.dim() else 1 for d in range(x.dim())]), fill)
 
 
 def _check(x: Tensor, shard: "SequenceShard", dim: int) -> None:
@@ -120,14 +140,17 @@ def sum_over_sequence(x: Tensor, shard: "SequenceShard", dim: int = 1) -> Tensor
     """Sum over the whole sequence, the same on every rank: [..., l, ...] -> [..., ...]; integers become int64."""
     if shard.size == 1:
         return x.sum(dim)
+    x = without_padding(x, shard, dim)
     total = sum_over_ranks(x.sum(dim, dtype=_wide(x)), shard)
     return total.to(x.dtype) if x.is_floating_point() else total
 
 
 def mean_over_sequence(x: Tensor, shard: "SequenceShard", dim: int = 1) -> Tensor:
     """Average over the whole sequence, the same on every rank: [..., l, ...] -> [..., ...]; of numbers with a fraction."""
-    own = x.mean(dim, dtype=_wide(x) if shard.size > 1 else None)
-    return (sum_over_ranks(own, shard) / shard.size).to(x.dtype) if shard.size > 1 else own
+    if shard.size == 1:
+        return x.mean(dim)
+    own, share = without_padding(x, shard, dim).mean(dim, dtype=_wide(x)), x.size(dim) / shard.true_length(x.size(dim))
+    return (sum_over_ranks(own, shard) * share).to(x.dtype)
 
 
 def _wide(x: Tensor) -> torch.dtype | None:
@@ -140,7 +163,7 @@ def _wide(x: Tensor) -> torch.dtype | None:
 
 def pick(x: Tensor, positions: range, shard: "SequenceShard", dim: int = 1) -> Tensor:
     """Take some positions of the whole sequence, the same on every rank: [..., l, ...] -> [..., n, ...]."""
-    own = shard.positions(x.size(dim))
+    own = shard.places(x.size(dim))
     wanted = (own >= positions.start) & (own < positions.stop) & ((own - positions.start) % positions.step == 0)
     source = wanted.nonzero().flatten()
     target = (own[source] - positions.start) // positions.step
@@ -163,7 +186,7 @@ def take(x: Tensor, position: Tensor | int, shard: "SequenceShard", dim: int = 1
     """
     dim %= x.dim()
     position = torch.as_tensor(position, device=x.device)
-    own = shard.positions(x.size(dim), x.device)
+    own = shard.places(x.size(dim), x.device)
     found = own == position.unsqueeze(-1)  # [l] or [B, l]
     index, here = found.int().argmax(-1), found.any(-1)
     if position.dim() == 0:
@@ -179,14 +202,15 @@ def take(x: Tensor, position: Tensor | int, shard: "SequenceShard", dim: int = 1
 def take_end(x: Tensor, shard: "SequenceShard", dim: int, last: bool, valid: Tensor | None = None) -> Tensor:
     """Take the first or the last position of the whole sequence; see :meth:`~lightning_lss.SequenceShard.first`."""
     if valid is None:
-        return take(x, x.size(dim) * shard.size - 1 if last else 0, shard, dim)
+        return take(x, shard.true_length(x.size(dim)) - 1 if last else 0, shard, dim)
     rows = (x.size(0), x.size(dim))
     if valid.dtype != torch.bool or valid.shape != rows or dim % x.dim() == 0:
         raise ValueError(
             f"valid must be bool [B, l] = {list(rows)}, of this rank's segment, with the rows in dimension 0 and the sequence in"
             f" another; got {valid.dtype} {list(valid.shape)} for x {list(x.shape)} with dim={dim}. Split it as x is split."
         )
-    own = shard.positions(valid.size(1), valid.device)
+    valid = without_padding(valid, shard, 1)
+    own = shard.places(valid.size(1), valid.device)
     position = torch.where(valid, own, -1).amax(1) if last else torch.where(valid, own, _NOWHERE).amin(1)
     if shard.size > 1:
         op = dist.ReduceOp.MAX if last else dist.ReduceOp.MIN
@@ -206,8 +230,8 @@ def with_neighbours(
 ) -> list[Tensor]:
     """Extend each chunk of this rank by ``before`` positions of the sequence before it, and ``after`` after it.
 
-    What is before the first and after the last position of the whole sequence is ``fill``. Only the edges of chunks are
-    sent; where a chunk is shorter than what is asked for, the whole sequence is gathered.
+    What is before the first and after the last position of the whole sequence, padding included, is ``fill``. Only the edges
+    of chunks are sent; where a chunk is shorter than what is asked for, the whole sequence is gathered.
 
     Returns:
         [..., before + c + after, ...] for each chunk of c positions that the rank holds, in local order.
@@ -217,18 +241,19 @@ def with_neighbours(
     """
     dim %= x.dim()
     _check(x, shard, dim)
+    x = without_padding(x, shard, dim, fill)
     held = shard.held_chunks[shard.rank]
     chunks = x.chunk(len(held), dim)
     length = chunks[0].size(dim)
     start, end = (x.new_full([n if d == dim else m for d, m in enumerate(x.shape)], fill) for n in (before, after))
     if max(before, after) > length:
-        whole = torch.cat([start, shard.gather(x, dim), end], dim)
+        whole = torch.cat([start, _gather_all(x, shard, dim), end], dim)
         return [whole.narrow(dim, c * length, before + length + after) for c in held]
     if before + after == 0:
         return list(chunks)
     # the edges of all chunks are a sequence of their own, split in the same way
     edges = [t for chunk in chunks for t in (chunk.narrow(dim, 0, after), chunk.narrow(dim, length - before, before))]
-    gathered = shard.gather(torch.cat(edges, dim), dim).split(before + after, dim)
+    gathered = _gather_all(torch.cat(edges, dim), shard, dim).split(before + after, dim)
     heads = [*(edge.narrow(dim, 0, after) for edge in gathered), end]
     tails = [start, *(edge.narrow(dim, after, before) for edge in gathered)]
     return [torch.cat([tails[c], chunk, heads[c + 1]], dim) for c, chunk in zip(held, chunks)]
@@ -239,14 +264,14 @@ def shift(x: Tensor, offset: int, shard: "SequenceShard", dim: int = 1, fill: fl
 
     See :meth:`~lightning_lss.SequenceShard.shift`. Where ``fill`` is None the position at that end is repeated.
     """
-    length = x.size(dim) * shard.size
+    length = shard.true_length(x.size(dim))
     reach = min(abs(offset), length)
     before, after = (0, reach) if offset > 0 else (reach, 0)
     extended = with_neighbours(x, shard, dim, before, after, fill or 0)
     moved = torch.cat([t.narrow(dim, after, t.size(dim) - before - after) for t in extended], dim)
     if fill is not None:
         return moved
-    own = shard.positions(x.size(dim), x.device) + offset
+    own = shard.places(x.size(dim), x.device) + offset
     outside = ((own < 0) | (own >= length)).view([-1 if d == dim % x.dim() else 1 for d in range(x.dim())])
     end = range(length - 1, length) if offset > 0 else range(1)
     return moved.where(~outside, pick(x, end, shard, dim))

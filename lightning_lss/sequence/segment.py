@@ -27,12 +27,14 @@ class SequenceShard:
             ``torch.bfloat16``; None for the one that they are computed in.
         assignment: with ``layout="balanced"``, which chunks of the batch at hand each rank holds. Without one, whoever
             asks for positions gets a ``RuntimeError``.
+        padding: how many positions at the end of the batch at hand fill its sequences up to a length that can be divided. What
+            is gathered, summed, averaged or taken of the whole sequence is without them, and attention hides their keys.
         is_current: says whether this shard is that of the batch at hand, where each batch has its own; None for always.
             Where it is not, whoever asks for positions, splits or gathers gets a ``RuntimeError``.
 
     Raises:
-        ValueError: if ``rank`` is not in ``[0, size)``, the layout is unknown, or the assignment is not for this layout
-            and size.
+        ValueError: if ``rank`` is not in ``[0, size)``, the layout is unknown, the assignment is not for this layout
+            and size, or the padding is negative, or there is some where nothing is split.
     """
 
     rank: int = 0
@@ -41,6 +43,7 @@ class SequenceShard:
     group: dist.ProcessGroup | None = None
     communication_dtype: torch.dtype | None = None
     assignment: ChunkAssignment | None = None
+    padding: int = 0
     is_current: Callable[["SequenceShard"], bool] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -53,6 +56,10 @@ class SequenceShard:
             raise ValueError(
                 f"An assignment of chunks to {self.assignment.size} ranks does not fit layout={self.layout!r} and size={self.size}:"
                 " use layout='balanced' and an assignment to as many ranks."
+            )
+        if self.padding < 0 or (self.padding and self.size == 1):
+            raise ValueError(
+                f"padding={self.padding} must be a number of positions, and 0 where size={self.size} does not split sequences."
             )
 
     @property
@@ -70,8 +77,8 @@ class SequenceShard:
         if torch.compiler.is_compiling() or self.is_current is None or self.is_current(self):
             return
         raise RuntimeError(
-            "This SequenceShard is of an earlier batch: layout='balanced' gives each batch its own positions. Ask"
-            " sequence_shard(module) within the step, or use layout='zigzag'."
+            "This SequenceShard is of an earlier batch: layout='balanced' gives each batch its own positions, and pad_values its own"
+            " padding. Ask sequence_shard(module) within the step, or use layout='zigzag' and sequences of one length."
         )
 
     def check_length(self, length: int) -> None:
@@ -91,7 +98,23 @@ class SequenceShard:
         return position_ranges(length, rank, self.size, self.layout, self.assignment)
 
     def positions(self, local_length: int, device: torch.device | str | None = None) -> Tensor:
-        """Global positions of the local tokens, int64 [l]; ``ValueError`` if l cannot be divided into chunks."""
+        """Global positions of the local tokens, int64 [l]; padding is at the last position of the sequence.
+
+        Raises ``ValueError`` if l cannot be divided into chunks.
+        """
+        places = self.places(local_length, device)
+        return places.clamp(max=self.true_length(local_length) - 1) if self.padding else places
+
+    def valid(self, local_length: int, device: torch.device | str | None = None) -> Tensor:
+        """Which of the local tokens are of the sequence, and no padding at its end, bool [l]; raises as :meth:`positions`."""
+        return self.places(local_length, device) < self.true_length(local_length)
+
+    def true_length(self, local_length: int) -> int:
+        """Length of the sequence of which each rank holds ``local_length`` positions, without the padding at its end."""
+        return local_length * self.size - self.padding
+
+    def places(self, local_length: int, device: torch.device | str | None = None) -> Tensor:
+        """Global positions of the local tokens, int64 [l], where padding goes on counting; raises as :meth:`positions`."""
         self.check_current()
         if self.assignment is None:
             runs = self.ranges(local_length * self.size)
@@ -105,16 +128,18 @@ class SequenceShard:
     def split(self, x: Tensor, dim: int = 1) -> Tensor:
         """Cut ``x`` to this rank's segment along ``dim``: [..., L, ...] -> [..., l, ...], contiguous where S > 1.
 
-        Differentiable; the gradient reaches only the rank's own segment. Raises ``ValueError`` if L cannot be divided
-        evenly.
+        Where the batch at hand is padded, so is ``x``, with its last position, unless it is already. Differentiable; the
+        gradient reaches only the rank's own segment. Raises ``ValueError`` if L cannot be divided evenly.
         """
         if self.size == 1:
             return x
+        if self.padding and x.size(dim) % self.num_chunks:
+            x = borders.padded(x, self.padding, dim)
         parts = [x.narrow(dim, run.start, len(run)) for run in self.ranges(x.size(dim))]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim)).contiguous()
 
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
-        """Gather the whole sequence in its original order on every rank: [..., l, ...] -> [..., L, ...].
+        """Gather the whole sequence in its original order on every rank, without padding: [..., l, ...] -> [..., L, ...].
 
         Differentiable. The adjoint is exact: a reduce-scatter sums the gradients of the gathered tensor over the ranks,
         and each rank receives those of its own segment. (Slicing the local gradient would lose the contributions of
@@ -143,7 +168,7 @@ class SequenceShard:
             return function(x)
         result = function(self.gather(x, dim))
         whole, *more = result if isinstance(result, tuple) else (result,)
-        length = x.size(dim) * self.size
+        length = self.true_length(x.size(dim))
         if not isinstance(whole, Tensor) or not -whole.dim() <= dim < whole.dim() or whole.size(dim) != length:
             found = list(whole.shape) if isinstance(whole, Tensor) else type(whole).__name__
             raise ValueError(
@@ -219,7 +244,7 @@ class SequenceShard:
     __copy__ = __deepcopy__
 
     def __reduce__(self) -> tuple[Any, ...]:
-        place = (self.rank, self.size, self.layout, None, self.communication_dtype, self.assignment)
+        place = (self.rank, self.size, self.layout, None, self.communication_dtype, self.assignment, self.padding)
         return (SequenceShard, place)
 
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from math import gcd
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from lightning_lss.sequence.assignment import ChunkAssignment, static_assignment
 from lightning_lss.sequence.balance import Integers, balance, causal_work, imbalance
 from lightning_lss.sequence.batch import Path, SequenceDims, masks_by_path, sequence_dim, tensors_by_path
-from lightning_lss.sequence.layout import STATIC_LAYOUTS
+from lightning_lss.sequence.layout import STATIC_LAYOUTS, check_layout
+from lightning_lss.sequence.padding import PadValues, check_values, padding_of
 from lightning_lss.sequence.segment import SequenceShard, segment_modules
 
 CHUNKS = 8
@@ -27,27 +29,34 @@ class BatchLayouts:
 
     Args:
         layout: ``"contiguous"``, ``"zigzag"``, ``"balanced"`` or ``"auto"``, see :class:`~lightning_lss.LSSStrategy`.
+        pad_values: what fills sequences up that cannot be divided, see there.
+
+    Raises:
+        ValueError: if the layout is unknown, or the values are not numbers by key.
     """
 
-    def __init__(self, layout: str) -> None:
-        self.requested = layout
+    def __init__(self, layout: str, pad_values: PadValues | None = None) -> None:
+        if layout != "auto":
+            check_layout(layout)
+        check_values(pad_values)
+        self.requested, self.pad_values = layout, pad_values or {}
         self.base = "zigzag" if layout == "auto" else layout
         """The layout of a run while it has no batch."""
         self.stays = False
         """Whether a run with ``layout="auto"`` has the base layout only, from now on."""
         self._choices: dict[Any, ChunkAssignment | None] = {}
-        self._at_hand: ChunkAssignment | None = None
-        self._of_stage: dict[Any, set[ChunkAssignment | None]] = {}  # of its batches
-        self._first_of_stage: Any = None  # of which the batch at hand is the first with its assignment
+        self._at_hand: _Positions = None, 0
+        self._of_stage: dict[Any, set[_Positions]] = {}  # of its batches
+        self._first_of_stage: Any = None  # of which the batch at hand is the first with its positions
 
     @property
     def vary(self) -> bool:
-        """Whether batches may have different layouts."""
-        return self.requested not in STATIC_LAYOUTS
+        """Whether batches may have different layouts, or different padding."""
+        return self.requested not in STATIC_LAYOUTS or bool(self.pad_values)
 
     def forget(self) -> None:
         """Forget all batches: no shard of them is current any more."""
-        self.stays, self._at_hand = False, None
+        self.stays, self._at_hand = False, (None, 0)
         self._of_stage.clear()
 
     def stay(self) -> None:
@@ -57,16 +66,16 @@ class BatchLayouts:
 
     def follow(self, shard: SequenceShard, stage: Any) -> None:
         """Take note that the batch at hand, one of ``stage``, is split under ``shard``."""
-        self._at_hand, known = shard.assignment, self._of_stage.setdefault(stage, set())
-        self._first_of_stage = None if shard.assignment in known else stage
-        known.add(shard.assignment)
+        self._at_hand, known = _positions_of(shard), self._of_stage.setdefault(stage, set())
+        self._first_of_stage = None if self._at_hand in known else stage
+        known.add(self._at_hand)
 
     def is_current(self, shard: SequenceShard, between: Any) -> bool:
         """Whether ``shard`` is that of the batch at hand; between the batches of a stage, that of all its batches.
 
         An equal shard of another batch is current too, for it has the same positions.
         """
-        return self._of_stage.get(between, {self._at_hand}) == {shard.assignment}
+        return self._of_stage.get(between, {self._at_hand}) == {_positions_of(shard)}
 
     def shard_for(
         self, batch: Any, module: nn.Module, place: SequenceShard, dims: SequenceDims | None
@@ -114,6 +123,12 @@ class BatchLayouts:
         assert assignment is not None
         return _on(place, assignment)
 
+    def padded(self, shard: SequenceShard, batch: Any, dims: SequenceDims | None) -> SequenceShard:
+        """Return the shard with the padding that the sequences of ``batch`` need; raises as :func:`padding_of`."""
+        if not self.pad_values or shard.size == 1:
+            return shard
+        return replace(shard, padding=padding_of(batch, shard.num_chunks, self.pad_values, dims))
+
     def _choose(self, work: tuple[Integers, Integers], own: int, size: int) -> ChunkAssignment | None:
         """Return who holds which of ``own`` chunks a rank; None for the base layout."""
         pairs, keys = work
@@ -131,13 +146,19 @@ def static_shard(shard: SequenceShard) -> SequenceShard:
     if shard.assignment is None:
         return shard
     layout = "zigzag" if shard.assignment.per_rank % 2 == 0 else "contiguous"
-    return SequenceShard(shard.rank, shard.size, layout, shard.group, shard.communication_dtype)
+    return replace(shard, layout=layout, assignment=None, is_current=None)
 
 
 def _on(place: SequenceShard, assignment: ChunkAssignment) -> SequenceShard:
-    return SequenceShard(
-        place.rank, place.size, "balanced", place.group, place.communication_dtype, assignment, place.is_current
-    )
+    return replace(place, layout="balanced", assignment=assignment)
+
+
+_Positions = tuple[ChunkAssignment | None, int]
+"""What tells the positions of a batch from those of another: its assignment and its padding."""
+
+
+def _positions_of(shard: SequenceShard) -> _Positions:
+    return shard.assignment, shard.padding
 
 
 def _needs_static(module: nn.Module) -> bool:

@@ -37,7 +37,7 @@ from lightning_lss.parallel.segment_local import SegmentLocal
 from lightning_lss.sequence.batch import SequenceDims
 from lightning_lss.sequence.dtypes import resolve_communication_dtype
 from lightning_lss.sequence.grid import SequenceGrid, build_grid
-from lightning_lss.sequence.layout import check_layout
+from lightning_lss.sequence.padding import PadValues, cut_padding
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard, segment_modules
 from lightning_lss.strategy import validation
 from lightning_lss.strategy.balancing import BatchLayouts
@@ -68,6 +68,8 @@ class LSSStrategy(ProvedRuns):
               is balanced only within ``fit``, after a balanced training step was proved; with ``verify=False``, always.
         sequence_dims: for batch entries by key, the dimension of the sequence, or None to leave an entry whole; see
             :func:`lightning_lss.sequence.batch.split_batch`.
+        pad_values: what fills sequences up whose length cannot be divided, by key of the batch entry, such as
+            ``{"inputs": 0, "targets": -100}``, where the module is shown segments; see :class:`~lightning_lss.SequenceShard`.
         check_batches: how many of the first batches of each data loader are compared over a sequence group, in every
             epoch.
         view: what a module is shown of a sequence: ``"segment"``, its rank's, for modules that are written with the parts
@@ -121,6 +123,7 @@ class LSSStrategy(ProvedRuns):
         sequence_parallel_size: int | Literal["auto"] = "auto",
         layout: Literal["contiguous", "zigzag", "balanced", "auto"] = "auto",
         sequence_dims: SequenceDims | None = None,
+        pad_values: PadValues | None = None,
         check_batches: int = 2,
         view: Literal["segment", "whole", "auto"] = "auto",
         convert: bool | Sequence[str] = False,
@@ -138,9 +141,7 @@ class LSSStrategy(ProvedRuns):
         super().__init__(sequence_parallel_size, sequence_dims, check_batches, verify=verify, **ddp_kwargs)
         validation.check_arguments(sharding, view, save_distributed_checkpoint, communication_dtype, ddp_kwargs)
         validation.warn_of_other_lightning()
-        if layout != "auto":
-            check_layout(layout)
-        self._layouts, self._view, self._convert = BatchLayouts(layout), view, convert
+        self._layouts, self._view, self._convert = BatchLayouts(layout, pad_values), view, convert
         self._communication_dtype = resolve_communication_dtype(communication_dtype)
         self._memory = MemoryOptions(activation_checkpointing, checkpointed_modules, mlp_tiles, tiled_modules)
         self._parameters: Replicated | FullyShard = Replicated(validation.keeps_frozen(ddp_kwargs))
@@ -204,7 +205,7 @@ class LSSStrategy(ProvedRuns):
     def setup_environment(self) -> None:
         self._failed = False
         if self.lightning_module is not None:
-            validation.check_module(self._module, self.sequence_parallel_size, self._layouts.base)
+            validation.check_module(self._module, self.sequence_parallel_size, self._layouts)
             validation.check_communication_dtype(self._communication_dtype, self.precision_plugin)
             self._parameters.check(self._module, self.sequence_parallel_size, self.num_ranks)
         super().setup_environment()
@@ -315,7 +316,8 @@ class LSSStrategy(ProvedRuns):
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        return gather_whole(super().predict_step(*args, **kwargs))
+        outputs = gather_whole(super().predict_step(*args, **kwargs))
+        return cut_padding(outputs, self._shard, args[0], self._sequence_dims)
 
     def _assign_segments(self) -> None:
         validation.check_view(self._module, self._view)

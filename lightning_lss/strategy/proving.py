@@ -18,6 +18,7 @@ from lightning_lss.proof.batch import BatchProof
 from lightning_lss.proof.passes import Rehearsal
 from lightning_lss.proof.report import InexactError, Report
 from lightning_lss.sequence.batch import tensors_by_path
+from lightning_lss.sequence.padding import pad_batch
 from lightning_lss.sequence.segment import SequenceShard, segment_modules
 from lightning_lss.strategy.adapters import Adapted
 from lightning_lss.strategy.averaging import GradientAveraging
@@ -79,8 +80,11 @@ class ProvedRuns(SequenceParallel, GradientAveraging):
         shard = self._layouts.shard_for(batch, self._module, self._place, self._sequence_dims)
         if not self._may_have(shard):
             shard = self._place
-        if shard.layout == "balanced" and shard.assignment is None and self._shows_whole_split:
+        any_length = self._shows_whole_split or bool(self._layouts.pad_values)
+        if shard.layout == "balanced" and shard.assignment is None and any_length:
             shard = self._layouts.for_any_length(shard)
+        if not self._shows_whole_split:
+            shard = self._layouts.padded(shard, batch, self._sequence_dims)
         self._layouts.follow(shard, self._module.trainer.state.stage)
         if shard != self._shard:
             self._shard = shard
@@ -114,6 +118,11 @@ class ProvedRuns(SequenceParallel, GradientAveraging):
         return super().split_batch(batch)
 
     @override
+    def split_entries(self, batch: Any) -> Any:
+        padded = pad_batch(batch, self._shard.padding, self._layouts.pad_values, self._sequence_dims)
+        return super().split_entries(padded)
+
+    @override
     def _follow_members(self, old: Members, new: Members) -> None:
         super()._follow_members(old, new)
         self._start_proof()  # what is trained now was not compared
@@ -133,7 +142,7 @@ class ProvedRuns(SequenceParallel, GradientAveraging):
             remedy = _ZIGZAG if requested == "balanced" else ""
             self._verification.prove(self._batch_proof(args[1:], replicas), replicas, remedy)
         except InexactError as refusal:
-            balanced = self._shard != self._place
+            balanced = self._shard.layout != self._place.layout
             if requested != "auto" or not first_of("balanced" if balanced else "", replicas):
                 raise
             self._layouts.stay()

@@ -20,6 +20,7 @@ from lightning_lss.nn.positions import SegmentPositionalEmbedding
 from lightning_lss.sequence.batch import SequenceDims, how_to_name, tensors_by_path
 from lightning_lss.sequence.layout import chunks_per_rank
 from lightning_lss.sequence.segment import ShardedModule, segment_local_names
+from lightning_lss.strategy.balancing import BatchLayouts
 
 _OTHER_LIGHTNING = (
     "`pytorch_lightning` has been imported. lightning_lss works with `lightning` (`import lightning.pytorch as pl`): the"
@@ -27,13 +28,20 @@ _OTHER_LIGHTNING = (
 )
 
 
-def check_module(module: pl.LightningModule, size: int, layout: str) -> None:
+def check_module(module: pl.LightningModule, size: int, layouts: BatchLayouts) -> None:
     """Refuse a module that cannot run on segments.
 
     Raises:
         MisconfigurationException: if a step takes ``dataloader_iter``, a positional table cannot be divided evenly
-            among ``size`` ranks, or the layout changes with each batch and parameters stand for one segment.
+            among ``size`` ranks, the layout changes with each batch and parameters stand for one segment, or batches are to
+            be filled up that the module cuts itself.
     """
+    layout = layouts.base
+    if layouts.pad_values and hasattr(module, "shard_batch"):
+        raise MisconfigurationException(
+            f"{type(module).__name__}.shard_batch cuts batches itself, so pad_values of LSSStrategy has no effect. Leave one of them out;"
+            " sequence_dims says which dimensions are cut."
+        )
     check_segment_local(module, size, layout)
     for step in ("training_step", "validation_step", "test_step", "predict_step"):
         if is_param_in_hook_signature(getattr(module, step), "dataloader_iter", explicit=True):

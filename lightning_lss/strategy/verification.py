@@ -23,6 +23,8 @@ from lightning_lss.sequence.batch import SequenceDims
 from lightning_lss.sequence.segment import SequenceShard
 from lightning_lss.strategy.validation import warn_of_images
 
+_PADDED: Sign = (), "filled up"
+
 
 class Verification:
     """Decides which batches of a run are proved, where that is ``wanted``, and what follows from the verdict."""
@@ -50,15 +52,16 @@ class Verification:
         self._exact_layouts.clear()
 
     def look_at(self, batch: Any, shard: SequenceShard, dims: SequenceDims | None) -> None:
-        """Look at the training batch of the next step for entries that are the first with uneven segments, and for a layout
-        that is the first of its kind, or the first other than that of the first balanced batch: a module that keeps the
-        shard or the positions of another one would go unseen."""
+        """Look at the training batch of the next step for what was not proved yet: entries that are the first with uneven
+        segments, the first sequences that are filled up, a layout that is the first of its kind, or the first other than
+        that of the first balanced batch: a module that keeps the shard or the positions of another one would go unseen."""
         if not self.wanted:
             self._news = frozenset()
             return
         self._first = self._first or shard.assignment
         self._layout = layout = self._sign_of(shard)
-        self._news = frozenset(uneven_signs(batch, shard, dims or {}, self.proved)) | ({layout} - self.proved)
+        signs = {layout, _PADDED} if shard.padding else {layout}
+        self._news = frozenset(uneven_signs(batch, shard, dims or {}, self.proved)) | (signs - self.proved)
 
     def _sign_of(self, shard: SequenceShard) -> Sign:
         return (), f"layout {shard.layout}{'' if shard.assignment in (None, self._first) else ', another'}"

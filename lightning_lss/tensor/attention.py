@@ -1,10 +1,10 @@
 """Rules of attention: torch's own, and this package's, along a split sequence."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_lss.attention.functional import lss_attention
 from lightning_lss.attention.masks import AttentionMask
@@ -87,22 +87,11 @@ def attend(
         [..., H, L, Dv], split as the queries are.
     """
     placement, keys_are_split = query.placement, isinstance(key, SplitTensor)
-    if placement.is_padded and not (causal and mask is None and bias is None):
-        mask = _extended(mask, causal, placement.length, placement.padded)
-        more = placement.padded - placement.length
-        bias = None if bias is None else F.pad(bias, [0, more, 0, more])
+    shard = replace(placement.shard, padding=placement.padded - placement.length)
     q, k, v = (_with_four_dims(part(x)) for x in (query, key, value))
     options |= {"mask": mask, "bias": bias, "whole_memory": not keys_are_split}
-    result = lss_attention(q, k, v, placement.shard, causal, **options)
+    result = lss_attention(q, k, v, shard, causal, **options)
     return split_tensor(result.reshape(*query.part.shape[:-1], result.size(-1)), placement)
-
-
-def _extended(mask: AttentionMask | None, causal: bool, length: int, padded: int) -> AttentionMask:
-    """The mask of a sequence that goes on to ``padded`` positions, whose keys nobody sees."""
-    positions = torch.arange(padded)
-    if mask is None:
-        mask = AttentionMask.causal() if causal else AttentionMask.full()
-    return mask.select(positions.clamp(max=length - 1)) & AttentionMask.key_padding((positions < length)[None])
 
 
 def _with_four_dims(x: Tensor) -> Tensor:

@@ -35,9 +35,9 @@ def find_leaks(proof: BatchProof, length: int) -> Iterator[Leak]:
         moved = _moved(whole[key][0], whole_after[key][0], dim)
         own = _moved(split[key][0], split_after[key][0], dim)
         found: list[Any] = [None] * proof.shard.size
-        positions = proof.shard.positions(length // proof.shard.size)
-        dist.all_gather_object(found, positions[own].tolist(), group=proof.shard.require_group())
-        yield Leak(_name(path), length // 2, key[0], moved, sorted(x for part in found for x in part))
+        places = proof.shard.places((length + proof.shard.padding) // proof.shard.size)
+        dist.all_gather_object(found, places[own].tolist(), group=proof.shard.require_group())
+        yield Leak(_name(path), length // 2, key[0], moved, sorted(x for part in found for x in part if x < length))
 
 
 def _outputs(proof: BatchProof, batch: Any, length: int) -> tuple[Outputs, Outputs]:

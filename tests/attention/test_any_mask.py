@@ -1,5 +1,6 @@
 """Attention over ranks under any mask, against the textbook formula with the dense mask, in float64."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_lss import AttentionMask, SequenceShard, lss_attention
 from lightning_lss.attention import plan, scores, structure, tiles
@@ -27,6 +29,7 @@ class Case(NamedTuple):
     size: int
     layout: str
     assignment: ChunkAssignment | None
+    padding: int  # at the end, so that the length can be divided
     mask: AttentionMask
     batch: int
     heads: int
@@ -56,11 +59,14 @@ class Case(NamedTuple):
 def cases(draw: st.DrawFn) -> Case:
     size, batch, groups = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2]))
     heads = groups * draw(st.sampled_from([1, 2]))
-    length = 2 * size * draw(st.integers(-(-4 // size), 200 // size))
+    padded = 2 * size * draw(st.integers(-(-4 // size), 200 // size))
     layout, assignment = draw(st.sampled_from(LAYOUTS)), None
     if layout == "balanced" and size > 1:
         chunks = draw(st.permutations(range(size * draw(st.sampled_from([1, 2])))))
         assignment = ChunkAssignment(tuple(tuple(sorted(chunks[rank::size])) for rank in range(size)))
+    most = SequenceShard(0, size, layout, assignment=assignment).num_chunks - 1
+    padding = draw(st.sampled_from([0, 0, 1, most])) if size > 1 else 0
+    length = padded - padding
     options = {
         "kernel": draw(st.sampled_from(["cpu_flash", "reference"])),
         "head_chunks": draw(st.sampled_from(["auto", 1, groups])),
@@ -72,6 +78,7 @@ def cases(draw: st.DrawFn) -> Case:
         size,
         layout,
         assignment,
+        padding,
         draw(masks(batch, heads, length)),
         batch,
         heads,
@@ -105,24 +112,29 @@ def attend(case: Case) -> dict[str, Tensor]:
     """The same, by ranks that take turns."""
 
     *inputs, grad = case.tensors()
+    grad = F.pad(grad, (0, 0, 0, case.padding))  # no loss depends on padding
 
     def work(shard: SequenceShard) -> list[Tensor]:
+        shard = replace(shard, padding=case.padding)
         leaves = [shard.split(x, 2).clone().requires_grad_() for x in inputs]
         out = lss_attention(*leaves, shard, mask=case.mask, **case.options)
         return [out.detach(), *torch.autograd.grad(out, leaves, shard.split(grad, 2))]
 
     by_rank = recorded_ranks(work, case.size, case.layout, late=True, assignment=case.assignment)
-    local_length = case.length // case.size
+    local_length = (case.length + case.padding) // case.size
     order = torch.cat(
         [
             SequenceShard(rank, case.size, case.layout, assignment=case.assignment).positions(local_length)
             for rank in range(case.size)
         ]
     )
-    return {
+    whole = {
         name: torch.cat(parts, 2)[:, :, order.argsort()]
         for name, parts in zip(("out", "dq", "dk", "dv"), zip(*by_rank))
     }
+    for name in ("dq", "dk", "dv"):
+        assert not whole[name][:, :, case.length :].any(), "gradients of padding"
+    return {name: x[:, :, : case.length] for name, x in whole.items()}
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

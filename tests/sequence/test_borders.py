@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,33 +20,45 @@ LAYOUTS = ["contiguous", "zigzag", "balanced"]
 On, Of = Callable[[Tensor, SequenceShard], Tensor], Callable[[Tensor], Tensor]
 
 
-def shard_of(rank: int, layout: str, per_rank: int = 3) -> SequenceShard:
+def shard_of(rank: int, layout: str, per_rank: int = 3, padding: int = 0) -> SequenceShard:
     """A place in the world; a balanced layout has ``per_rank`` chunks on each rank, in a random order."""
     size, assignment = dist.get_world_size(), None
     if layout == "balanced":
         chunks = random.Random(size).sample(range(size * per_rank), size * per_rank)
         assignment = ChunkAssignment(tuple(tuple(sorted(chunks[r::size])) for r in range(size)))
-    return SequenceShard(rank, size, layout, dist.group.WORLD, assignment=assignment)
+    return SequenceShard(rank, size, layout, dist.group.WORLD, assignment=assignment, padding=padding)
 
 
 def weights_like(x: Tensor, rank: int) -> Tensor:
     return torch.randn(x.shape, generator=torch.Generator().manual_seed(50 + rank), dtype=torch.float64)
 
 
+def own_part(shard: SequenceShard, x: Tensor, dim: int, padding: float = 0.0) -> Tensor:
+    """This rank's part of ``x`` [..., L, ...], in a loop over positions."""
+    local = (x.size(dim) + shard.padding) // shard.size
+    filling = torch.full_like(x.select(dim, 0), padding)
+    return torch.stack([x.select(dim, p) if p < x.size(dim) else filling for p in shard.places(local).tolist()], dim)
+
+
 def compare(shard: SequenceShard, x: Tensor, dim: int, on_segment: On, on_whole: Of, is_segment: bool) -> None:
-    """Compare a function of a segment with that of the whole, and its gradients under other losses on every rank."""
-    segment = shard.split(x, dim).clone().requires_grad_()
+    """Compare a function of a segment with that of the whole, and its gradients under other losses on every rank.
+
+    Padding is NaN, so that it is seen wherever it gets.
+    """
+    segment = own_part(shard, x, dim, float("nan")).requires_grad_()
     result = on_segment(segment, shard)
+    if is_segment and shard.padding:
+        valid = shard.valid(segment.size(dim)).view([-1 if d == dim else 1 for d in range(x.dim())])
+        result = result.where(valid, 0)
     (result * weights_like(result, shard.rank)).sum().backward()
 
     whole = x.clone().requires_grad_()
     expected = on_whole(whole)
-    ranks = [SequenceShard(r, shard.size, shard.layout, None, None, shard.assignment) for r in range(shard.size)]
-    parts = [other.split(expected, dim) if is_segment else expected for other in ranks]
+    parts = [own_part(replace(shard, rank=r), expected, dim) if is_segment else expected for r in range(shard.size)]
     sum((part * weights_like(part, r)).sum() for r, part in enumerate(parts)).backward()
     assert segment.grad is not None
     assert whole.grad is not None
-    assert_equal([result, segment.grad], [parts[shard.rank], shard.split(whole.grad, dim)], 1e-10)
+    assert_equal([result, segment.grad], [parts[shard.rank], own_part(shard, whole.grad, dim)], 1e-10)
 
 
 def shifted(x: Tensor, offset: int, dim: int, fill: float) -> Tensor:
@@ -78,15 +91,16 @@ def random_tensor(draw: random.Random, *shape: int) -> Tensor:
 
 def cross(shard: SequenceShard, draw: random.Random) -> None:
     """Compare everything that crosses borders for one length and dimension."""
-    length, given = shard.num_chunks * draw.randint(1, 4), draw.choice([1, 2, -1])
+    length, given = shard.num_chunks * draw.randint(1, 4) - shard.padding, draw.choice([1, 2, -1])
     dim = given % 3
     x = random_tensor(draw, *(length if d == dim else 3 - d for d in range(3)))
     offset, fill = draw.randint(-length - 1, length + 1), draw.choice([0, 1.5])
     valid = valid_rows(3, length, left=draw.random() < 0.5)
-    own = shard.split(valid)
+    own = own_part(shard, valid, 1, padding=True)
     to_segments: list[tuple[On, Of]] = [
         (lambda t, s: s.shift(t, offset, given, fill), lambda t: shifted(t, offset, dim, fill)),
         (lambda t, s: s.on_whole(lambda w: w.cumsum(dim), t, given), lambda t: t.cumsum(dim)),
+        (lambda t, s: s.split(s.gather(t, given) ** 2, given), lambda t: t**2),
     ]
     of_all: list[tuple[On, Of]] = [
         (lambda t, s: s.sum(t, given), lambda t: t.sum(dim)),
@@ -104,8 +118,10 @@ def cross(shard: SequenceShard, draw: random.Random) -> None:
 
 def many_on_rank(rank: int, layout: str, seed: int) -> None:
     draw = random.Random(seed)
-    for _ in range(6):
-        cross(shard_of(rank, layout), draw)
+    for padded in (False, True) * 3:
+        shard = shard_of(rank, layout)
+        padding = draw.randrange(shard.num_chunks) if padded and shard.size > 1 else 0
+        cross(shard_of(rank, layout, padding=padding), draw)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -116,7 +132,8 @@ def test_borders_are_crossed_as_on_one_device(world, size: int, layout: str) -> 
 
 def convolve(shard: SequenceShard, draw: random.Random) -> None:
     before, after, chunk = draw.randint(0, 5), draw.randint(0, 5), draw.randint(1, 6)
-    x, kernel = random_tensor(draw, 2, 3, shard.num_chunks * chunk), random_tensor(draw, 3, 3, before + 1 + after)
+    length = shard.num_chunks * chunk - shard.padding
+    x, kernel = random_tensor(draw, 2, 3, length), random_tensor(draw, 3, 3, before + 1 + after)
     compare(
         shard,
         x,
@@ -129,8 +146,8 @@ def convolve(shard: SequenceShard, draw: random.Random) -> None:
 
 def halo_on_rank(rank: int, layout: str, seed: int) -> None:
     draw = random.Random(seed)
-    for _ in range(12):
-        convolve(shard_of(rank, layout, per_rank=2), draw)
+    for padding in [0, 0, 1, dist.get_world_size() - 1] * 3:
+        convolve(shard_of(rank, layout, per_rank=2, padding=padding), draw)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
