@@ -19,6 +19,8 @@ from lightning_lss import (
     RotaryEmbedding,
     SegmentConv1d,
     SegmentPositionalEmbedding,
+    SequenceShard,
+    lss_attention,
     sequence_shard,
     token_mean,
 )
@@ -192,3 +194,16 @@ def test_settings_that_cannot_hold_are_refused_at_once() -> None:
     trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=LSSStrategy(pad_values=PAD_VALUES))
     with pytest.raises(MisconfigurationException, match=r"CutsItself.shard_batch cuts batches itself"):
         trainer.fit(CutsItself(None), DataLoader([1]))
+
+
+@pytest.mark.parametrize(
+    ("memory", "options"),
+    [
+        (6, {"causal": False}),  # split as well, but of another length
+        (16, {"mask": AttentionMask.documents(torch.zeros(1, 15, dtype=torch.int64)), "whole_memory": True}),
+    ],
+)
+def test_a_memory_that_cannot_be_filled_up_alike_is_refused(memory: int, options: dict[str, Any]) -> None:
+    q, memory_of = torch.ones(1, 1, 8, 4), torch.ones(1, 1, memory, 4)
+    with pytest.raises(ValueError, match=r"filled up by 1 positions to 16 queries, but a memory of \d+ keys"):
+        lss_attention(q, memory_of, memory_of, SequenceShard(0, 2, "zigzag", padding=1), **options)
