@@ -77,7 +77,10 @@ def _kept(seed: Tensor, indices: Sequence[Tensor], p: float) -> Tensor:
 
 
 @torch.library.custom_op(
-    "lightning_lss::kept", mutates_args=(), schema="(Tensor seed, Tensor[] indices, float p) -> Tensor"
+    "lightning_lss::kept",
+    mutates_args=(),
+    schema="(Tensor seed, Tensor[] indices, float p) -> Tensor",
+    tags=(torch.Tag.pointwise,),
 )
 def _kept_in_pieces(seed: Tensor, indices: Sequence[Tensor], p: float) -> Tensor:
     """Compute :func:`_kept` in pieces, so that no 64-bit numbers of the whole shape exist."""

@@ -31,8 +31,8 @@ _NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtenso
 
 
 def is_own_operator(func: Any) -> bool:
-    """Tell whether lightning_lss has registered the operator, as it does attention."""
-    return func.namespace == "lightning_lss"
+    """Tell whether lightning_lss has registered the operator, and it does more than compute entry by entry: attention does."""
+    return func.namespace == "lightning_lss" and torch.Tag.pointwise not in func.tags
 
 
 def run_inside(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
