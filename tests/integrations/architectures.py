@@ -153,13 +153,21 @@ def dtype_of(name: str) -> torch.dtype:
     return torch.float32 if name in single else torch.float64
 
 
-def make_batches(name: str, how: str, length: int = 16, rows: int = 4, steps: int = 3) -> list[dict[str, Tensor]]:
-    """Batches as a data loader gives them: ``plain``, ``padded`` (left and right) or ``packed`` (two documents a row)."""
+def make_batches(name: str, how: str, length: int = 16, rows: int = 4, steps: int = 3) -> list[dict[str, Any]]:
+    """Batches as a data loader gives them: ``plain``, ``padded`` (left and right), ``packed`` (two documents a row), or
+    ``flattened`` (one row of documents, by the library's own collator)."""
     generator = torch.Generator().manual_seed(7)
     return [_make_batch(name, how, length, rows, generator) for _ in range(steps)]
 
 
-def _make_batch(name: str, how: str, length: int, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+def _flatten(documents: list[Tensor]) -> dict[str, Any]:
+    """Documents in one row, with all that the collator can say of them, and the number of targets of an accumulated batch."""
+    collate = transformers.DataCollatorWithFlattening(return_seq_idx=True, return_flash_attn_kwargs=True, return_tensors="pt")
+    batch = collate([{"input_ids": x.tolist()} for x in documents])
+    return {**batch, "num_items_in_batch": 2 * sum(map(len, documents))}
+
+
+def _make_batch(name: str, how: str, length: int, rows: int, generator: torch.Generator) -> dict[str, Any]:
     dtype = dtype_of(name)
     if name == "vit":
         images = torch.randn(rows, 3, 16, 16, generator=generator, dtype=dtype)
@@ -167,6 +175,8 @@ def _make_batch(name: str, how: str, length: int, rows: int, generator: torch.Ge
     if name == "whisper":
         sound = torch.randn(rows, 8, 32, generator=generator, dtype=dtype)
         return {"input_features": sound, "weights": torch.randn(rows, 16, 32, generator=generator, dtype=dtype)}
+    if how == "flattened":
+        return _flatten([torch.randint(1, VOCAB, (n,), generator=generator) for n in (5, length - 8, 3)])
     tokens = torch.randint(1, VOCAB, (rows, length), generator=generator)
     batch = {"input_ids": tokens, "labels": tokens.clone()}
     if name in ("bert", "modernbert"):

@@ -153,6 +153,7 @@ WAYS: list[tuple[str, str, dict[str, Any], Prepare]] = [
     ("qwen3", "plain", {}, ["eager"]),
     ("gpt2", "plain", {"sharding": "fsdp"}, []),
     ("mistral", "packed", {"activation_checkpointing": "selective"}, []),
+    ("mistral", "flattened", {}, []),
 ]
 
 
