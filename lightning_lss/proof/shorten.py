@@ -29,14 +29,15 @@ def short_length(length: int, shard: SequenceShard) -> int:
     merges neighbours fails in the proof where it fails in the run. One device never computes as many positions as a rank
     does in a step: what a function has cached by the length would be used for a segment.
     """
-    unit, local = shard.num_chunks, length // shard.size
-    chunk, most = length // unit, max(min(POSITIONS, local) // unit, 1)
-    divisors = _blocks(chunk)
-    sound = [x for x in range(1, min(chunk, most) + 1) if x * unit != local and _blocks(x) <= divisors]
-    if sound:
-        return unit * max(sound, key=lambda x: (x % 2 == chunk % 2, len(_blocks(x)), x))  # pairs are the commonest
-    more = (x for x in range(most + 1, chunk) if _blocks(x) <= divisors)  # a rank holds one position of each
-    return unit * next(more, max(chunk, 1))
+    unit, rest = shard.num_chunks, length % shard.num_chunks
+    chunk, more = length // unit, int(rest > 0)  # sequences that are filled up have one position more in every chunk
+    local = (chunk + more) * unit // shard.size
+    most, divisors = max(min(POSITIONS, local) // unit, 1), _blocks(chunk + more)
+    sound = [x for x in range(1, min(chunk, most) + 1) if x * unit + rest != local and _blocks(x + more) <= divisors]
+    if sound:  # pairs are the commonest blocks
+        return unit * max(sound, key=lambda x: (x % 2 == chunk % 2, len(_blocks(x + more)), x))
+    longer = (x for x in range(most + 1, chunk) if _blocks(x + more) <= divisors)  # a rank holds one position of each
+    return unit * next(longer, max(chunk, 1))
 
 
 def _blocks(count: int) -> set[int]:

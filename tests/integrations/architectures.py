@@ -162,7 +162,9 @@ def make_batches(name: str, how: str, length: int = 16, rows: int = 4, steps: in
 
 def _flatten(documents: list[Tensor]) -> dict[str, Any]:
     """Documents in one row, with all that the collator can say of them, and the number of targets of an accumulated batch."""
-    collate = transformers.DataCollatorWithFlattening(return_seq_idx=True, return_flash_attn_kwargs=True, return_tensors="pt")
+    collate = transformers.DataCollatorWithFlattening(
+        return_seq_idx=True, return_flash_attn_kwargs=True, return_tensors="pt"
+    )
     batch = collate([{"input_ids": x.tolist()} for x in documents])
     return {**batch, "num_items_in_batch": 2 * sum(map(len, documents))}
 
