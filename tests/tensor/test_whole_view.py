@@ -115,6 +115,14 @@ class WeighsByGradients(CausalDecoder):
         return loss * gradient.norm().detach()
 
 
+class OwnGradients(CausalDecoder):
+    """A gradient of what no sequence takes part in."""
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        (gradient,) = torch.autograd.grad(self.embed.weight.square().sum(), self.embed.weight, create_graph=True)
+        return super().training_step(batch, index) + gradient.square().mean()
+
+
 class UsesWeights(CausalDecoder):
     def __init__(self) -> None:
         super().__init__()
@@ -153,6 +161,7 @@ def outcome(rank: int, module: type[pl.LightningModule], options: dict[str, Any]
             {},
             "torch.autograd.grad is not known for a sequence that is split. Call backward() instead",
         ),
+        (OwnGradients, {}, "exact: 11 gradients"),
         (LooksAtMemory, {}, "data_ptr is not known for a sequence that is split"),
         (LooksAtMemory, {}, "Give a kernel of your own whole tensors, in a torch.autograd.Function"),
         (UsesWeights, {}, "weights of attention along a split sequence are not computed"),
