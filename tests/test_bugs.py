@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.nn import functional as F
@@ -38,6 +39,7 @@ from tests.training import (
     make_module,
     make_samples,
     make_trainer,
+    whole_state,
 )
 
 
@@ -330,3 +332,44 @@ def clip_large_half_gradients(rank: int) -> float:
 def test_the_norm_does_not_overflow_in_half_precision(world) -> None:
     # its square would, from 256 on, and the gradients would be clipped to nothing
     assert world.run(2, clip_large_half_gradients) == [pytest.approx((6 * 300.0**2) ** 0.5, rel=1e-3)] * 2
+
+
+class WithUnused(SGDTransformer):
+    """A layer that only the first ``uses`` steps use."""
+
+    uses = 0
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.extra = torch.nn.Linear(1, 1)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * self.extra(loss.new_ones(1)).sum() if batch_idx < self.uses else loss
+
+
+class UnusedLater(WithUnused):
+    uses = 1
+
+
+def fit_with_unused(rank: int, run: Run) -> tuple[str, int, dict[str, Tensor]]:
+    module, trainer = make_module(run), make_trainer(rank, run)
+    try:
+        trainer.fit(module, make_loader(trainer, make_samples(16), 4))
+    except MisconfigurationException as error:
+        return str(error), trainer.global_step, {}
+    return "", trainer.global_step, whole_state(module)
+
+
+@pytest.mark.parametrize(("module", "steps"), [(WithUnused, 1), (UnusedLater, 2)])
+def test_a_step_whose_gradients_were_not_averaged_is_refused(world, module, steps) -> None:
+    # DistributedDataParallel waits for the gradient of every parameter. Without one it averages none, and says so at the next
+    # step: the last step of a run was taken by each rank's own gradients, in silence.
+    run = Run(size=2, module=module, steps=steps)
+    for message, taken, _ in world.run(2, fit_with_unused, run):
+        assert "extra.weight, extra.bias: trained, but without a gradient in this step" in message
+        assert "Use LSSStrategy(find_unused_parameters=True)" in message
+        assert taken == steps - 1
+    reference = world.run(1, fit_with_unused, Run(module=module, steps=steps))[0][2]
+    run.strategy = {"find_unused_parameters": True}
+    assert_equal_on_ranks([state for *_, state in world.run(2, fit_with_unused, run)], reference, 1e-5)

@@ -60,7 +60,7 @@ class Members:
             trained = [name for name, x in self.named.items() if id(x) in self.averaged]
             raise MisconfigurationException(
                 f"The ranks do not train the same parameters from this step on (here {len(trained)} of {len(self.named)}:"
-                f" {_some(trained)}), so their gradients cannot be averaged. Freeze, unfreeze, add and remove parameters on"
+                f" {some(trained)}), so their gradients cannot be averaged. Freeze, unfreeze, add and remove parameters on"
                 " all ranks before the same step: not by rank, nor by a value that differs between ranks."
             )
 
@@ -93,7 +93,7 @@ class Members:
         strangers = [name for name, x in now.named.items() if self._is_stranger(x)]
         if strangers:
             raise MisconfigurationException(
-                f"{_some(strangers)}: unfrozen or added during a training step, whose gradients would not be averaged over"
+                f"{some(strangers)}: unfrozen or added during a training step, whose gradients would not be averaged over"
                 " the ranks. Do it before the step: in on_train_epoch_start, on_train_batch_start or a callback's."
             )
         held = {id(x) for x in now.named.values()}
@@ -108,5 +108,6 @@ class Members:
         return parameter.requires_grad and parameter.grad is not None and id(parameter) not in self.averaged
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """Join the first names of a list, and say how many there are beyond."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -7,13 +7,15 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins import LayerSync
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lss.parallel.fsdp import check_sharding
-from lightning_lss.parallel.members import Members
+from lightning_lss.parallel.members import Members, some
 from lightning_lss.parallel.segment_local import SegmentLocal, not_zero
 
 
@@ -128,6 +130,28 @@ def has_work_for_ddp(module: nn.Module) -> bool:
     """Whether any parameter is trained that DistributedDataParallel does not ignore; it refuses a module without."""
     ignored = getattr(module, _IGNORED, [])
     return any(x.requires_grad for name, x in module.named_parameters() if name not in ignored)
+
+
+def check_averaged(model: DistributedDataParallel) -> None:
+    """Refuse to go on after a backward pass whose gradients were not averaged.
+
+    DistributedDataParallel averages a bucket once every parameter in it has its gradient. It says so at the next step, when an
+    optimizer has stepped by the gradients of one rank, and not at all if there is no next step.
+
+    Raises:
+        MisconfigurationException: naming the parameters without a gradient.
+    """
+    try:
+        model._check_reducer_finalized()
+    except RuntimeError as error:
+        ignored = model.parameters_to_ignore
+        trained = [(n, x) for n, x in model.module.named_parameters() if x.requires_grad and n not in ignored]
+        names = [name for name, x in trained if x.grad is None] or ["Some parameters"]
+        raise MisconfigurationException(
+            f"{some(names)}: trained, but without a gradient in this step. DistributedDataParallel waits for the gradient of every"
+            " parameter, so gradients were not averaged over the ranks. Use LSSStrategy(find_unused_parameters=True), which is"
+            " strategy='lss_find_unused_parameters_true', or freeze what a step does not use (requires_grad_(False))."
+        ) from error
 
 
 def compress_hook(dtype: torch.dtype) -> Callable[..., Any]:

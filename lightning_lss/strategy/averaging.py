@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_lss.parallel.broadcast import assign_segments
 from lightning_lss.parallel.fsdp import FullyShard
 from lightning_lss.parallel.members import Members
-from lightning_lss.parallel.replicated import Replicated, compress_hook, has_work_for_ddp
+from lightning_lss.parallel.replicated import Replicated, check_averaged, compress_hook, has_work_for_ddp
 from lightning_lss.parallel.segment_local import SegmentLocal, restore_precision_plugin
 from lightning_lss.sequence.grid import SequenceGrid
 from lightning_lss.sequence.segment import SequenceShard
@@ -124,6 +124,8 @@ class GradientAveraging(DDPStrategy):
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
         super().post_backward(closure_loss)
+        if isinstance(self.model, DistributedDataParallel) and self._is_last_backward():
+            check_averaged(self.model)
         if self._members is not None:
             self._members.check_gradients(self._parameters.members(self._module), self.optimizers)
 

@@ -262,6 +262,7 @@ class LSSStrategy(ProvedRuns):
             owners = Owners(self._module)
             unsaved = [x for x in local.names if not isinstance(owners(("state_dict", x)), SegmentPositionalEmbedding)]
             validation.warn_of_unsaved_state(unsaved)
+            validation.warn_of_requeue(self.cluster_environment, self._checkpoints.needs_all_ranks(owners))
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self._start_proof()

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import StrategyRegistry
@@ -213,6 +214,16 @@ def warn_of_unsaved_state(names: Collection[str]) -> None:
         rank_zero_warn(
             f"Checkpoints will contain only rank 0's values of {', '.join(sorted(names))}: only positional tables"
             " (SegmentPositionalEmbedding) are gathered from all ranks. Save the others in on_save_checkpoint."
+        )
+
+
+def warn_of_requeue(environment: ClusterEnvironment | None, needs_all_ranks: bool) -> None:
+    """Warn that SLURM's auto-requeue cannot save what is collected from all ranks, which are not at the same place of a step."""
+    if needs_all_ranks and isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+        rank_zero_warn(
+            "SLURM's auto-requeue saves a checkpoint wherever in a step its signal finds a rank, but this run's checkpoints are"
+            " collected from all ranks (positional tables, sharded parameters, folders), so it may wait forever. Use"
+            " plugins=SLURMEnvironment(auto_requeue=False) and ModelCheckpoint(every_n_train_steps=...)."
         )
 
 

@@ -190,3 +190,4 @@ def forward_with(rank: int) -> str:
 def test_an_unknown_argument_is_refused_by_name(world: World) -> None:
     for message in world.run(2, forward_with):
         assert "LlamaAttention passes 'head_bias' to its attention" in message
+        assert "Load the model with attn_implementation='eager'" in message

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
-from lightning_lss import AttentionMask
+from lightning_lss import AttentionMask, LSSAttention, SegmentDropout
 from lightning_lss.models.lightning_module import LSSTransformer
 from lightning_lss.models.transformer import Block, Transformer, TransformerConfig
 from lightning_lss.sequence.assignment import ChunkAssignment
@@ -58,6 +59,17 @@ def compare(rank: int, layout: str, whole: bool, options: dict[str, Any]) -> Non
 )
 def test_compiled_models_have_no_graph_break_and_the_same_gradients(world, layout, whole, options) -> None:
     world.run(2, compare, layout, whole, options, timeout=200)
+
+
+@pytest.mark.parametrize("module", [LSSAttention, SegmentDropout])
+def test_with_dropout_the_graph_breaks_where_a_seed_is_drawn_and_nowhere_else(module) -> None:
+    x = torch.randn(1, 2, 8, 4)
+    inputs = (x, x, x) if module is LSSAttention else (x,)
+    for p in (0.0, 0.1):
+        torch._dynamo.reset()
+        counters.clear()
+        torch.compile(module(p=p) if module is SegmentDropout else module(dropout=p), backend="eager")(*inputs)
+        assert ["draw_seed" in reason for reason in counters["graph_break"]] == [True] * (p > 0)
 
 
 def compare_assignments(rank: int, options: dict[str, Any]) -> int:

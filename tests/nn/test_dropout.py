@@ -16,7 +16,8 @@ from lightning_lss.nn.dropout import SegmentDropout
 from lightning_lss.nn.recompute import apply_checkpointing, apply_tiles
 from lightning_lss.parallel.broadcast import share_random_state
 from lightning_lss.sequence.segment import SequenceShard, segment_modules
-from lightning_lss.testing.compare import assert_equal, assert_equal_on_ranks
+from lightning_lss.testing.compare import assert_equal, assert_equal_on_ranks, worst_difference
+from tests.modules import MaskedModule
 from tests.training import Run, SGDTransformer, fit, make_module, make_samples, make_trainer, whole_state
 
 P = 0.25
@@ -211,6 +212,23 @@ def test_replicas_train_as_without_splitting(world) -> None:
     assert_equal_on_ranks(world.run(4, fit, run_of(2, strategy={"check_batches": 1})), expected, 1e-10)
 
 
+class DropsAttention(MaskedModule):
+    """Dropout in attention alone."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.dropout = SegmentDropout(0.0)
+
+
+@pytest.mark.parametrize("module", [SGDTransformer, DropsAttention])
+def test_each_replica_draws_its_own_masks(world, module) -> None:
+    """Those of one device only where there is one replica."""
+    run: dict[str, Any] = {"module": module, "model": {"dropout": 0.3}, "trainer": {"precision": "64-true"}}
+    expected = world.run(1, fit, Run(**run))[0]
+    assert_equal_on_ranks(world.run(2, fit, Run(2, **run)), expected, 1e-10)
+    assert worst_difference(world.run(2, fit, Run(1, **run))[0], expected).error > 1e-3
+
+
 class RecordsOrder(SGDTransformer):
     """Records the first token of each sample of each batch."""
 
@@ -221,30 +239,51 @@ class RecordsOrder(SGDTransformer):
         self.order.append(batch["number"].tolist())
 
 
-def shuffled_fit(rank: int, size: int) -> tuple[list[list[int]], dict[str, Tensor]]:
+class DropsAsTorch(RecordsOrder):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "dropout": 0.0})
+        for block in self.model.blocks:
+            block.mlp.out = nn.Sequential(nn.Dropout(0.3), block.mlp.out)
+
+
+def shuffled_fit(
+    rank: int, size: int, module: type[RecordsOrder], seed: int | None = None
+) -> tuple[list[list[int]], dict[str, Tensor]]:
     run = Run(
         size=size,
-        module=RecordsOrder,
+        module=module,
         steps=-1,
         model={"dropout": 0.3},
         trainer={"precision": "64-true", "max_epochs": 3, "use_distributed_sampler": True},
         strategy={"check_batches": 1} if size > 1 else {},
     )
     samples = [{**x, "number": torch.tensor(i)} for i, x in enumerate(make_samples(12))]
-    module, trainer = make_module(run), make_trainer(rank, run)
-    trainer.fit(module, DataLoader(samples, 4, shuffle=True))
-    return module.order, whole_state(module)
+    model, trainer = make_module(run), make_trainer(rank, run)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    trainer.fit(model, DataLoader(samples, 4, shuffle=True, generator=generator))
+    return model.order, whole_state(model)
 
 
 def test_the_order_of_later_epochs_is_that_of_one_device(world) -> None:
     """A loader that shuffles takes its order from the generator that the seeds of masks come from."""
-    [(order, expected)] = world.run(1, shuffled_fit, 1)
+    [(order, expected)] = world.run(1, shuffled_fit, 1, RecordsOrder)
     assert [sorted(itertools.chain(*order[i : i + 3])) for i in (0, 3, 6)] == [list(range(12))] * 3
     assert order[:3] != order[3:6] != order[6:]
     for size in (2, 4):
-        orders, states = zip(*world.run(size, shuffled_fit, size))
+        orders, states = zip(*world.run(size, shuffled_fit, size, RecordsOrder))
         assert list(orders) == [order] * size
         assert_equal_on_ranks(states, expected, 1e-10)
+
+
+def test_masks_of_torchs_dropout_are_others_and_so_is_the_order_after_them(world) -> None:
+    """Torch draws as many numbers as there are elements, and a segment has fewer."""
+    for seed in (None, 3):
+        [(order, expected)] = world.run(1, shuffled_fit, 1, DropsAsTorch, seed)
+        orders, states = zip(*world.run(2, shuffled_fit, 2, DropsAsTorch, seed))
+        assert worst_difference(states[0], expected).error > 1e-3
+        assert orders[0] == orders[1]
+        assert orders[0][:3] == order[:3]
+        assert (orders[0][3:] == order[3:]) == (seed is not None)
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.0, 2])

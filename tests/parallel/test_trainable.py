@@ -330,7 +330,12 @@ SOON = {"timeout": timedelta(seconds=2)}
 @pytest.mark.parametrize(
     ("module", "ranks", "strategy", "words"),
     [
-        (UnfreezesInAStep, 2, {}, "head.weight, head.bias: unfrozen or added during a training step"),
+        (
+            UnfreezesInAStep,
+            2,
+            {},
+            "head.weight, head.bias: unfrozen or added during a training step.* Do it before the step",
+        ),
         (OfAnOptimizerAlone, 2, {}, "parameter that does not belong to the LightningModule"),
         (UnfreezesOnOneRank, 2, SOON, "The ranks do not train the same parameters"),
         (UnfreezesByRank, 2, {}, "not by rank, nor by a value that differs"),

@@ -203,6 +203,31 @@ class LosesGradients(Right):
         return F.scaled_dot_product_attention(q, k, v)
 
 
+class WrongBeyondTheProof(Right):
+    """A segment of more than 512 positions is another one, which a shortened batch does not have."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return x * 2 if x.size(1) > 512 else x
+
+
+class WrongLater(Right):
+    """From the second batch on segments count their own positions."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.counts_anew = batch_idx > 0
+        return super().training_step(batch, batch_idx)
+
+    def mix(self, x: Tensor) -> Tensor:
+        return x + torch.arange(x.size(1))[:, None].cos() if self.counts_anew else x
+
+
+class WrongByLittle(Right):
+    """Every gradient is a hundredth too large."""
+
+    def loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return super().loss(logits, batch) * (1.01 if sequence_shard(self).size > 1 else 1.0)
+
+
 FAULTS = {
     OwnPositions: "Positions are counted from 0 on every rank",
     LocalTable: "A positional table is indexed locally: every rank takes the first rows of positions",
@@ -222,6 +247,27 @@ FAULTS = {
     RandomNumbers: "Random numbers are drawn for one segment",
     DetachedGather: "The outputs agree, but gradients do not",
     LosesGradients: "The outputs agree, but gradients do not",
+}
+
+REMEDIES = {
+    OwnPositions: "sequence_shard(self).positions(",
+    LocalTable: "SegmentPositionalEmbedding",
+    ShiftedLabels: "sequence_shard(self).shift(tokens, 1, fill=-100)",
+    Convolution: "LSSStrategy(convert=True), or lightning_lss.SegmentConv1d",
+    Recurrence: "sequence_shard(self).on_whole(recurrent, x)",
+    Pooling: "shard.mean(x) or shard.sum(x)",
+    ClassToken: "shard.first(x) or shard.last(x)",
+    PlainMean: "token_mean(F.cross_entropy(",
+    TokenNormalization: "LayerNorm or RMSNorm",
+    BatchNormalization: "Trainer(sync_batchnorm=True)",
+    OtherAttention: "lightning_lss.LSSAttention(causal=...)",
+    WrittenOutAttention: "lightning_lss.LSSAttention(causal=...)",
+    UnsplitTensor: "LSSStrategy(sequence_dims={'weights': 0})",
+    UnsplitTensorOfAnotherShape: "LSSStrategy(sequence_dims={'weights': 0})",
+    SummedLoss: "lightning_lss.token_mean",
+    RandomNumbers: "lightning_lss.SegmentDropout",
+    DetachedGather: "shard.gather(x)",
+    LosesGradients: "shard.gather(x)",
 }
 
 

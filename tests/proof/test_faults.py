@@ -15,6 +15,7 @@ from lightning_lss.testing.world import WorkerError
 from tests.proof.faulty import (
     FAULTS,
     LENGTH,
+    REMEDIES,
     Convolution,
     LocalTable,
     MaskedMean,
@@ -26,6 +27,9 @@ from tests.proof.faulty import (
     PlainMean,
     Recurrence,
     Right,
+    WrongBeyondTheProof,
+    WrongByLittle,
+    WrongLater,
     make_batch,
 )
 from tests.proof.verdict import verdict
@@ -38,8 +42,9 @@ def test_a_fault_is_named_on_every_rank(world, module, layout) -> None:
     found = world.run(2, verdict, module, Run(size=2, layout=layout, steps=1))
     assert found[0] == found[1]
     first = found[0].partition("First: ")[2].partition("Also: ")[0]
-    assert FAULTS[module] in first, found[0]
-    assert "Write: " in first
+    what, _, write = first.partition("Write: ")
+    assert FAULTS[module] in what, found[0]
+    assert REMEDIES[module] in write, found[0]
 
 
 class Two(OwnPositions, OtherAttention):
@@ -165,6 +170,37 @@ def test_what_cannot_run_on_one_device_is_said_and_trained(world) -> None:
     assert suspects(Recurrence()) == ["gru"]
     with pytest.warns(UserWarning, match=r"was not proved to be the training of one device: why\. .*conv"):
         warn_of_unverified(NeedsRanks(), "why")
+
+
+@pytest.mark.parametrize(("module", "name"), [(Recurrence, "gru"), (Convolution, "conv"), (OtherAttention, "")])
+def test_a_run_without_a_proof_names_recurrences_and_convolutions(world, module, name) -> None:
+    run = Run(size=2, steps=1, strategy={"verify": False, "view": "segment"})
+    said = [x for x in world.run(2, warnings_of, module, run)[0] if "was not proved" in x]
+    assert len(said) == bool(name)
+    assert not name or said[0].endswith(
+        f"not proved to be the training of one device: verify=False. Recurrences and convolutions do not see across segments: {name}."
+    )
+
+
+def warnings_of(rank: int, module: type[pl.LightningModule], run: Run) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = make_trainer(rank, run)
+        trainer.fit(module(), DataLoader([make_batch()], batch_size=None))
+    return [str(x.message) for x in caught]
+
+
+@pytest.mark.parametrize(
+    ("module", "run", "length"),
+    [
+        (WrongBeyondTheProof, Run(size=2, steps=1), 4096),
+        (WrongLater, Run(size=2, steps=2), LENGTH),
+        (WrongByLittle, Run(size=2, steps=1, trainer={"precision": "bf16-true"}), LENGTH),
+    ],
+)
+def test_what_the_proof_cannot_see_is_what_the_readme_says(world, module, run, length) -> None:
+    """A longer segment than it computes, a later batch, and little of all gradients in half precision; dropout is off in it."""
+    assert world.run(2, verdict, module, run, length) == ["", ""]
 
 
 class FailsInValidation(Right):

@@ -95,7 +95,8 @@ class OwnFunction(CausalDecoder):
         x = Squared.apply(self.embed(batch["tokens"]))
         q = x.unflatten(-1, (2, -1)).transpose(1, 2)
         x = x + lss_attention(q, q, q, sequence_shard(self), causal=True).transpose(1, 2).flatten(2)
-        return F.cross_entropy(self.head(x).flatten(0, 1), batch["labels"].flatten())
+        loss = F.cross_entropy(self.head(x).flatten(0, 1), batch["labels"].flatten())
+        return loss + super().training_step(batch, index)
 
 
 class LooksAtMemory(CausalDecoder):
@@ -103,6 +104,23 @@ class LooksAtMemory(CausalDecoder):
         x = self.embed(batch["tokens"])
         x.data_ptr()
         return super().training_step(batch, index)
+
+
+class WeighsByGradients(CausalDecoder):
+    """The weight of a loss is the norm of its gradient, as in adversarial autoencoders."""
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        loss = super().training_step(batch, index)
+        (gradient,) = torch.autograd.grad(loss, self.embed.weight, retain_graph=True)
+        return loss * gradient.norm().detach()
+
+
+class OwnGradients(CausalDecoder):
+    """A gradient of what no sequence takes part in."""
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        (gradient,) = torch.autograd.grad(self.embed.weight.square().sum(), self.embed.weight, create_graph=True)
+        return super().training_step(batch, index) + gradient.square().mean()
 
 
 class UsesWeights(CausalDecoder):
@@ -137,8 +155,15 @@ def outcome(rank: int, module: type[pl.LightningModule], options: dict[str, Any]
 @pytest.mark.parametrize(
     ("module", "options", "words"),
     [
-        (OwnFunction, {}, "exact"),
+        (OwnFunction, {}, "exact: 11 gradients"),
+        (
+            WeighsByGradients,
+            {},
+            "torch.autograd.grad is not known for a sequence that is split. Call backward() instead",
+        ),
+        (OwnGradients, {}, "exact: 11 gradients"),
         (LooksAtMemory, {}, "data_ptr is not known for a sequence that is split"),
+        (LooksAtMemory, {}, "Give a kernel of your own whole tensors, in a torch.autograd.Function"),
         (UsesWeights, {}, "weights of attention along a split sequence are not computed"),
         (WithSegments, {"view": "whole"}, "attention (LSSAttention) is written for segments"),
         (CausalDecoder, {"view": "segment"}, "Attention that was not recognized"),
