@@ -137,7 +137,7 @@ def attend(case: Case) -> dict[str, Tensor]:
     return {name: x[:, :, : case.length] for name, x in whole.items()}
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_output_and_gradients_are_those_of_the_dense_mask(case: Case) -> None:
     with pytest.MonkeyPatch.context() as patch:

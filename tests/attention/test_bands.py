@@ -45,7 +45,7 @@ def paint(found: Bands) -> NDArray[Any]:
     return painted
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(sets(), sets())
 def test_sets_of_bands_are_sets_of_pairs(one, other) -> None:
     a, b = paint(one), paint(other)
@@ -55,7 +55,7 @@ def test_sets_of_bands_are_sets_of_pairs(one, other) -> None:
     assert (paint(subtract(one, other)) == a * (1 - b)).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sets(), sets(), st.integers(0, 40))
 def test_a_limit_is_kept_or_raises(one, other, most) -> None:
     for join in (intersect, unite, subtract):
@@ -92,7 +92,7 @@ def test_giving_up_takes_a_moment() -> None:
     assert time.process_time() - begin < 2
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(sets())
 def test_each_row_and_column_of_a_band_has_a_pair(found) -> None:
     assert count_pairs(found).tolist() == [paint(band[None]).sum() for band in found]
@@ -103,7 +103,7 @@ def test_each_row_and_column_of_a_band_has_a_pair(found) -> None:
         assert seen.any(1).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sets(), st.integers(1, LENGTH))
 def test_bands_are_cut_where_their_queries_cross_a_border(found, size) -> None:
     parts = split_queries(found, size)

@@ -71,7 +71,7 @@ def test_documents_of_one_token_each_are_told_apart_by_their_positions() -> None
     assert shown(AttentionMask.from_position_ids(torch.tensor([[0, 0, 1, 0]])), 4) == ["x...", ".xx.", ".xx.", "...x"]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
 @given(masks(BATCH, HEADS, LENGTH))
 def test_bands_and_words_say_what_the_dense_mask_says(mask) -> None:
     sizes = Sizes(BATCH, HEADS, LENGTH, LENGTH)
@@ -84,7 +84,7 @@ def test_bands_and_words_say_what_the_dense_mask_says(mask) -> None:
         assert torch.equal(painted.expand(BATCH, -1, -1, -1), dense.long().expand(BATCH, 1, -1, -1))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
 @given(masks(BATCH, HEADS, LENGTH), st.sampled_from([1, 2, 6]))
 def test_the_work_of_chunks_is_that_of_the_dense_mask(mask, num_chunks) -> None:
     sizes = Sizes(BATCH, HEADS, LENGTH, LENGTH)

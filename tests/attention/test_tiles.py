@@ -46,7 +46,7 @@ def as_tile(band: Band) -> Tile:
     return Tile(q0, q1, k0, k1, low - q0 + k0, high - q0 + k0)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(bands(), st.booleans(), st.booleans(), st.sampled_from([1, 2, 3, 5, 8]), st.sampled_from([0, 99]))
 def test_a_band_is_cut_to_tiles_that_a_kernel_takes(band, offset_diagonal, windows, rows, wide) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -67,7 +67,7 @@ def test_a_band_is_cut_to_tiles_that_a_kernel_takes(band, offset_diagonal, windo
             assert (right >= 0) == tile.cuts_right
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(bands(), st.sampled_from([None, 1, 3]), st.sampled_from([None, 2, 4]))
 def test_a_tile_is_cut_to_parts_that_see_something(band, rows, keys) -> None:
     parts = list(as_tile(band).cut(rows, keys))

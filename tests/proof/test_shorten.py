@@ -40,6 +40,17 @@ def test_one_device_never_has_the_positions_of_a_segment(shard, chunk) -> None:
     assert short_length(length, shard) != length // shard.size
 
 
+@given(st.sampled_from(SHARDS), st.integers(1, 5000))
+def test_a_sequence_that_is_filled_up_is_shortened_alike(shard, length) -> None:
+    unit, rest = shard.num_chunks, length % shard.num_chunks
+    short, segment = short_length(length, shard) + rest, -(-length // unit) * unit // shard.size
+    if short < length and rest:
+        assert short != segment
+        assert short - rest <= max(segment, 10 * unit)  # 11 cannot be cut into blocks
+        for block in (2, 3, 4, 5, 7, 8, 16, 32):
+            assert (short // unit + 1) % block or (length // unit + 1) % block == 0
+
+
 def test_an_entry_may_be_longer_than_the_tokens() -> None:
     shard = SequenceShard(0, 2, "zigzag")
     targets = torch.arange(16)[None].masked_fill(torch.arange(16) < 6, -100)

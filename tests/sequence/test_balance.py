@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_lss.attention.masks import AttentionMask
@@ -70,7 +70,6 @@ def test_full_attention_is_left_contiguous_and_so_is_a_batch_without_work() -> N
     assert imbalance(np.zeros(32, np.int64), contiguous) == 1
 
 
-@settings(deadline=None)
 @given(size=st.integers(1, 9), own=st.integers(1, 8), seed=st.integers(0, 1000), scale=st.sampled_from([1, 100, 2**40]))
 def test_any_work_is_no_less_even_than_what_static_layouts_make_of_it(size, own, seed, scale) -> None:
     random, count = np.random.default_rng(seed), size * own
