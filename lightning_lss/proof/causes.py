@@ -72,7 +72,8 @@ FAILS = Cause(
 SHOWN_WHOLE = Cause(
     "A function that the step calls on whole sequences does not give each rank its part of what one device computes.",
     "LSSStrategy(view='segment') and the parts of lightning_lss in the module; or strategy='ddp'. Every function should be exact"
-    " when it is shown whole sequences, but for writing to a slice of one in place, and rows of padding that see no key: please report it.",
+    " when it is shown whole sequences, but for writing to a slice of one in place, and for padding on the left under Hugging Face's"
+    " attn_implementation='eager', where rows that see no key count (pad on the right, or use 'sdpa'): please report any other.",
 )
 FAILS_SHOWN_WHOLE = Cause(
     "The step fails where its sequences are split, though not on one device.",

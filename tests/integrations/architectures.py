@@ -154,8 +154,8 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def make_batches(name: str, how: str, length: int = 16, rows: int = 4, steps: int = 3) -> list[dict[str, Any]]:
-    """Batches as a data loader gives them: ``plain``, ``padded`` (left and right), ``packed`` (two documents a row), or
-    ``flattened`` (one row of documents, by the library's own collator)."""
+    """Batches as a data loader gives them: ``plain``, ``padded`` (left and right), ``padded on the right``, ``packed`` (two
+    documents a row), or ``flattened`` (one row of documents, by the library's own collator)."""
     generator = torch.Generator().manual_seed(7)
     return [_make_batch(name, how, length, rows, generator) for _ in range(steps)]
 
@@ -187,10 +187,10 @@ def _make_batch(name: str, how: str, length: int, rows: int, generator: torch.Ge
         batch["labels"] = torch.arange(rows) % 3
     if name == "t5":
         batch["labels"] = tokens[:, :12].clone()
-    if how == "padded":
+    if how in ("padded", "padded on the right"):
         mask = torch.ones_like(tokens)
         mask[0, length - 5 :] = 0
-        mask[1, : 0 if name == "gemma2" else 5] = 0
+        mask[1, : 5 if how == "padded" else 0] = 0
         batch["attention_mask"] = mask
         if batch["labels"].shape == mask.shape:
             batch["labels"] = batch["labels"].masked_fill(mask == 0, -100)
