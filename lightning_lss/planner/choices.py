@@ -172,11 +172,11 @@ class _Planner:
         try:
             batch_size = self._batch_size(data_size)
             self._check(traces, data_size, size)
+            trace = traces.at(size, self.length, batch_size)
         except ValueError as error:
             return Impossible(scheme, data_size, size, str(error))
         grid, batches = Grid(data_size, size, self.hardware), self.options.accumulate_grad_batches
         shards = 1 if traces.scheme else self.options.shards(data_size, size)
-        trace = traces.at(size, self.length, batch_size)
         time = step_time(trace, self.options, grid, shards, shared="data" if traces.scheme else "world")
         memory = memory_of(self._moments(trace, traces, shards))
         steps = data_size * batches  # steps of one rank with whole sequences that do the work of this one

@@ -32,6 +32,7 @@ from lightning_lss.sequence.dtypes import resolve_communication_dtype
 from lightning_lss.sequence.layout import STATIC_LAYOUTS, check_positive
 from lightning_lss.sequence.segment import SequenceShard, segment_local_names, segment_modules
 from lightning_lss.strategy.memory import MemoryOptions
+from lightning_lss.strategy.view import wants_whole
 from lightning_lss.testing.fake_world import fake_world
 
 PRECISIONS: dict[str, Callable[[], Precision]] = {
@@ -150,7 +151,8 @@ def trace_step(module: pl.LightningModule, batch: Any, rank: Rank) -> Trace:
         rank: the rank whose step is traced.
 
     Raises:
-        ValueError: if the module needs contents, optimizes manually, or asks more of its Trainer than the stand-in has.
+        ValueError: if the module needs contents, optimizes manually, asks more of its Trainer than the stand-in has, or is one
+            that would be shown whole sequences on several ranks.
     """
     if not module.automatic_optimization:
         raise ValueError("A module with automatic_optimization=False cannot be planned: its steps are unknown.")
@@ -164,6 +166,12 @@ def trace_step(module: pl.LightningModule, batch: Any, rank: Rank) -> Trace:
                 f"{type(module).__name__} asks for the value of a tensor ({error}), but the planner runs it on tensors without"
                 " contents. Leave out `.item()`, `if` on tensors and boolean indexing in training_step."
             ) from error
+
+
+_SHOWN_WHOLE = (
+    "{module} is not written for segments, so LSSStrategy shows it whole sequences; what its ranks then hold and send is not planned."
+    " Plan an LSSTransformer of the same sizes, or write the module with LSSAttention."
+)
 
 
 class _Step:
@@ -198,6 +206,8 @@ class _Step:
         else:
             with self.mode:
                 module.configure_model()
+                if self.shard.size > 1 and wants_whole(module, "auto"):
+                    raise ValueError(_SHOWN_WHOLE.format(module=type(module).__name__))
                 for segmented in segment_modules(module):
                     segmented.set_shard(self.shard)
         self.rank.options.memory.apply(module)

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from rich.console import Console
@@ -119,6 +120,24 @@ def test_a_users_own_module() -> None:
     assert "strategy=lss sequence_parallel_size=" in text_of(plan)
     with_baseline = planned(OwnModule(), pair_of(64), baselines=[MegatronScheme()])
     assert "has no Transformer for Megatron to split" in with_baseline.impossible[0].reason
+
+
+class ForOneDevice(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = torch.nn.Embedding(64, 8), torch.nn.Linear(8, 64)
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        return self.out(self.embed(batch["inputs"])).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters())
+
+
+def test_a_module_that_is_shown_whole_sequences_is_planned_on_one_device_only() -> None:
+    plan = planned(ForOneDevice(), batch_of(64))
+    assert [choice.size for choice in plan.choices] == [1]
+    assert "ForOneDevice is not written for segments" in plan.impossible[0].reason
 
 
 def test_a_module_that_would_not_fit_this_machine() -> None:
