@@ -119,7 +119,6 @@ CASES: list[tuple[type[Decoder], dict[str, Any], dict[str, Any], float]] = [
     (Unfrozen, EXACT, {}, 1e-10),
     (Averaged, EXACT, {}, 1e-10),
     (Tiled, EXACT, {"mlp_tiles": 2}, 1e-10),
-    (Tiled, EXACT, {}, 1e-10),
     (WithoutLogits, EXACT, {}, 1e-10),
     (Decoder, {"precision": "32-true"}, {}, 1e-5),
     (Decoder, {"precision": "bf16-mixed"}, {}, 3e-2),
