@@ -12,6 +12,7 @@ from lightning_lss.attention.kernels import select_kernel
 from lightning_lss.attention.kinds import Sizes
 from lightning_lss.attention.masks import AttentionMask
 from lightning_lss.attention.operator import attend, spec_fields
+from lightning_lss.attention.packing import no_modes
 from lightning_lss.attention.spec import AttentionSpec, HeadChunks, Modifiers, check_head_chunks
 from lightning_lss.sequence.dtypes import in_autocast_dtype
 from lightning_lss.sequence.random import draw_seed
@@ -195,6 +196,7 @@ def _hiding_padding(
 
 
 @lru_cache(maxsize=8)  # layers share masks
+@no_modes()  # a checkpoint that computes a layer again finds the mask here
 def _extended(mask: AttentionMask, length: int, padding: int) -> AttentionMask:
     """The mask of sequences of ``length`` that are followed by ``padding`` positions, whose keys nobody sees."""
     mask.check(Sizes(mask.rows, mask.heads, length, length))

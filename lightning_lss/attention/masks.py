@@ -275,9 +275,8 @@ class AttentionMask(BatchMask):
         return self
 
     def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, AttentionMask) and self.packed == other.packed
-        )  # no operator, which a checkpoint would replay
+        # by digests, not by an operator: a checkpoint that computes a layer again would miss it
+        return isinstance(other, AttentionMask) and self.packed == other.packed
 
     def __hash__(self) -> int:
         return hash(self.packed)
