@@ -1,19 +1,23 @@
-"""``torch.autograd.Function`` and ``torch.autograd.grad``, which do not ask tensors what to do."""
+"""What does not ask tensors what to do: ``torch.autograd.Function``, and functions that make a tensor of another."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.utils._pytree import tree_leaves
 
+from lightning_lss.tensor.placement import Placement
 from lightning_lss.tensor.properties import differentiate
-from lightning_lss.tensor.split_tensor import SplitTensor, on_whole, split_tensor
+from lightning_lss.tensor.split_tensor import SplitTensor, map_leaves, on_whole, part, split_tensor
 
 _apply = Function.apply.__func__  # type: ignore[attr-defined]
 _grad = torch.autograd.grad
+_MAKING = ("tensor", "as_tensor", "asarray")
+"""Functions of torch that take a tensor, and would take a SplitTensor for this rank's part."""
 
 
 def _apply_to_whole(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
@@ -22,13 +26,42 @@ def _apply_to_whole(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
         return _apply(cls, *args, **kwargs)
     if not cls.__module__.startswith("torch."):
         return on_whole(lambda *a, **k: _apply(cls, *a, **k), *args, **kwargs)
-    result = _apply(cls, *args, **kwargs)
-    shown = {x.part.data_ptr(): x.placement for x in args if isinstance(x, SplitTensor)}
+    return _apply_to_parts(cls, *args, **kwargs)
 
-    def show(x: Any) -> Any:  # what is returned as it came is a view that does not know its placement
-        return split_tensor(x, shown[x.data_ptr()]) if type(x) is Tensor and x.data_ptr() in shown else x
 
-    return tuple(map(show, result)) if isinstance(result, tuple) else show(result)
+def _apply_to_parts(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+    """Apply a function that passes tensors on as they are, or to a function of the last of its arguments, as checkpointing
+    does; that one sees split tensors as before."""
+    placements = [x.placement if isinstance(x, SplitTensor) else None for x in args]
+    shown: dict[int, Placement] = {}  # by memory: what is passed on is a view that does not know its placement
+
+    def note(x: Any) -> Any:
+        if isinstance(x, SplitTensor):
+            shown[x.part.data_ptr()] = x.placement
+        return part(x)
+
+    def seeing_split(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **options: Any) -> Any:
+            own = zip(given, placements[len(args) - len(given) :])
+            return map_leaves(note, function(*(split_tensor(x, at) if at else x for x, at in own), **options))
+
+        return call
+
+    given = [seeing_split(x) if callable(x) and not isinstance(x, Tensor) else note(x) for x in args]
+    result = _apply(cls, *given, **kwargs)
+    return map_leaves(
+        lambda x: split_tensor(x, shown[x.data_ptr()]) if type(x) is Tensor and x.data_ptr() in shown else x, result
+    )
+
+
+def _of_split(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let a function that keeps the shape of what it is given take split tensors."""
+
+    def make(data: Any, *args: Any, **kwargs: Any) -> Tensor:
+        made = func(part(data), *args, **kwargs)
+        return split_tensor(made, data.placement) if isinstance(data, SplitTensor) else made
+
+    return make
 
 
 def _grad_on_one_rank(outputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -54,12 +87,11 @@ def _crosses_ranks(x: Tensor) -> bool:
 
 @contextmanager
 def functions_of_whole_tensors() -> Iterator[None]:
-    """Within it, autograd functions are given whole tensors, as all functions without a rule are; ``torch.autograd.grad``
-    refuses what ranks have computed together."""
-    Function.apply = classmethod(_apply_to_whole)  # type: ignore[method-assign, assignment]
-    torch.autograd.grad = _grad_on_one_rank
-    try:
+    """Within it, autograd functions are given whole tensors, as all functions without a rule are; ``torch.tensor`` and the
+    like show one of a split tensor as whole; ``torch.autograd.grad`` refuses what ranks have computed together."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(Function, "apply", classmethod(_apply_to_whole)))
+        stack.enter_context(patch.object(torch.autograd, "grad", _grad_on_one_rank))
+        for name in _MAKING:
+            stack.enter_context(patch.object(torch, name, _of_split(getattr(torch, name))))
         yield
-    finally:
-        Function.apply = classmethod(_apply)  # type: ignore[method-assign, assignment]
-        torch.autograd.grad = _grad

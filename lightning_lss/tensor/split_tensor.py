@@ -148,7 +148,7 @@ def _by_rule(found: Function, func: Function, args: tuple[Any, ...], kwargs: dic
 # -- entry by entry ----------------------------------------------------------------------------------------------------
 
 _OPERATORS = {
-    **{"add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "floordiv": "floor_divide", "mod": "remainder"},
+    **{"add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "div": "div", "floordiv": "floor_divide", "mod": "remainder"},
     **{"pow": "pow", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor"},
     **{"lshift": "bitwise_left_shift", "rshift": "bitwise_right_shift"},
 }

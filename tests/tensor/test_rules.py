@@ -69,7 +69,7 @@ F.conv1d(x.mT, kernel[..., :2], padding="same") ; nn.functional.conv2d(x[:, None
 x.float().detach() ; x.to(torch.float64) ; x.contiguous() ; x.detach() ; x.clone() ; torch.zeros_like(x)
 torch.ones_like(x) * x ; x.new_zeros(3) ; x.type_as(y)
 x.size(1) + x.shape[1] + len(x) + x.numel() + x.dim() + x.stride(0) ; in_place(x) ; assign(x) ; assign_where(x, ids)
-windows(x)
+windows(x) ; 1 / (x.abs() + 1) ; halve(x) ; hooked(x) ; retained(x) ; with_gradient(x) ; with_gradient_of_whole(x, plain)
 """
 ON_WHOLE = """
 x[:, 1:] ; x[:, :-1] ; x[:, 1:-1] ; x[:, 2:].softmax(1) ; x[:, 1:].mean(1)
@@ -112,6 +112,39 @@ def windows(x: Tensor) -> Tensor:
         return x
     y = x.view(B, x.shape[1] // 3, 3, E)
     return F.scaled_dot_product_attention(y, y, y).reshape(B, -1, E)
+
+
+def halve(x: Tensor) -> Tensor:
+    z = x * 1
+    z /= 2
+    return z
+
+
+def hooked(x: Tensor) -> Tensor:
+    z = x * 1
+    z.register_hook(lambda gradient: gradient.clamp(-0.1, 0.1) / gradient.abs().sum())
+    z.register_hook(lambda gradient: None)
+    return z
+
+
+def retained(x: Tensor) -> Tensor:
+    """The gradient of a tensor in between."""
+    z = x * 1
+    z.retain_grad()
+    (z * z).sum().backward()
+    return z.grad  # type: ignore[return-value]
+
+
+def with_gradient(x: Tensor) -> Tensor:
+    """A backward pass of many losses at once."""
+    losses = (x * x).sum(-1)
+    losses.backward(torch.ones_like(losses))
+    return losses.detach()
+
+
+def with_gradient_of_whole(x: Tensor, plain: Tensor) -> Tensor:
+    torch.autograd.backward([x * x], [plain])
+    return x.detach()
 
 
 def tensors(length: int) -> dict[str, Any]:
