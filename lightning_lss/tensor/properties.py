@@ -146,7 +146,7 @@ def backward(func: Function, tensors: Any, gradients: Any = None, *args: Any, **
 
 def _gradient_of_part(x: Tensor, gradient: Tensor | None) -> Tensor | None:
     if not isinstance(x, SplitTensor) or gradient is None:
-        return whole(gradient)  # type: ignore[no-any-return]
+        return whole(gradient)
     return x.placement.counting(part_like(gradient, x.placement, x.part.dim())) * x.placement.shard.size
 
 

@@ -148,7 +148,8 @@ def _by_rule(found: Function, func: Function, args: tuple[Any, ...], kwargs: dic
 # -- entry by entry ----------------------------------------------------------------------------------------------------
 
 _OPERATORS = {
-    **{"add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "div": "div", "floordiv": "floor_divide", "mod": "remainder"},
+    **{"add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "div": "div", "floordiv": "floor_divide"},
+    "mod": "remainder",
     **{"pow": "pow", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor"},
     **{"lshift": "bitwise_left_shift", "rshift": "bitwise_right_shift"},
 }
@@ -266,17 +267,21 @@ def _warn_of(name: str, tensors: list[SplitTensor]) -> None:
     """Tell the user, once for each line, what it costs to compute whole tensors."""
     if not any(x.part.is_floating_point() for x in tensors):
         return
-    frame = sys._getframe(1)
-    while frame.f_back is not None and _is_library(frame.f_code.co_filename):
-        frame = frame.f_back
     warnings.warn_explicit(  # without lengths: Python shows a text once for each line
         f"`{name}` has no rule for a sequence that is split: every rank computes it on the whole, with the memory and the time of one"
         " device. The results are exact.",
         UserWarning,
-        frame.f_code.co_filename,
-        frame.f_lineno,
+        *line_of_user(),
         registry=_warned,
     )
+
+
+def line_of_user() -> tuple[str, int]:
+    """The file and the line of the code that calls torch now, outside of torch and of this folder."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _is_library(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
 
 
 _warned: dict[Any, Any] = {}  # where, as the warnings module keeps it for each module
