@@ -1,4 +1,5 @@
-"""What does not ask tensors what to do: ``torch.autograd.Function``, and functions that make a tensor of another."""
+"""What does not ask tensors what to do: autograd functions, ``torch.autograd.grad``, transforms of functions, and functions that
+make a tensor of another."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -7,23 +8,30 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._functorch import apis, eager_transforms
 from torch.autograd import Function
-from torch.utils._pytree import tree_leaves
+from torch.nn.modules._functions import BackwardHookFunction
 
 from lightning_lss.tensor.placement import Placement
 from lightning_lss.tensor.properties import differentiate
-from lightning_lss.tensor.split_tensor import SplitTensor, map_leaves, on_whole, part, split_tensor
+from lightning_lss.tensor.split_tensor import SplitTensor, leaves, map_leaves, on_whole, part, split_tensor
 
 _apply = Function.apply.__func__  # type: ignore[attr-defined]
 _grad = torch.autograd.grad
 _MAKING = ("tensor", "as_tensor", "asarray")
 """Functions of torch that take a tensor, and would take a SplitTensor for this rank's part."""
+_TRANSFORMS = ((apis, "vmap_impl"), (eager_transforms, "grad_impl"), (eager_transforms, "grad_and_value_impl"))
+"""What ``torch.vmap``, ``torch.func.grad`` and ``torch.func.grad_and_value`` call, however a user has imported them."""
 
 
 def _apply_to_whole(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
     """Give a user's function whole tensors, whose gradients it then computes; those of torch pass parts on."""
     if not any(isinstance(x, SplitTensor) for x in args):
         return _apply(cls, *args, **kwargs)
+    if cls is BackwardHookFunction:
+        raise NotImplementedError(
+            "Backward hooks of modules are not known for a sequence that is split. Hook the tensor instead: output.register_hook(...)."
+        )
     if not cls.__module__.startswith("torch."):
         return on_whole(lambda *a, **k: _apply(cls, *a, **k), *args, **kwargs)
     return _apply_to_parts(cls, *args, **kwargs)
@@ -64,34 +72,48 @@ def _of_split(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return make
 
 
-def _grad_on_one_rank(outputs: Any, *args: Any, **kwargs: Any) -> Any:
-    """Refuse gradients of what ranks have summed or gathered, such as a loss: each has only its part of them."""
-    if any(_crosses_ranks(x) for x in tree_leaves(outputs) if isinstance(x, Tensor)):
+def _on_whole(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function that does not ask tensors take whole ones."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return on_whole(func, *args, **kwargs) if any(True for _ in leaves((args, kwargs))) else func(*args, **kwargs)
+
+    return call
+
+
+def _grad_on_one_rank(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refuse gradients through what ranks have summed or gathered, such as a loss: each has only its part of them."""
+    if _crosses_ranks(outputs, inputs):
         differentiate(_grad)
-    return _grad(outputs, *args, **kwargs)
+    return _grad(outputs, inputs, *args, **kwargs)
 
 
-def _crosses_ranks(x: Tensor) -> bool:
-    """Whether ``x`` was computed from tensors of several ranks."""
-    nodes, seen = [x.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
+def _crosses_ranks(outputs: Any, inputs: Any) -> bool:
+    """Whether what ``outputs`` were computed from, back to ``inputs``, was communicated."""
+    outputs, inputs = ([x] if isinstance(x, Tensor) else [*x] for x in (outputs, inputs))
+    seen = {x.grad_fn for x in inputs} | {None}
+    found = [x.grad_fn for x in outputs]
+    while found:
+        node = found.pop()
+        if node in seen:
             continue
-        if getattr(type(node), "_forward_cls", Function).__module__.startswith("lightning_lss.sequence."):
+        if getattr(getattr(node, "_forward_cls", None), "__module__", "").startswith("lightning_lss.sequence."):
             return True
         seen.add(node)
-        nodes += [following for following, _ in node.next_functions]
+        found += [before for before, _ in node.next_functions]
     return False
 
 
 @contextmanager
 def functions_of_whole_tensors() -> Iterator[None]:
-    """Within it, autograd functions are given whole tensors, as all functions without a rule are; ``torch.tensor`` and the
-    like show one of a split tensor as whole; ``torch.autograd.grad`` refuses what ranks have computed together."""
+    """Within it, autograd functions and transforms are given whole tensors, as all functions without a rule are;
+    ``torch.tensor`` and the like show one of a split tensor as whole; and ``torch.autograd.grad`` is refused across ranks."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(Function, "apply", classmethod(_apply_to_whole)))
         stack.enter_context(patch.object(torch.autograd, "grad", _grad_on_one_rank))
         for name in _MAKING:
             stack.enter_context(patch.object(torch, name, _of_split(getattr(torch, name))))
+        for module, name in _TRANSFORMS:
+            if hasattr(module, name):
+                stack.enter_context(patch.object(module, name, _on_whole(getattr(module, name))))
         yield

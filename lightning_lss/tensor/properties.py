@@ -1,7 +1,7 @@
 """Rules of what a tensor is, and of functions that ask only for its shape, dtype or device."""
 
 from math import prod
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -151,7 +151,7 @@ def _gradient_of_part(x: Tensor, gradient: Tensor | None) -> Tensor | None:
 
 
 @rule("grad")
-def differentiate(func: Function, *args: Any, **kwargs: Any) -> None:
+def differentiate(func: Function, *args: Any, **kwargs: Any) -> NoReturn:
     """Refuse ``torch.autograd.grad``: gradients of losses that other ranks share would be missing."""
     raise NotImplementedError(
         "torch.autograd.grad is not known for a sequence that is split. Call backward() instead, or train with LSSStrategy(view='segment')."

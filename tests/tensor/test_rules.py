@@ -83,6 +83,7 @@ torch.rand_like(x) * 0 ; x.tolist()[0][0][0] ; round(float(x.sum()) + x.flatten(
 F.scaled_dot_product_attention(memory, k, v) ; torch.where(x > 0)[0]
 nn.functional.embedding(ids, table, scale_grad_by_freq=True) ; x.prod(1) ; x.var(1) ; torch.fft.rfft(x, dim=1).abs()
 torch.outer(x[0, :, 0], x[0, :, 1]) ; x.index_add(1, torch.tensor([1]), x[:, :1])
+torch.norm(x, dim=1) ; noise(x) ; noise(x.mT) ; noise(q)
 """
 
 
@@ -105,6 +106,12 @@ def assign_where(x: Tensor, ids: Tensor) -> Tensor:
     z = x * 1
     z[ids > 3] = 0.5
     return z
+
+
+def noise(x: Tensor) -> Tensor:
+    """Random numbers for the same places as on one device, whatever the order in memory."""
+    torch.manual_seed(4)
+    return x + torch.randn_like(x) + torch.empty_like(x).normal_() + torch.bernoulli(x.detach().sigmoid())
 
 
 def windows(x: Tensor) -> Tensor:
