@@ -115,12 +115,12 @@ class Rehearsal:
         if isinstance(loss, Tensor) and self.module.automatic_optimization:
             self.backward(loss)
 
-    def backward(self, loss: Tensor, **options: Any) -> None:
-        """Take the place of a backward pass of the step; ``options`` are those of ``Tensor.backward``."""
-        self._losses.append(loss.detach().reshape(()))
+    def backward(self, loss: Tensor, *args: Any, **options: Any) -> None:
+        """Take the place of a backward pass of the step; further arguments are those of ``Tensor.backward``."""
+        self._losses.append(loss.detach().sum())
         if self._takes_gradients:
             self.parameters.before_backward(loss)
-            (loss * self._scale).backward(**options)
+            (loss * self._scale).backward(*args, **options)
 
     @property
     def _scale(self) -> float:

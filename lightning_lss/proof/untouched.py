@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_lss.tensor.split_tensor import part as part_of
+
 
 @contextmanager
 def untouched(
@@ -147,7 +149,7 @@ class CopiedOnWrite(TorchDispatchMode):
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
-        local = (getattr(x, "_local_tensor", x) for x in tensors)
+        local = (part_of(getattr(x, "_local_tensor", x)) for x in tensors)
         self._known = {x.untyped_storage()._cdata: x.untyped_storage() for x in local}
         self._saved: list[tuple[Any, Any]] = []
         self.dtypes: set[torch.dtype] = set()
@@ -160,7 +162,8 @@ class CopiedOnWrite(TorchDispatchMode):
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     for tensor in x if isinstance(x, (list, tuple)) else [x]:
                         self._save(tensor)
-        result = func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():  # operators are given what each rank holds
+            result = func(*args, **(kwargs or {}))
         self.dtypes.update(
             x.dtype for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x, Tensor)
         )

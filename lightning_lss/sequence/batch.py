@@ -6,7 +6,7 @@ import hashlib
 import warnings
 from abc import ABC, abstractmethod
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -113,8 +113,12 @@ def _check(leaves: list[tuple[Path, Tensor]], shard: SequenceShard, dims: Sequen
 
 
 def sequence_dim(path: Path, tensor: Tensor, dims: SequenceDims) -> int | None:
-    """Find the dimension along which :func:`split_batch` cuts the entry at ``path``; None leaves it whole."""
-    default = DEFAULT_DIM if tensor.dim() > DEFAULT_DIM else None
+    """Find the dimension along which :func:`split_batch` cuts the entry at ``path``; None leaves it whole.
+
+    Nested and sparse tensors are left whole.
+    """
+    is_dense = tensor.layout == torch.strided and not tensor.is_nested
+    default = DEFAULT_DIM if is_dense and tensor.dim() > DEFAULT_DIM else None
     return next((dims[key] for key in reversed(path) if key in dims), default)
 
 
@@ -191,11 +195,22 @@ def batch_digest(batch: Any) -> int:
     """Hash every tensor in a batch (path, shape, dtype and bytes), and every attention mask, to 63 bits."""
     digest = hashlib.blake2b(digest_size=8)
     for path, tensor in tensors_by_path(batch):
-        digest.update(repr((path, tuple(tensor.shape), str(tensor.dtype))).encode())
-        digest.update(bytes_of(tensor))
+        for x in _dense_parts(tensor.detach()):
+            digest.update(repr((path, tuple(x.shape), str(x.dtype))).encode())
+            digest.update(bytes_of(x))
     for path, mask in masks_by_path(batch):
         digest.update(repr((path, mask.content_digest)).encode())
     return int.from_bytes(digest.digest(), "big") >> 1
+
+
+def _dense_parts(x: Tensor) -> Sequence[Tensor]:
+    """What a nested or a sparse tensor is made of; any other tensor itself."""
+    if x.is_nested:
+        return x.unbind()
+    if x.layout != torch.strided:
+        entries = x.to_sparse_coo().coalesce()
+        return [entries.indices(), entries.values(), torch.tensor(x.shape)]
+    return [x]
 
 
 def bytes_of(x: Tensor) -> bytes:

@@ -124,18 +124,6 @@ def _all_reduce(x: Tensor, group: dist.ProcessGroup, op: Any = dist.ReduceOp.SUM
     return total
 
 
-def number_for_mean(number: Tensor, shard: "SequenceShard", trains: bool) -> Tensor:
-    """Divide the sum of a sequence group's losses by this, so that the mean over data replicas is that over all entries.
-
-    Replicas take training steps together. In evaluation, where they need not, each has its own mean.
-    """
-    if not trains:
-        return sum_over_ranks(number, shard)
-    total = number.clone()
-    dist.all_reduce(total)
-    return total * (shard.size / dist.get_world_size())
-
-
 def sum_over_sequence(x: Tensor, shard: "SequenceShard", dim: int = 1) -> Tensor:
     """Sum over the whole sequence, the same on every rank: [..., l, ...] -> [..., ...]; integers become int64."""
     if shard.size == 1:

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
@@ -17,6 +18,7 @@ from lightning_lss.parallel.members import Members
 from lightning_lss.parallel.replicated import Replicated, check_averaged, compress_hook, has_work_for_ddp
 from lightning_lss.parallel.segment_local import SegmentLocal, restore_precision_plugin
 from lightning_lss.sequence.grid import SequenceGrid
+from lightning_lss.sequence.replicas import meet
 from lightning_lss.sequence.segment import SequenceShard
 from lightning_lss.strategy import validation
 
@@ -33,6 +35,7 @@ class GradientAveraging(DDPStrategy):
     _segment_local: SegmentLocal | None
     _grid: SequenceGrid | None
     _shard: SequenceShard
+    _shows_whole: bool
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -116,8 +119,20 @@ class GradientAveraging(DDPStrategy):
     def _is_last_backward(self) -> bool:
         return bool(getattr(self.model, "require_backward_grad_sync", True))
 
+    def _meet_replicas(self) -> None:
+        if self._shows_whole:
+            meet(self._shard, self.root_device)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        output = super().training_step(*args, **kwargs)
+        self._meet_replicas()
+        return output
+
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
+        if not self._module.automatic_optimization:
+            self._meet_replicas()
         super().pre_backward(closure_loss)
         self._parameters.before_backward(closure_loss)
 

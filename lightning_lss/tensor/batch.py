@@ -37,9 +37,10 @@ def show_whole(batch: Any, shard: SequenceShard, sequence_dims: SequenceDims | N
     def is_named(path: Path) -> bool:
         return not dims.keys().isdisjoint(path)
 
-    unnamed = {
-        path: x.size(1) for path, x in tensors_by_path(batch) if 2 <= x.dim() <= MOST_DIMS and not is_named(path)
-    }
+    def may_be_split(path: Path, x: Tensor) -> bool:
+        return x.dim() <= MOST_DIMS and not is_named(path) and sequence_dim(path, x, dims) is not None
+
+    unnamed = {path: x.size(1) for path, x in tensors_by_path(batch) if may_be_split(path, x)}
     lengths = Counter(unnamed.values())
     length = max(lengths, key=lambda n: (lengths[n], n), default=0)
 

@@ -1,13 +1,24 @@
 """Rules of losses: a mean is that over the entries of all ranks."""
 
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from lightning_lss.sequence.borders import number_for_mean, sum_over_ranks
+from lightning_lss.sequence.borders import sum_over_ranks
+from lightning_lss.sequence.replicas import number_for_mean
 from lightning_lss.tensor.reductions import reduce
-from lightning_lss.tensor.split_tensor import Function, SplitTensor, align, name_of, part_like, rule, split_tensor
+from lightning_lss.tensor.split_tensor import (
+    Function,
+    SplitTensor,
+    align,
+    line_of_user,
+    name_of,
+    part_like,
+    rule,
+    split_tensor,
+)
 
 
 @rule("cross_entropy", "nll_loss")
@@ -43,7 +54,8 @@ def cross_entropy(
         return total
     counts = labels != ignore_index
     number = counts.sum() if weight is None else weight.detach()[labels.where(counts, 0)].where(counts, 0).sum()
-    return total / number_for_mean(number.to(total.dtype), placement.shard, trains=total.requires_grad)
+    place = crc32(repr(line_of_user()).encode()) if total.requires_grad else None
+    return total / number_for_mean(number.to(total.dtype), placement.shard, place)
 
 
 @rule(

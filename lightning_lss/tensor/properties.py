@@ -1,11 +1,21 @@
 """Rules of what a tensor is, and of functions that ask only for its shape, dtype or device."""
 
 from math import prod
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
-from lightning_lss.tensor.split_tensor import Function, SplitTensor, part, rule, shape_of, split, split_tensor, whole
+from lightning_lss.tensor.split_tensor import (
+    Function,
+    SplitTensor,
+    part,
+    part_like,
+    rule,
+    shape_of,
+    split,
+    split_tensor,
+    whole,
+)
 
 _OF_PART = [
     "dim",
@@ -100,22 +110,32 @@ def stride(func: Function, x: SplitTensor, dim: int | None = None) -> Any:
     return strides if dim is None else strides[dim]
 
 
+# What autograd computes for a part is that of the sum of all ranks' losses, which are one and the same: shard.size times
+# what one device computes.
+
+
 @rule("get grad")
 def gradient(func: Function, x: SplitTensor) -> Tensor | None:
-    """Of a leaf."""
+    """Of a leaf, or of what retains it."""
     grad = x.grad
-    return None if grad is None else split_tensor(grad, x.placement)
+    return None if grad is None else split_tensor(grad / x.placement.shard.size, x.placement)
 
 
 @rule("register_hook")
 def register_hook(func: Function, x: SplitTensor, hook: Function) -> Any:
     """A function of the gradient, which it sees as it does the tensor."""
-    return func(x, lambda grad: part(hook(split_tensor(grad, x.placement))))
+    placement = x.placement
+
+    def of_part(grad: Tensor) -> Tensor | None:
+        seen = hook(split_tensor(grad / placement.shard.size, placement))
+        return None if seen is None else part_like(seen, placement, grad.dim()) * placement.shard.size
+
+    return func(x, of_part)
 
 
 @rule("backward")
 def backward(func: Function, tensors: Any, gradients: Any = None, *args: Any, **kwargs: Any) -> None:
-    """Of one tensor or several. A gradient is whole, or, if reentrant checkpointing passes it on, already a part."""
+    """Of one tensor or several, with the gradients of the whole."""
     for name in ("gradient", "grad_tensors"):
         gradients = kwargs.pop(name, gradients)
     if isinstance(tensors, Tensor):
@@ -125,17 +145,13 @@ def backward(func: Function, tensors: Any, gradients: Any = None, *args: Any, **
 
 
 def _gradient_of_part(x: Tensor, gradient: Tensor | None) -> Tensor | None:
-    if (
-        not isinstance(x, SplitTensor)
-        or gradient is None
-        or (type(gradient) is Tensor and gradient.shape == x.part.shape)
-    ):
-        return gradient
-    return part(gradient) if isinstance(gradient, SplitTensor) else x.placement.part_of(gradient)
+    if not isinstance(x, SplitTensor) or gradient is None:
+        return whole(gradient)
+    return x.placement.counting(part_like(gradient, x.placement, x.part.dim())) * x.placement.shard.size
 
 
 @rule("grad")
-def differentiate(func: Function, *args: Any, **kwargs: Any) -> None:
+def differentiate(func: Function, *args: Any, **kwargs: Any) -> NoReturn:
     """Refuse ``torch.autograd.grad``: gradients of losses that other ranks share would be missing."""
     raise NotImplementedError(
         "torch.autograd.grad is not known for a sequence that is split. Call backward() instead, or train with LSSStrategy(view='segment')."

@@ -124,8 +124,15 @@ def _is_of_torch(func: Function) -> bool:
 
 
 def _dispatch(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise NotImplementedError(
+            f"{name_of(func)} of a sequence that is split is not known within torch.func and torch.vmap: give it to their function as an"
+            " argument, not from outside."
+        )
     if not args and "input" in kwargs:
         args = (kwargs.pop("input"),)
+    if kwargs.get("out", kwargs) is None:
+        del kwargs["out"]
     name = name_of(func) if _is_of_torch(func) else ""
     found = _rules.get(name) or (_pointwise if is_pointwise(name) else on_whole)
     if name in _composed:
@@ -148,7 +155,8 @@ def _by_rule(found: Function, func: Function, args: tuple[Any, ...], kwargs: dic
 # -- entry by entry ----------------------------------------------------------------------------------------------------
 
 _OPERATORS = {
-    **{"add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "floordiv": "floor_divide", "mod": "remainder"},
+    **{"add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "div": "div", "floordiv": "floor_divide"},
+    "mod": "remainder",
     **{"pow": "pow", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor"},
     **{"lshift": "bitwise_left_shift", "rshift": "bitwise_right_shift"},
 }
@@ -179,9 +187,18 @@ _POINTWISE = {
 @cache
 def is_pointwise(name: str) -> bool:
     """Whether the function of this name works entry by entry on tensors that it broadcasts against each other."""
-    packet = getattr(torch.ops.aten, name.removesuffix("_"), None) if name.isidentifier() else None
-    tags = {tag for x in packet.overloads() for tag in getattr(packet, x).tags} if packet is not None else set()
-    return name in _POINTWISE or (torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags)
+    return name in _POINTWISE or (torch.Tag.pointwise in _tags(name.removesuffix("_")) and not _draws(name))
+
+
+@cache
+def _draws(name: str) -> bool:
+    """Whether the function of this name draws random numbers, which it does in the order of memory."""
+    return torch.Tag.nondeterministic_seeded in _tags(name) | _tags(name.removesuffix("_"))
+
+
+def _tags(name: str) -> set[torch.Tag]:
+    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
+    return {tag for x in packet.overloads() for tag in getattr(packet, x).tags} if packet is not None else set()
 
 
 def _changes_first(name: str) -> bool:
@@ -232,25 +249,37 @@ def _pointwise(func: Function, *args: Any, **kwargs: Any) -> Any:
 
 def on_whole(func: Function, *args: Any, **kwargs: Any) -> Any:
     """Give ``func`` whole tensors on every rank, and split what comes out as long as the sequence."""
-    name, own = name_of(func), list(_leaves((args, kwargs)))
+    name, own = name_of(func), list(leaves((args, kwargs)))
     if "out" in kwargs:
         raise NotImplementedError(
             f"{name}(out=...) is not known for a sequence that is split: use the result of {name}."
         )
     _warn_of(name, own)
-    if _changes_first(name) and not isinstance(args[0], SplitTensor) and any(True for _ in _leaves(args[0])):
+    if _changes_first(name) and not isinstance(args[0], SplitTensor) and any(True for _ in leaves(args[0])):
         raise NotImplementedError(f"{name} is not known for a list of tensors that are split: change each of them.")
-    wholes, options = map_leaves(whole, args), map_leaves(whole, kwargs)
+    gather = _whole_as_laid_out if _draws(name) else whole
+    wholes, options = map_leaves(gather, args), map_leaves(gather, kwargs)
     result = func(*wholes, **options)
-    placement = own[0].placement
+    placement, dims = own[0].placement, own[0].part.dim()
     if _changes_first(name) and isinstance(args[0], SplitTensor):
         args[0].part.copy_(args[0].placement.part_of(wholes[0]))
         result = args[0] if result is wholes[0] else result
-    return map_leaves(lambda x: _resplit(x, placement) if type(x) is Tensor else x, result)
+    return map_leaves(lambda x: _resplit(x, placement, dims) if type(x) is Tensor else x, result)
 
 
-def _resplit(x: Tensor, old: Placement) -> Tensor:
-    """Split a whole tensor as ``old`` where it is as long, or another dimension of that length, or what is left of it."""
+def _whole_as_laid_out(x: Any) -> Any:
+    """Gather a SplitTensor, with its dimensions in memory as those of the parts are."""
+    if not isinstance(x, SplitTensor):
+        return x
+    strides = x.part.stride()
+    order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+    places = [order.index(dim) for dim in range(len(order))]
+    return whole(x).permute(order).contiguous().permute(places)
+
+
+def _resplit(x: Tensor, old: Placement, dims: int) -> Tensor:
+    """Split a whole tensor as ``old`` where it is as long, or another dimension of that length, or, where there are as many
+    dimensions ``dims`` as before, what is left of it."""
     if old.dim < x.dim() and x.size(old.dim) == old.size:
         return split(x, old)
     if old.outer * old.inner > 1:
@@ -258,7 +287,7 @@ def _resplit(x: Tensor, old: Placement) -> Tensor:
     fits = [dim for dim in range(x.dim()) if x.size(dim) == old.length]
     if fits:
         return split(x, old.at(fits[0]))
-    is_long = old.dim < x.dim() and 2 * x.size(old.dim) >= old.length and x.is_floating_point()
+    is_long = x.dim() == dims and 2 * x.size(old.dim) >= old.length and x.is_floating_point()
     return split(x, old._replace(length=x.size(old.dim))) if is_long else x
 
 
@@ -266,17 +295,21 @@ def _warn_of(name: str, tensors: list[SplitTensor]) -> None:
     """Tell the user, once for each line, what it costs to compute whole tensors."""
     if not any(x.part.is_floating_point() for x in tensors):
         return
-    frame = sys._getframe(1)
-    while frame.f_back is not None and _is_library(frame.f_code.co_filename):
-        frame = frame.f_back
     warnings.warn_explicit(  # without lengths: Python shows a text once for each line
         f"`{name}` has no rule for a sequence that is split: every rank computes it on the whole, with the memory and the time of one"
         " device. The results are exact.",
         UserWarning,
-        frame.f_code.co_filename,
-        frame.f_lineno,
+        *line_of_user(),
         registry=_warned,
     )
+
+
+def line_of_user() -> tuple[str, int]:
+    """The file and the line of the code that calls torch now, outside of torch and of this folder."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _is_library(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
 
 
 _warned: dict[Any, Any] = {}  # where, as the warnings module keeps it for each module
@@ -301,10 +334,10 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     return type(tree)(*mapped) if hasattr(tree, "_fields") else type(tree)(mapped)
 
 
-def _leaves(tree: Any) -> Iterable[SplitTensor]:
+def leaves(tree: Any) -> Iterable[SplitTensor]:
     """Yield all SplitTensors in nested tuples, lists and dicts."""
     children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else ()
     for child in children:
-        yield from _leaves(child)
+        yield from leaves(child)
     if isinstance(tree, SplitTensor):
         yield tree

@@ -19,6 +19,7 @@ from lightning_lss.sequence.batch import (
 )
 from lightning_lss.sequence.layout import STATIC_LAYOUTS
 from lightning_lss.sequence.segment import SequenceShard
+from lightning_lss.tensor.batch import show_whole
 
 L = 8
 SHARD = SequenceShard(1, 2, "contiguous")
@@ -293,6 +294,23 @@ def test_the_digest_takes_any_tensor_and_fits_int64(shape, dtype) -> None:
     digest = batch_digest([torch.ones(shape, dtype=dtype)])
     assert 0 <= digest < 2**63
     assert torch.tensor([digest]).dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: torch.nested.nested_tensor([x, x[:5]], layout=torch.jagged),
+        lambda x: torch.nested.nested_tensor([x, x[:5]]),
+        lambda x: torch.stack([x, x]).to_sparse(),
+        lambda x: torch.stack([x, x]).to_sparse_csr(),
+    ],
+)
+def test_nested_and_sparse_tensors_are_compared_and_left_whole(make) -> None:
+    batch = {"tokens": TOKENS, "own": make(torch.arange(float(L)))}
+    assert batch_digest(batch) == batch_digest({"tokens": TOKENS, "own": make(torch.arange(float(L)))})
+    assert batch_digest(batch) != batch_digest({"tokens": TOKENS, "own": make(torch.arange(float(L)) * 2)})
+    assert split_batch(batch, SHARD)["own"] is batch["own"]
+    assert show_whole(batch, SHARD)["own"] is batch["own"]
 
 
 def check_on_rank(rank: int, batches: list[Any]) -> str:

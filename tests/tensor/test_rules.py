@@ -69,7 +69,7 @@ F.conv1d(x.mT, kernel[..., :2], padding="same") ; nn.functional.conv2d(x[:, None
 x.float().detach() ; x.to(torch.float64) ; x.contiguous() ; x.detach() ; x.clone() ; torch.zeros_like(x)
 torch.ones_like(x) * x ; x.new_zeros(3) ; x.type_as(y)
 x.size(1) + x.shape[1] + len(x) + x.numel() + x.dim() + x.stride(0) ; in_place(x) ; assign(x) ; assign_where(x, ids)
-windows(x)
+windows(x) ; 1 / (x.abs() + 1) ; halve(x) ; hooked(x) ; retained(x) ; with_gradient(x) ; with_gradient_of_whole(x, plain)
 """
 ON_WHOLE = """
 x[:, 1:] ; x[:, :-1] ; x[:, 1:-1] ; x[:, 2:].softmax(1) ; x[:, 1:].mean(1)
@@ -83,6 +83,7 @@ torch.rand_like(x) * 0 ; x.tolist()[0][0][0] ; round(float(x.sum()) + x.flatten(
 F.scaled_dot_product_attention(memory, k, v) ; torch.where(x > 0)[0]
 nn.functional.embedding(ids, table, scale_grad_by_freq=True) ; x.prod(1) ; x.var(1) ; torch.fft.rfft(x, dim=1).abs()
 torch.outer(x[0, :, 0], x[0, :, 1]) ; x.index_add(1, torch.tensor([1]), x[:, :1])
+torch.norm(x, dim=1) ; noise(x) ; noise(x.mT) ; noise(q)
 """
 
 
@@ -107,11 +108,50 @@ def assign_where(x: Tensor, ids: Tensor) -> Tensor:
     return z
 
 
+def noise(x: Tensor) -> Tensor:
+    """Random numbers for the same places as on one device, whatever the order in memory."""
+    torch.manual_seed(4)
+    return x + torch.randn_like(x) + torch.empty_like(x).normal_() + torch.bernoulli(x.detach().sigmoid())
+
+
 def windows(x: Tensor) -> Tensor:
     if x.shape[1] % 12:
         return x
     y = x.view(B, x.shape[1] // 3, 3, E)
     return F.scaled_dot_product_attention(y, y, y).reshape(B, -1, E)
+
+
+def halve(x: Tensor) -> Tensor:
+    z = x * 1
+    z /= 2
+    return z
+
+
+def hooked(x: Tensor) -> Tensor:
+    z = x * 1
+    z.register_hook(lambda gradient: gradient.clamp(-0.1, 0.1) / gradient.abs().sum())
+    z.register_hook(lambda gradient: None)
+    return z
+
+
+def retained(x: Tensor) -> Tensor:
+    """The gradient of a tensor in between."""
+    z = x * 1
+    z.retain_grad()
+    (z * z).sum().backward()
+    return z.grad  # type: ignore[return-value]
+
+
+def with_gradient(x: Tensor) -> Tensor:
+    """A backward pass of many losses at once."""
+    losses = (x * x).sum(-1)
+    losses.backward(torch.ones_like(losses))
+    return losses.detach()
+
+
+def with_gradient_of_whole(x: Tensor, plain: Tensor) -> Tensor:
+    torch.autograd.backward([x * x], [plain])
+    return x.detach()
 
 
 def tensors(length: int) -> dict[str, Any]:

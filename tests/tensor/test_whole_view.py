@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.func import grad, vmap
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, SumMetric
@@ -134,6 +135,56 @@ class UsesWeights(CausalDecoder):
         return out.mean() + weights.sum()
 
 
+class Mapped(CausalDecoder):
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        x = self.embed(batch["tokens"])
+        x = (
+            x
+            + vmap(lambda row: (row @ row.T).softmax(-1) @ row)(x)
+            + vmap(grad(lambda row: row.mean(0).pow(3).sum()))(x)
+        )
+        return F.cross_entropy(self.head(x).flatten(0, 1), batch["labels"].flatten())
+
+
+class MappedFromOutside(CausalDecoder):
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        x = self.embed(batch["tokens"])
+        return vmap(lambda factor: (x * factor).sum())(torch.ones(3, dtype=x.dtype)).sum()
+
+
+class Hooked(CausalDecoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.register_full_backward_hook(lambda module, grad_input, grad_output: None)
+
+
+class InnerGradient(CausalDecoder):
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        loss = super().training_step(batch, index)
+        (gradient,) = torch.autograd.grad(loss, self.head.weight, retain_graph=True)
+        return loss + (gradient * self.head.weight).sum()
+
+
+class PooledGradient(CausalDecoder):
+    """Differentiates what every rank computes alone."""
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        pooled = self.embed(batch["tokens"]).mean(1)
+        (gradient,) = torch.autograd.grad(self.head(pooled).logsumexp(-1).sum(), pooled, create_graph=True)
+        return super().training_step(batch, index) + gradient.square().sum()
+
+
+class ManyLosses(CausalDecoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> None:  # type: ignore[override]
+        scores = self.head(self.embed(batch["tokens"]) + self.positions.weight[:16])
+        losses = F.cross_entropy(scores.transpose(1, 2), batch["labels"], reduction="none")
+        self.manual_backward(losses, torch.full_like(losses, 0.1))
+
+
 class WithSegments(CausalDecoder):
     def __init__(self) -> None:
         super().__init__()
@@ -165,6 +216,12 @@ def outcome(rank: int, module: type[pl.LightningModule], options: dict[str, Any]
         (LooksAtMemory, {}, "data_ptr is not known for a sequence that is split"),
         (LooksAtMemory, {}, "Give a kernel of your own whole tensors, in a torch.autograd.Function"),
         (UsesWeights, {}, "weights of attention along a split sequence are not computed"),
+        (Mapped, {"find_unused_parameters": True}, "exact"),
+        (MappedFromOutside, {}, "give it to their function as an argument"),
+        (Hooked, {}, "Hook the tensor instead"),
+        (InnerGradient, {}, "torch.autograd.grad is not known"),
+        (PooledGradient, {}, "exact"),
+        (ManyLosses, {"find_unused_parameters": True}, "exact"),
         (WithSegments, {"view": "whole"}, "attention (LSSAttention) is written for segments"),
         (CausalDecoder, {"view": "segment"}, "Attention that was not recognized"),
     ],
@@ -195,6 +252,15 @@ def test_what_every_rank_computes_whole_is_said(world: World) -> None:
 def test_an_unknown_view_is_refused() -> None:
     with pytest.raises(ValueError, match="view='all' is unknown: choose one of 'segment', 'whole', 'auto'"):
         LSSStrategy(view="all")  # type: ignore[arg-type]
+
+
+def pooled(rank: int) -> type:
+    x = split(torch.ones(2, 8, 5), Placement(1, 8, SequenceShard(rank, 2, "zigzag", dist.group.WORLD)))
+    return type(x.amax(1))
+
+
+def test_what_is_left_of_a_sequence_is_not_one(world: World) -> None:
+    assert world.run(2, pooled) == [Tensor, Tensor]
 
 
 def refusals(rank: int) -> list[str]:
