@@ -1,5 +1,5 @@
-"""What does not ask tensors what to do: autograd functions, ``torch.autograd.grad``, transforms of functions, and functions that
-make a tensor of another."""
+"""What does not ask tensors what to do: autograd functions, ``torch.autograd.grad``, transforms of functions, scripted functions,
+and functions that make a tensor of another."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +22,8 @@ _MAKING = ("tensor", "as_tensor", "asarray")
 """Functions of torch that take a tensor, and would take a SplitTensor for this rank's part."""
 _TRANSFORMS = ((apis, "vmap_impl"), (eager_transforms, "grad_impl"), (eager_transforms, "grad_and_value_impl"))
 """What ``torch.vmap``, ``torch.func.grad`` and ``torch.func.grad_and_value`` call, however a user has imported them."""
+_SCRIPTED = (torch._C.ScriptFunction, torch._C.ScriptMethod)
+"""What ``torch.jit.script`` and ``torch.jit.trace`` make of functions and of modules."""
 
 
 def _apply_to_whole(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
@@ -81,6 +83,15 @@ def _on_whole(func: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _scripted(cls: type) -> Callable[..., Any]:
+    call = cls.__call__
+
+    def torch_jit(*args: Any, **kwargs: Any) -> Any:  # the name that a warning says
+        return call(*args, **kwargs)
+
+    return _on_whole(torch_jit)
+
+
 def _grad_on_one_rank(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     """Refuse gradients through what ranks have summed or gathered, such as a loss: each has only its part of them."""
     if _crosses_ranks(outputs, inputs):
@@ -106,13 +117,15 @@ def _crosses_ranks(outputs: Any, inputs: Any) -> bool:
 
 @contextmanager
 def functions_of_whole_tensors() -> Iterator[None]:
-    """Within it, autograd functions and transforms are given whole tensors, as all functions without a rule are;
+    """Within it, autograd functions, transforms and scripts are given whole tensors, as all functions without a rule are;
     ``torch.tensor`` and the like show one of a split tensor as whole; and ``torch.autograd.grad`` is refused across ranks."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(Function, "apply", classmethod(_apply_to_whole)))
         stack.enter_context(patch.object(torch.autograd, "grad", _grad_on_one_rank))
         for name in _MAKING:
             stack.enter_context(patch.object(torch, name, _of_split(getattr(torch, name))))
+        for scripted in _SCRIPTED:
+            stack.enter_context(patch.object(scripted, "__call__", _scripted(scripted)))
         for module, name in _TRANSFORMS:
             if hasattr(module, name):
                 stack.enter_context(patch.object(module, name, _on_whole(getattr(module, name))))

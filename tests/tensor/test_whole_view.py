@@ -146,6 +146,26 @@ class Mapped(CausalDecoder):
         return F.cross_entropy(self.head(x).flatten(0, 1), batch["labels"].flatten())
 
 
+@torch.jit.script
+def summed_before(x: Tensor) -> Tensor:
+    return x.cumsum(1) - x
+
+
+class ScriptedSum(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(1) / x.size(1)
+
+
+class Scripted(CausalDecoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sum = torch.jit.script(ScriptedSum())
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        x = self.embed(batch["tokens"])
+        return super().training_step(batch, index) + self.head(self.sum(x) + summed_before(x)).square().mean()
+
+
 class MappedFromOutside(CausalDecoder):
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         x = self.embed(batch["tokens"])
@@ -216,12 +236,13 @@ def outcome(rank: int, module: type[pl.LightningModule], options: dict[str, Any]
         (LooksAtMemory, {}, "data_ptr is not known for a sequence that is split"),
         (LooksAtMemory, {}, "Give a kernel of your own whole tensors, in a torch.autograd.Function"),
         (UsesWeights, {}, "weights of attention along a split sequence are not computed"),
-        (Mapped, {"find_unused_parameters": True}, "exact"),
+        (Mapped, {"find_unused_parameters": True}, "exact: "),
         (MappedFromOutside, {}, "give it to their function as an argument"),
         (Hooked, {}, "Hook the tensor instead"),
         (InnerGradient, {}, "torch.autograd.grad is not known"),
-        (PooledGradient, {}, "exact"),
-        (ManyLosses, {"find_unused_parameters": True}, "exact"),
+        (PooledGradient, {}, "exact: "),
+        (ManyLosses, {"find_unused_parameters": True}, "exact: "),
+        (Scripted, {}, "exact: "),
         (WithSegments, {"view": "whole"}, "attention (LSSAttention) is written for segments"),
         (CausalDecoder, {"view": "segment"}, "Attention that was not recognized"),
     ],
