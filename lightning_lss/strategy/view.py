@@ -6,7 +6,9 @@ from typing import TypeGuard
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
+from torch._dynamo import OptimizedModule
 from torch.distributed import ProcessGroup
 from torchmetrics import Metric
 
@@ -36,8 +38,24 @@ def showing_whole(
         stack.enter_context(functions_of_whole_tensors())
         stack.enter_context(splitting_blocks(module, shard_now))
         stack.enter_context(_metrics_over(module, data_group))
+        _warn_of_compiled(module)
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # the compiler cannot trace SplitTensor
         yield stack.enter_context(Adapted(ADAPTERS, module))
+
+
+def _warn_of_compiled(module: nn.Module) -> None:
+    """Name what is compiled and will not be."""
+    names = [name or type(x).__name__ for name, x in module.named_modules() if _is_compiled(x)]
+    if names:
+        rank_zero_warn(
+            f"{', '.join(names)}: compiled, but run without compilation, since torch's compiler cannot trace sequences that are split and"
+            " shown as whole. The results are the same. Modules that are written for segments (LSSAttention) compile."
+        )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    by_method = module._compiled_call_impl is not None
+    return by_method or isinstance(module, OptimizedModule) or getattr(module, "_compiler_ctx", None) is not None
 
 
 @contextmanager

@@ -270,6 +270,20 @@ def test_what_every_rank_computes_whole_is_said(world: World) -> None:
     assert len(found) == 1  # not at every step, nor in the proof
 
 
+class Compiled(CausalDecoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms.compile(backend="aot_eager")
+        self.head = torch.compile(self.head, backend="aot_eager")  # type: ignore[assignment]
+
+
+def test_what_runs_without_compilation_is_said(world: World) -> None:
+    (said, warned), (other, _) = world.run(2, outcome, Compiled, {})
+    assert said.startswith("exact: ")
+    assert other.startswith("exact: ")
+    assert any(x.startswith("head, norms: compiled, but run without compilation") for x in warned)
+
+
 def test_an_unknown_view_is_refused() -> None:
     with pytest.raises(ValueError, match="view='all' is unknown: choose one of 'segment', 'whole', 'auto'"):
         LSSStrategy(view="all")  # type: ignore[arg-type]
