@@ -114,7 +114,10 @@ def getitem(func: Function, x: Tensor, index: Any) -> Any:
     if plain is None:
         return NotImplemented
     others, dim, asked = plain
-    return _positions(split_tensor(x.part[others], x.placement.at(dim)), asked)
+    result = _positions(split_tensor(x.part[others], x.placement.at(dim)), asked)
+    if isinstance(result, SplitTensor) and result.placement.length != x.placement.length:
+        result.slice_of = x, index
+    return result
 
 
 _FEW = 8

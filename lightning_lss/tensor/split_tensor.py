@@ -3,6 +3,7 @@
 A function that has a rule (the other modules of this folder) is computed on parts. One without is given whole tensors.
 """
 
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -31,6 +32,8 @@ class SplitTensor(Tensor):
     """
 
     placement: Placement
+    slice_of: "tuple[SplitTensor, Any] | None" = None
+    """What this is a slice of along the sequence, and its index: on one device they share memory."""
 
     @property
     def part(self) -> Tensor:
@@ -140,7 +143,11 @@ def _dispatch(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     with torch._C.DisableTorchFunctionSubclass():
         if name not in _composed:
             result = _by_rule(found, func, args, kwargs)
-        return on_whole(func, *args, **kwargs) if result is NotImplemented else result
+        result = on_whole(func, *args, **kwargs) if result is NotImplemented else result
+    if _writes(name) and isinstance(args[0], SplitTensor) and args[0].slice_of is not None:
+        base, index = args[0].slice_of
+        base[index] = args[0]  # which is written to what that is a slice of, too
+    return result
 
 
 def _by_rule(found: Function, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -204,6 +211,16 @@ def _tags(name: str) -> set[torch.Tag]:
 def _changes_first(name: str) -> bool:
     """Whether the function of this name changes its first argument."""
     return name in _IN_PLACE or name == "setitem" or name.startswith("set ") or name.endswith("_")
+
+
+_WRITES_NOTHING = re.compile(r"(un)?squeeze_|t_|transpose_|swap\w+_|detach_|requires_grad_|rename_|share_memory_")
+"""Functions that change what a tensor is, not its entries."""
+
+
+@cache
+def _writes(name: str) -> bool:
+    """Whether the function of this name writes to the memory of its first argument."""
+    return _changes_first(name) and not name.startswith("set ") and not _WRITES_NOTHING.fullmatch(name)
 
 
 def align(tensors: Iterable[Any], like: SplitTensor | None = None) -> tuple[list[Any], Placement]:

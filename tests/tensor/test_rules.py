@@ -83,8 +83,19 @@ torch.rand_like(x) * 0 ; x.tolist()[0][0][0] ; round(float(x.sum()) + x.flatten(
 F.scaled_dot_product_attention(memory, k, v) ; torch.where(x > 0)[0]
 nn.functional.embedding(ids, table, scale_grad_by_freq=True) ; x.prod(1) ; x.var(1) ; torch.fft.rfft(x, dim=1).abs()
 torch.outer(x[0, :, 0], x[0, :, 1]) ; x.index_add(1, torch.tensor([1]), x[:, :1])
-torch.norm(x, dim=1) ; noise(x) ; noise(x.mT) ; noise(q)
+torch.norm(x, dim=1) ; in_slices(x) ; noise(x) ; noise(x.mT) ; noise(q)
 """
+
+
+def in_slices(x: Tensor) -> Tensor:
+    """Slices share memory with what they are of, and slices of slices too."""
+    z = x.clone()
+    later = z[:, 1:]
+    later.mul_(2)
+    inner = later[:, 1:, 1:3]
+    inner += x[:, 2:, 1:3]
+    inner[..., 0] = 3.0
+    return torch.cat([z, later], 1)
 
 
 def in_place(x: Tensor) -> Tensor:
