@@ -75,7 +75,7 @@ SHOWN_BY: dict[str, dict[str, list[str]]] = {
         "class tokens": [FOR_ONE_DEVICE, "tests/test_examples.py::test_training_is_that_of_one_device"],
         "pooling; labels shifted in the step": [FOR_ONE_DEVICE],
         "`nn.Conv1d`": [FOR_ONE_DEVICE, "tests/test_examples.py::test_training_is_that_of_one_device"],
-        "recurrences; mixtures of experts": [FOR_ONE_DEVICE],
+        "recurrences; mixtures of experts; rows of unequal length, filled up on either side": [FOR_ONE_DEVICE],
         "sequences of any length (in modules that are shown segments with `pad_values`)": [
             FOR_ONE_DEVICE,
             "tests/strategy/test_padding.py::test_sequences_of_any_length",

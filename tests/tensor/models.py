@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 VOCAB, WIDTH, HEADS = 23, 8, 2
@@ -23,8 +24,8 @@ class ForOneDevice(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.3)
 
 
-def make_batches(length: int, rows: int = 4, steps: int = 3) -> list[dict[str, Tensor]]:
-    """Tokens, of whose labels each row leaves out a part of its own, and a class for each row."""
+def make_batches(length: int, rows: int = 4, steps: int = 3) -> list[dict[str, Any]]:
+    """Tokens, of whose labels each row leaves out a part of its own, a class for each row, and rows of unequal length."""
     generator = torch.Generator().manual_seed(3)
     batches = []
     for _ in range(steps):
@@ -32,7 +33,9 @@ def make_batches(length: int, rows: int = 4, steps: int = 3) -> list[dict[str, T
         labels = tokens.clone()
         for row in range(rows):
             labels[row, : 2 * row] = -100
-        batches.append({"tokens": tokens, "labels": labels, "classes": torch.randint(3, (rows,), generator=generator)})
+        ragged = [own[: length - 2 * row] for row, own in enumerate(tokens)]
+        classes = torch.randint(3, (rows,), generator=generator)
+        batches.append({"tokens": tokens, "labels": labels, "classes": classes, "ragged": ragged})
     return batches
 
 
@@ -137,6 +140,24 @@ class Experts(ForOneDevice):
         balance = (share * probabilities.mean(0)).sum()
         logits = self.head(x + out.view(x.shape))
         return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()) + balance
+
+
+class Ragged(ForOneDevice):
+    """Fills rows of unequal length up in the step, on the right and on the left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
+        rows: list[Tensor] = batch["ragged"]
+        return self.loss(pad_sequence(rows, True)) + self.loss(pad_sequence(rows, True, padding_side="left"))
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        logits = self.head(self.encoder(self.embed(tokens), src_key_padding_mask=tokens == 0))
+        labels = tokens.masked_fill(tokens == 0, -100)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
 class Habits(ForOneDevice):

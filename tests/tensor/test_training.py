@@ -71,6 +71,8 @@ CASES: list[tuple[str, int, int, int, str, dict[str, Any]]] = [
     ("Genome", 21, 3, 3, "contiguous", {"sharding": "fsdp"}),
     ("Experts", 16, 2, 2, "zigzag", {}),
     ("Experts", 19, 2, 2, "contiguous", {"sharding": "fsdp"}),
+    ("Ragged", 16, 2, 2, "zigzag", {}),
+    ("Ragged", 15, 3, 3, "contiguous", {"activation_checkpointing": "full"}),
     ("Habits", 16, 2, 2, "zigzag", {}),
     ("Habits", 13, 2, 2, "contiguous", {}),
 ]
