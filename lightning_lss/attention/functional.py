@@ -192,13 +192,13 @@ def _hiding_padding(
     if mask is None:
         mask = AttentionMask.causal() if causal else AttentionMask.full()
     more = shard.padding
-    return _extended(mask, length, more), None if bias is None else F.pad(bias, [0, more, 0, more])
+    return with_padding(mask, length, more), None if bias is None else F.pad(bias, [0, more, 0, more])
 
 
 @lru_cache(maxsize=8)  # layers share masks
 @no_modes()  # a checkpoint that computes a layer again finds the mask here
-def _extended(mask: AttentionMask, length: int, padding: int) -> AttentionMask:
-    """The mask of sequences of ``length`` that are followed by ``padding`` positions, whose keys nobody sees."""
+def with_padding(mask: AttentionMask, length: int, padding: int) -> AttentionMask:
+    """Return the mask of sequences of ``length`` that are followed by ``padding`` positions, whose keys nobody sees."""
     mask.check(Sizes(mask.rows, mask.heads, length, length))
     positions = torch.arange(length + padding)
     extended = mask.select(positions.clamp(max=length - 1))

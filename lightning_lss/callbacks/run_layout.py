@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_lss.attention.functional import with_padding
 from lightning_lss.attention.masks import AttentionMask
 from lightning_lss.attention.module import LSSAttention
 from lightning_lss.attention.plan import Plan
@@ -80,14 +81,17 @@ class _Call(NamedTuple):
 def _write_layout(trainer: pl.Trainer, pl_module: pl.LightningModule, call: _Call) -> None:
     shard, attention = place_of(pl_module), call.module
     batch_size, heads, local_length, head_dim = call.keys
-    length = call.queries[2] * attention.shard.size
+    length, padding = call.queries[2] * attention.shard.size, attention.shard.padding
     splits_heads = attention.shard.size != shard.size  # tensor parallelism: each rank has the whole matrix
     to_itself = call.queries[2] == local_length and not attention.whole_memory
-    plans = plan_ranks(call.mask, length, attention.shard) if to_itself else []
+    mask = call.mask
+    if padding and to_itself and mask != AttentionMask.causal():  # which sees no padding, as in attention
+        mask = with_padding(mask, length - padding, padding)
+    plans = plan_ranks(mask, length, attention.shard) if to_itself else []
     where = " on each rank" if splits_heads else ""
     rows = {
         "processes W = D x S": f"{trainer.world_size} = {trainer.world_size // shard.size} x {shard.size}",
-        "sequence length L": f"{length:,}",
+        "sequence length L": f"{length:,}" + (f", filled up from {length - padding:,}" if padding else ""),
         "segment length l = L / S": f"{length // shard.size:,}",
         "layout": shard.layout if shard.size > 1 else "whole sequence on each rank",
         "batch per sequence group": f"{batch_size}",
@@ -108,7 +112,7 @@ def _write_layout(trainer: pl.Trainer, pl_module: pl.LightningModule, call: _Cal
             if plans and not splits_heads:
                 figure = Figure(figsize=(6.4, 5.6), layout="constrained")
                 title = f"{shard.layout}, S = {shard.size}, L = {length:,}, {_describe(attention, call.mask)}"
-                draw_attention_tiles(figure.subplots(), call.mask, length, attention.shard, title)
+                draw_attention_tiles(figure.subplots(), mask, length, attention.shard, title)
                 logger.experiment.add_figure("attention tiles", figure)
 
 

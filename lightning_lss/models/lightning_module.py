@@ -86,9 +86,9 @@ class LSSTransformer(LanguageModule):
     @torch.compiler.disable  # a mask counts its pairs outside of any graph
     def _count_flops(self, batch: Batch) -> None:
         shard, (batch_size, local_length) = sequence_shard(self), batch["inputs"].shape
-        length = local_length * shard.size
+        length, chunks = shard.true_length(local_length), 1 if shard.padding else shard.num_chunks
         sizes = {"batch": batch_size, "heads": self.model.config.num_heads}
-        pairs = [mask.visible_pairs(length, shard.num_chunks, **sizes) for mask in _mask_of(batch).values()]
+        pairs = [mask.visible_pairs(length, chunks, **sizes) for mask in _mask_of(batch).values()]
         self._flops = self.model.config.training_flops(batch_size, length, *pairs) / shard.size
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:

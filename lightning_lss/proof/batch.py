@@ -103,8 +103,8 @@ class BatchProof:
 
     def run(self, length: int, whole: bool, watch: Record | None = None, batch: Any = None) -> Pass:
         """Run the step on ``length`` positions, or on another ``batch`` of as many."""
-        part = self._parts[length] if batch is None else batch
-        return self.rehearsal.run(part, whole, length / max(self.length, 1), watch)
+        part, padding = self._parts[length] if batch is None else batch, self.shard.padding
+        return self.rehearsal.run(part, whole, (length + padding) / max(self.length + padding, 1), watch)
 
     def part(self, length: int) -> Any:
         """Return the whole batch of ``length`` positions."""

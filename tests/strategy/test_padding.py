@@ -1,15 +1,17 @@
 """Modules that are written for segments train on sequences of any length, filled up with ``pad_values``."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from lightning_lss import (
     AttentionMask,
@@ -24,13 +26,15 @@ from lightning_lss import (
     sequence_shard,
     token_mean,
 )
+from lightning_lss.callbacks import RunLayout
 from lightning_lss.sequence.padding import padding_of
 from lightning_lss.testing.compare import assert_equal, assert_equal_on_ranks
 from lightning_lss.testing.world import WorkerError, World
-from tests.training import as_it_is_trainer, whole_state
+from tests.training import Run, as_it_is_trainer, make_module, make_samples, make_trainer, whole_state
 
 VOCAB, WIDTH, HEADS, IGNORED = 13, 8, 2, -100
 PAD_VALUES = {"tokens": 0, "targets": IGNORED}
+PAD_INPUTS = {"inputs": 0, "targets": IGNORED}
 
 
 class Everything(pl.LightningModule):
@@ -135,6 +139,36 @@ def test_sequences_of_any_length(
             assert_equal([found["whole"], found["pooled"]], [expected["logits"], expected["pooled"]], 1e-10)
         counts = [found["logits"].size(1) for found in own]
         assert sum(counts) == lengths[index]  # padding is cut off
+
+
+def train_transformer(rank: int, folder: str, length: int, positions: str) -> tuple[dict[str, Tensor], float]:
+    """The weights after a batch of documents, and the number of operations that the module has counted."""
+    warnings.simplefilter("ignore")
+    run = Run(size=2, steps=1, model={"positions": positions, "seq_len": length + 1}, strategy={"pad_values": PAD_INPUTS})
+    trainer = make_trainer(rank, run, callbacks=[RunLayout()], logger=TensorBoardLogger(folder, name="", version=""))
+    module = make_module(run).double()
+    trainer.fit(module, DataLoader([documents_of(length)], batch_size=None))
+    assert trainer.strategy.verification.exact  # type: ignore[attr-defined]
+    module.train()
+    return whole_state(module), module.flops_per_batch  # type: ignore[return-value]
+
+
+def documents_of(length: int) -> dict[str, Any]:
+    batch: dict[str, Any] = default_collate(make_samples(2, length))
+    mask = AttentionMask.documents((torch.arange(length) // 5)[None]) & AttentionMask.causal()
+    return {**batch, "mask": mask}
+
+
+# the longer one is proved on a part of its positions
+@pytest.mark.parametrize(("length", "positions"), [(15, "rotary"), (2055, "learned")])
+def test_the_transformer_counts_no_padding(world: World, tmp_path: Path, length: int, positions: str) -> None:
+    by_rank = world.run(2, train_transformer, str(tmp_path), length, positions)
+    module = make_module(Run(model={"positions": positions, "seq_len": length + 1})).double()
+    optimizer = module.configure_optimizers()
+    module.training_step(documents_of(length), 0).backward()  # type: ignore[operator]
+    optimizer.step()  # type: ignore[union-attr]
+    assert_equal_on_ranks([state for state, _ in by_rank], dict(module.state_dict()), 1e-10)
+    assert sum(flops for _, flops in by_rank) == pytest.approx(module.flops_per_batch)
 
 
 class CountsPadding(Everything):
