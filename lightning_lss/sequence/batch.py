@@ -105,10 +105,11 @@ def _check(leaves: list[tuple[Path, Tensor]], shard: SequenceShard, dims: Sequen
         try:
             shard.check_length(tensor.size(dim))
         except ValueError as error:
+            key = repr(path[-1]) if path else "key"
+            in_dict = "" if path else "let the loader give the batch in a dict, and "
             raise ValueError(
-                f"Batch entry {show_entry(path, tensor)}, dimension {dim}: {error} To have sequences filled up, say with what:"
-                f" LSSStrategy(pad_values={{{path[-1] if path else 0!r}: value, ...}}). If another dimension is the sequence, or none"
-                f" is, {how_to_name(path)}."
+                f"Batch entry {show_entry(path, tensor)}, dimension {dim}: {error} To have sequences filled up, {in_dict}say with what:"
+                f" LSSStrategy(pad_values={{{key}: value, ...}}). If another dimension is the sequence, or none is, {how_to_name(path)}."
             ) from None
 
 

@@ -88,10 +88,19 @@ def _check(path: Path, x: Tensor, values: PadValues, num_chunks: int) -> None:
     if value is None:
         raise ValueError(
             f"Batch entry {entry} cannot be cut into {num_chunks} equal chunks, and pad_values={dict(values)} does not say what to fill"
-            f" it up with. Add {path[-1] if path else 0!r}: value."
+            f" it up with. {_how_to_add(path)}."
         )
-    if torch.tensor(value).to(x.dtype).item() != value:
+    rounds = x.is_floating_point() or x.is_complex()
+    if not rounds and torch.tensor(value).to(x.dtype).item() != value:
         raise ValueError(f"pad_values: {x.dtype} of batch entry {entry} cannot hold {value!r}. Choose another value.")
+
+
+def _how_to_add(path: Path) -> str:
+    return (
+        f"Add {path[-1]!r}: value"
+        if path
+        else "A batch that is one tensor has no key: let the loader give it in a dict"
+    )
 
 
 def cut_padding(outputs: Any, shard: SequenceShard, batch: Any, dims: SequenceDims | None) -> Any:

@@ -18,12 +18,11 @@ from lightning_lss.proof.causes import FAILS
 from lightning_lss.proof.evenness import Sign, uneven_signs
 from lightning_lss.proof.passes import Rehearsal
 from lightning_lss.proof.report import InexactError, Report
+from lightning_lss.proof.shorten import POSITIONS, sequence_length
 from lightning_lss.sequence.assignment import ChunkAssignment
 from lightning_lss.sequence.batch import SequenceDims
 from lightning_lss.sequence.segment import SequenceShard
 from lightning_lss.strategy.validation import warn_of_images
-
-_PADDED: Sign = (), "filled up"
 
 
 class Verification:
@@ -53,14 +52,17 @@ class Verification:
 
     def look_at(self, batch: Any, shard: SequenceShard, dims: SequenceDims | None) -> None:
         """Look at the training batch of the next step for what was not proved yet: entries that are the first with uneven
-        segments, the first sequences that are filled up, a layout that is the first of its kind, or the first other than
-        that of the first balanced batch: a module that keeps the shard or the positions of another one would go unseen."""
+        segments, sequences that are the first of which so much is padding, a layout that is the first of its kind, or the
+        first other than that of the first balanced batch: a module that keeps the shard or the positions of another one would
+        go unseen."""
         if not self.wanted:
             self._news = frozenset()
             return
         self._first = self._first or shard.assignment
         self._layout = layout = self._sign_of(shard)
-        signs = {layout, _PADDED} if shard.padding else {layout}
+        signs = {layout} | (
+            _padding_signs(sequence_length(batch, dims or {}), shard.padding) if shard.padding else set()
+        )
         self._news = frozenset(uneven_signs(batch, shard, dims or {}, self.proved)) | (signs - self.proved)
 
     def _sign_of(self, shard: SequenceShard) -> Sign:
@@ -117,6 +119,12 @@ class Verification:
         self.proved |= proof.uneven | self._news
         if report.exact and self._layout is not None:
             self._exact_layouts.add(self._layout)
+
+
+def _padding_signs(length: int, padding: int) -> set[Sign]:
+    """The signs of sequences of ``length`` that are filled up by ``padding``: one for each halving of the share that the proof,
+    which shortens them, sees of it. What counts a little padding may be lost in rounding, and would count more of it."""
+    return {((), f"a part in {2**n} is padding") for n in range((min(length, POSITIONS) // padding).bit_length(), 11)}
 
 
 def first_of(own: str, replicas: ProcessGroup | None) -> str:
