@@ -1,6 +1,5 @@
 """Attention along a split sequence as a function; the algorithm is in :mod:`lightning_lss.attention.operator`."""
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from lightning_lss.attention.kernels import select_kernel
 from lightning_lss.attention.kinds import Sizes
 from lightning_lss.attention.masks import AttentionMask
 from lightning_lss.attention.operator import attend, spec_fields
-from lightning_lss.attention.packing import no_modes
 from lightning_lss.attention.spec import AttentionSpec, HeadChunks, Modifiers, check_head_chunks
 from lightning_lss.sequence.dtypes import in_autocast_dtype
 from lightning_lss.sequence.random import draw_seed
@@ -95,14 +93,15 @@ def lss_attention(
     _check_inputs(q, k, v, causal and mask is None and queries != keys)
     check_softcap(softcap)
     check_dropout(dropout)
-    sees_ahead = not causal or mask is not None or bias is not None
-    if sees_ahead and shard.padding:  # a causal query sees no padding, which is at the end
-        mask, bias = _hiding_padding(q, k, mask, bias, shard, causal, whole_memory)
+    if shard.padding and (not causal or mask is not None or bias is not None):
+        _check_filled_up(q, k, mask, bias, shard, whole_memory)
+        bias = None if bias is None else F.pad(bias, [0, shard.padding] * 2)
     _check_modifiers(q, queries, keys, sinks, bias, alibi_slopes)
     if mask is not None:
         _check_mask(mask)
         if not torch.compiler.is_compiling():  # else the operator says it when it runs
-            mask.check(Sizes(q.size(0), q.size(1), queries, keys))
+            more_keys = 0 if whole_memory else shard.padding
+            mask.check(Sizes(q.size(0), q.size(1), queries - shard.padding, keys - more_keys))
     # with grouped-query heads torch's attention stores all scores, except in its flash kernels
     untouched = all(x is None for x in (mask, softcap, sinks, bias, alibi_slopes)) and dropout == 0.0
     plain = shard.size == 1 and kernel == "auto" and untouched and q.size(-1) == v.size(-1)
@@ -166,43 +165,17 @@ def _check_mask(mask: object) -> None:
         )
 
 
-@torch.compiler.disable
-def _hiding_padding(
-    q: Tensor,
-    k: Tensor,
-    mask: AttentionMask | None,
-    bias: Tensor | None,
-    shard: SequenceShard,
-    causal: bool,
-    whole_memory: bool,
-) -> tuple[AttentionMask | None, Tensor | None]:
-    """Extend a mask and a bias, of sequences without padding, to those of ``shard``, and hide the keys of the padding."""
-    if mask is not None:
-        _check_mask(mask)
-    length = shard.true_length(q.size(2))
-    of_memory = whole_memory or k.size(2) != q.size(2)
-    if of_memory and (bias is not None or not whole_memory or (mask is not None and mask.num_queries is not None)):
+def _check_filled_up(
+    q: Tensor, k: Tensor, mask: AttentionMask | None, bias: Tensor | None, shard: SequenceShard, whole_memory: bool
+) -> None:
+    """Raise ``ValueError`` if a memory is not filled up as the queries are, and that matters."""
+    by_query = bias is not None or (isinstance(mask, AttentionMask) and mask.num_queries is not None)
+    if (whole_memory and by_query) or (not whole_memory and k.size(2) != q.size(2)):
         raise ValueError(
             f"The sequences of this batch were filled up by {shard.padding} positions to {q.size(2) * shard.size} queries, but a memory of"
             f" {k.size(2) * (1 if whole_memory else shard.size)} keys cannot be filled up alike. Use sequences of a length that can be"
             " divided, or a memory that every rank holds whole, and no mask or bias by query."
         )
-    if of_memory:
-        return mask, None
-    if mask is None:
-        mask = AttentionMask.causal() if causal else AttentionMask.full()
-    more = shard.padding
-    return with_padding(mask, length, more), None if bias is None else F.pad(bias, [0, more, 0, more])
-
-
-@lru_cache(maxsize=8)  # layers share masks
-@no_modes()  # a checkpoint that computes a layer again finds the mask here
-def with_padding(mask: AttentionMask, length: int, padding: int) -> AttentionMask:
-    """Return the mask of sequences of ``length`` that are followed by ``padding`` positions, whose keys nobody sees."""
-    mask.check(Sizes(mask.rows, mask.heads, length, length))
-    positions = torch.arange(length + padding)
-    extended = mask.select(positions.clamp(max=length - 1))
-    return extended & AttentionMask.key_padding((positions < length)[None])
 
 
 def check_dropout(p: float) -> None:

@@ -1,6 +1,7 @@
 """Which pairs of queries and keys are visible: the public value ``AttentionMask``."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from numbers import Integral
 from typing import Any
 
@@ -19,7 +20,7 @@ from lightning_lss.attention.kinds import (
     Prefix,
     Sizes,
 )
-from lightning_lss.attention.packing import PackedMask, check_call, keep_functions, pack, unpack
+from lightning_lss.attention.packing import PackedMask, check_call, keep_functions, no_modes, pack, unpack
 from lightning_lss.attention.plan import Plan, plan_segment
 from lightning_lss.attention.structure import ChunkWork, chunk_work
 from lightning_lss.sequence.batch import BatchMask
@@ -245,12 +246,13 @@ class AttentionMask(BatchMask):
         return float(pairs.sum() / (batch or self.rows))
 
     def plan(self, length: int, shard: SequenceShard = WHOLE_SEQUENCE) -> Plan:
-        """What the rank of ``shard`` computes and fetches in self-attention of sequences of ``length`` L.
+        """What the rank of ``shard`` computes and fetches in self-attention of sequences of ``length`` L, without padding.
 
-        Raises ``ValueError`` if the mask is not for such sequences, or L cannot be divided evenly.
+        Raises ``ValueError`` if the mask is not for such sequences, or L and the padding of ``shard`` cannot be divided evenly.
         """
         check_call(self.packed, Sizes(self.rows, self.heads, length, length))
-        return plan_segment(self.packed, length, shard, self.rows, self.heads)
+        packed = with_padding(self.packed, length, shard.padding).packed if shard.padding else self.packed
+        return plan_segment(packed, length + shard.padding, shard, self.rows, self.heads)
 
     @property
     def packed(self) -> PackedMask:
@@ -307,3 +309,12 @@ def _booleans(valid: Tensor) -> Tensor:
     if valid.dim() != 2 or not ((valid == 0) | (valid == 1)).all():
         raise ValueError(f"valid must be bool, or 0 and 1, [B, L]; got {valid.dtype} {tuple(valid.shape)}.")
     return valid.detach().to("cpu", torch.bool)
+
+
+@lru_cache(maxsize=8)  # layers share masks, and so do their forward and backward passes
+@no_modes()
+def with_padding(mask: PackedMask, length: int, padding: int) -> AttentionMask:
+    """Return the mask of sequences of ``length`` that are followed by ``padding`` positions, whose keys nobody sees."""
+    positions = torch.arange(length + padding)
+    extended = AttentionMask(unpack(mask)).select(positions.clamp(max=length - 1))
+    return extended & AttentionMask.key_padding((positions < length)[None])

@@ -41,14 +41,14 @@ from lightning_lss.sequence.segment import SequenceShard
 
 _MODIFIERS = ", ".join(f"Tensor? {name}=None" for name in Modifiers._fields)
 _SPEC = (
-    "SymInt rank, SymInt size, str layout, str group, ScalarType? communication_dtype, bool causal, float scale,"
-    " str kernel_name, str masked_kernel_name, SymInt? head_chunks, bool keep_gathered, float? softcap, float dropout,"
+    "SymInt rank, SymInt size, str layout, str group, ScalarType? communication_dtype, SymInt padding, bool causal,"
+    " float scale, str kernel_name, str masked_kernel_name, SymInt? head_chunks, bool keep_gathered, float? softcap, float dropout,"
     " bool whole_memory"
 )
 """The keyword arguments of the operators: the fields of a spec and of its shard."""
 
 _SHARD_FIELDS = tuple(
-    field.name for field in fields(SequenceShard) if field.name not in ("group", "assignment", "padding", "is_current")
+    field.name for field in fields(SequenceShard) if field.name not in ("group", "assignment", "is_current")
 )
 _SPEC_FIELDS = tuple(field.name for field in fields(AttentionSpec) if field.name != "shard")
 
@@ -68,11 +68,12 @@ def _spec_of(
     layout: str,
     group: str,
     communication_dtype: torch.dtype | None,
+    padding: int,
     **options: Any,
 ) -> AttentionSpec:
     of_group = resolve_group(group) if size > 1 else None
     assignment = None if modifiers.assignment is None else ChunkAssignment.from_tensor(modifiers.assignment)
-    shard = SequenceShard(rank, size, layout, of_group, communication_dtype, assignment)
+    shard = SequenceShard(rank, size, layout, of_group, communication_dtype, assignment, padding)
     return AttentionSpec(shard, **options)
 
 

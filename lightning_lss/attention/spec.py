@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_lss.attention.kernels import KERNELS, select_kernel
 from lightning_lss.attention.kinds import Diagonals, Sizes
+from lightning_lss.attention.masks import with_padding
 from lightning_lss.attention.packing import PackedMask, check_call, pack
 from lightning_lss.attention.plan import Call, Plan, features_of, plan_call
 from lightning_lss.sequence.segment import WHOLE_SEQUENCE, SequenceShard
@@ -58,8 +59,12 @@ class AttentionSpec:
         """
         mask = PackedMask(modifiers.mask) if modifiers.mask is not None else _CAUSAL if self.causal else _FULL
         call = self._call(q, k)
+        padding, more_keys = self.shard.padding, self.key_shard.padding
+        sizes = call.sizes._replace(queries=call.sizes.queries - padding, keys=call.sizes.keys - more_keys)
         if modifiers.mask is not None:
-            check_call(mask, call.sizes)
+            check_call(mask, sizes)
+        if more_keys and mask != _CAUSAL:  # a causal query sees no padding, which is at the end
+            mask = with_padding(mask, sizes.queries, padding).packed
         resolved = self._resolve(q, k, v, features_of(mask, call), self._features(modifiers))
         kernel = KERNELS[resolved.kernel_name]
         windows = "windows" in kernel.takes and kernel.skips_hidden

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_lss.attention.functional import with_padding
 from lightning_lss.attention.masks import AttentionMask
 from lightning_lss.attention.module import LSSAttention
 from lightning_lss.attention.plan import Plan
@@ -84,14 +83,11 @@ def _write_layout(trainer: pl.Trainer, pl_module: pl.LightningModule, call: _Cal
     length, padding = call.queries[2] * attention.shard.size, attention.shard.padding
     splits_heads = attention.shard.size != shard.size  # tensor parallelism: each rank has the whole matrix
     to_itself = call.queries[2] == local_length and not attention.whole_memory
-    mask = call.mask
-    if padding and to_itself and mask != AttentionMask.causal():  # which sees no padding, as in attention
-        mask = with_padding(mask, length - padding, padding)
-    plans = plan_ranks(mask, length, attention.shard) if to_itself else []
+    plans = plan_ranks(call.mask, length - padding, attention.shard) if to_itself else []
     where = " on each rank" if splits_heads else ""
     rows = {
         "processes W = D x S": f"{trainer.world_size} = {trainer.world_size // shard.size} x {shard.size}",
-        "sequence length L": f"{length:,}" + (f", filled up from {length - padding:,}" if padding else ""),
+        "sequence length L": f"{length - padding:,}" + (f", filled up to {length:,}" if padding else ""),
         "segment length l = L / S": f"{length // shard.size:,}",
         "layout": shard.layout if shard.size > 1 else "whole sequence on each rank",
         "batch per sequence group": f"{batch_size}",
@@ -111,8 +107,8 @@ def _write_layout(trainer: pl.Trainer, pl_module: pl.LightningModule, call: _Cal
             logger.experiment.add_text("run layout", table)
             if plans and not splits_heads:
                 figure = Figure(figsize=(6.4, 5.6), layout="constrained")
-                title = f"{shard.layout}, S = {shard.size}, L = {length:,}, {_describe(attention, call.mask)}"
-                draw_attention_tiles(figure.subplots(), mask, length, attention.shard, title)
+                title = f"{shard.layout}, S = {shard.size}, L = {length - padding:,}, {_describe(attention, call.mask)}"
+                draw_attention_tiles(figure.subplots(), call.mask, length - padding, attention.shard, title)
                 logger.experiment.add_figure("attention tiles", figure)
 
 

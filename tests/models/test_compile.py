@@ -29,13 +29,13 @@ def gradients(model: Transformer, forward: Any, tokens: Tensor) -> dict[str, Ten
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def compare(rank: int, layout: str, whole: bool, options: dict[str, Any]) -> None:
+def compare(rank: int, layout: str, whole: bool, options: dict[str, Any], padding: int) -> None:
     torch.manual_seed(0)
     model = LSSTransformer(CONFIG, **options).model.double()
-    shard = SequenceShard(rank, dist.get_world_size(), layout, dist.group.WORLD)
+    shard = SequenceShard(rank, dist.get_world_size(), layout, dist.group.WORLD, padding=padding)
     for module in segment_modules(model):
         module.set_shard(shard)
-    tokens = shard.split(torch.randint(11, (2, CONFIG.seq_len)))
+    tokens = shard.split(torch.randint(11, (2, CONFIG.seq_len - padding)))
     expected = gradients(model, model, tokens)
     if whole:
         forward = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -47,18 +47,19 @@ def compare(rank: int, layout: str, whole: bool, options: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("layout", "whole", "options"),
+    ("layout", "whole", "options", "padding"),
     [
-        ("zigzag", True, {"positions": "rotary"}),
-        ("contiguous", True, {"positions": "learned", "keep_gathered": True}),
-        ("zigzag", True, {"positions": "rotary", "activation_checkpointing": "selective"}),
-        ("zigzag", True, {"activation_checkpointing": "full", "mlp_tiles": 2}),
-        ("zigzag", False, {"positions": "rotary", "activation_checkpointing": "selective", "mlp_tiles": 2}),
-        ("zigzag", False, {"activation_checkpointing": "offload"}),
+        ("zigzag", True, {"positions": "rotary"}, 0),
+        ("contiguous", True, {"positions": "learned", "keep_gathered": True}, 0),
+        ("zigzag", True, {"positions": "rotary", "activation_checkpointing": "selective"}, 0),
+        ("zigzag", True, {"activation_checkpointing": "full", "mlp_tiles": 2}, 0),
+        ("zigzag", False, {"positions": "rotary", "activation_checkpointing": "selective", "mlp_tiles": 2}, 0),
+        ("zigzag", False, {"activation_checkpointing": "offload"}, 0),
+        ("zigzag", False, {"positions": "rotary", "causal": False}, 3),
     ],
 )
-def test_compiled_models_have_no_graph_break_and_the_same_gradients(world, layout, whole, options) -> None:
-    world.run(2, compare, layout, whole, options, timeout=200)
+def test_compiled_models_have_no_graph_break_and_the_same_gradients(world, layout, whole, options, padding) -> None:
+    world.run(2, compare, layout, whole, options, padding, timeout=200)
 
 
 @pytest.mark.parametrize("module", [LSSAttention, SegmentDropout])
