@@ -107,15 +107,17 @@ def cut_padding(outputs: Any, shard: SequenceShard, batch: Any, dims: SequenceDi
     """Take the padding at the end of the sequences from what was computed of a segment.
 
     Args:
-        outputs: tensors in any nesting; those lose padding that have, in dimension 1, as many positions as the segment.
+        outputs: tensors in any nesting; those lose padding that have as many rows as the batch, and in dimension 1 as many
+            positions as the segment.
         shard: that of the batch.
         batch: this rank's part.
         dims: see :func:`lightning_lss.sequence.batch.split_batch`.
     """
-    local = {x.size(dim) for x, dim in _cuts(batch, dims).values()} if shard.padding else set()
+    cuts = _cuts(batch, dims).values() if shard.padding else ()
+    local = {(x.size(0), x.size(dim)) for x, dim in cuts if x.size(dim) != shard.true_length(x.size(dim))}
 
     def cut(path: Path, x: Tensor) -> Tensor:
-        if x.dim() <= DEFAULT_DIM or x.size(DEFAULT_DIM) not in local:
+        if tuple(x.shape[: DEFAULT_DIM + 1]) not in local:
             return x
         return x[:, shard.valid(x.size(DEFAULT_DIM), x.device)]
 

@@ -124,6 +124,13 @@ class GradientAveraging(DDPStrategy):
             meet(self._shard, self.root_device)
 
     @override
+    def reduce(self, *args: Any, **kwargs: Any) -> Tensor:
+        module = self.lightning_module
+        if module is not None and module._current_fx_name == "training_step":  # ``self.log(..., sync_dist=True)``
+            self._meet_replicas()
+        return super().reduce(*args, **kwargs)
+
+    @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         output = super().training_step(*args, **kwargs)
         self._meet_replicas()

@@ -70,6 +70,7 @@ class LSSStrategy(ProvedRuns):
             :func:`lightning_lss.sequence.batch.split_batch`.
         pad_values: what fills sequences up whose length cannot be divided, by key of the batch entry, such as
             ``{"inputs": 0, "targets": -100}``, where the module is shown segments; see :class:`~lightning_lss.SequenceShard`.
+            With ``layout="auto"`` such batches keep zigzag.
         check_batches: how many of the first batches of each data loader are compared over a sequence group, in every
             epoch.
         view: what a module is shown of a sequence: ``"segment"``, its rank's, for modules that are written with the parts
