@@ -38,5 +38,6 @@ class ByteModel(L.LightningModule):
 if __name__ == "__main__":
     text = torch.tensor(list(Path(__file__).read_bytes()))
     samples = [text[i : i + 512] for i in range(0, 1024, 16)]
-    trainer = L.Trainer(strategy="lss", accelerator="cpu", devices=2, max_epochs=1, logger=False)
+    quiet = dict(logger=False, enable_checkpointing=False)
+    trainer = L.Trainer(strategy="lss", accelerator="cpu", devices=2, max_epochs=1, **quiet)
     trainer.fit(ByteModel(), DataLoader(samples, batch_size=4))

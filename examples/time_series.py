@@ -57,9 +57,10 @@ def draw(series, forecast, path):
         start = len(actual) - HORIZON
         axes.plot(actual, color="0.6", label="series")
         axes.plot(range(start, len(actual)), predicted[start:], color="C1", label="forecast")
-        axes.axvline(start, color="0.3", linestyle=":")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+        axes.axvline(start, color="0.3", linestyle=":", label="start of the forecast")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.supxlabel("hour")
+    figure.supylabel("value")
     figure.savefig(path, dpi=100)
 
 

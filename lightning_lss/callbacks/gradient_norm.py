@@ -12,7 +12,8 @@ class GradientNormMonitor(pl.Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not every or (trainer.global_step + 1) % every:  # Lightning counts steps from 0, and logs the n-th
             return
         norm_of = getattr(trainer.strategy, "gradient_norm", None)
         grads = [x.grad for x in pl_module.parameters() if x.grad is not None]

@@ -34,7 +34,8 @@ class PeakMemoryMonitor(pl.Callback):
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
-        if step == self._last_step or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step == self._last_step or not every or step % every:
             return
         self._last_step = step  # under accumulation several batches end at the same step
         device = trainer.strategy.root_device
@@ -44,4 +45,4 @@ class PeakMemoryMonitor(pl.Callback):
         if 1 < len(peaks) <= self.most_ranks:
             metrics |= {f"memory/rank_{rank}": peak for rank, peak in enumerate(peaks)}
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
+            logger.log_metrics(metrics, step=step - 1)  # Lightning counts steps from 0

@@ -44,6 +44,7 @@ def main() -> None:
 def composed(cfg: DictConfig) -> float | None:
     """Check ``cfg`` and run its mode; return a run's validation bits per byte in a multirun, else None."""
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the data here is cheap to load
+    warnings.filterwarnings("ignore", "The dirpath has changed from")  # each run has a folder of its own
     warnings.filterwarnings("ignore", "Detected an existing checkpoint")  # last.ckpt, a folder with strategy=megatron
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.")  # its own use of torch
     try:

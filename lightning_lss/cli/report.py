@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +26,8 @@ def report(trainer: pl.Trainer, folder: Path) -> None:
         if isinstance(callback, LSSThroughputMonitor) and callback.tokens_per_second is not None:
             result["train/tokens_per_sec"] = callback.tokens_per_second
             table.add_row("tokens per second", f"{callback.tokens_per_second:,.0f}")
-    if checkpoint := getattr(trainer.checkpoint_callback, "best_model_path", ""):
+    written = trainer.state.fn == TrainerFn.FITTING  # other modes restore the path of the run that they evaluate
+    if written and (checkpoint := getattr(trainer.checkpoint_callback, "best_model_path", "")):
         table.add_row("checkpoint", shown(checkpoint))
     if (folder / "hf").is_dir():
         table.add_row("for from_pretrained", shown(folder / "hf"))

@@ -11,9 +11,10 @@ from typing import Any
 import hydra
 import lightning.pytorch as pl
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_lss.cli.progress import StepsProgressBar
 from lightning_lss.cli.report import RESULT, report
 
 
@@ -26,6 +27,8 @@ def run(cfg: DictConfig) -> None:
     callbacks = [hydra.utils.instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
     # LearningRateMonitor refuses to work without a logger.
     callbacks = [callback for callback in callbacks if logger or not isinstance(callback, LearningRateMonitor)]
+    if cfg.trainer.get("enable_progress_bar", True) and not any(isinstance(x, ProgressBar) for x in callbacks):
+        callbacks.append(StepsProgressBar())
     strategy = hydra.utils.instantiate(cfg.strategy, _convert_="all")
     given = {"strategy": strategy, "logger": logger, "callbacks": callbacks, "default_root_dir": cfg.output_dir}
     trainer: pl.Trainer = hydra.utils.instantiate(cfg.trainer, **given)

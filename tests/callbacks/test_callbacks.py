@@ -48,6 +48,34 @@ def test_a_run_over_two_ranks_logs_what_one_process_logs(world, tmp_path, strate
     assert {"train/tokens_per_sec", "train/device/flops_per_sec"} <= ours.keys() & reference.keys()
 
 
+class Steps(CSVLogger):
+    """Keeps at which steps each metric is logged."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        self.seen: dict[str, list[int | None]] = {}
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        for name in metrics:
+            self.seen.setdefault(name, []).append(step)
+
+
+@pytest.mark.parametrize(("every", "steps"), [(2, [1, 3]), (0, [])])
+def test_what_callbacks_log_stands_beside_what_lightning_logs(world, tmp_path, every, steps) -> None:
+    """At the same steps, so that curves can be read together; with 0 nothing is logged."""
+    seen = world.run(1, log_steps, str(tmp_path), every)[0]
+    for name in ("train/loss", "train/gradient_norm", "memory/peak"):
+        assert seen.get(name, []) == steps, name
+
+
+def log_steps(rank: int, folder: str, every: int) -> dict[str, list[int | None]]:
+    run, logger = Run(steps=5), Steps(folder)
+    callbacks: list[pl.Callback] = [GradientNormMonitor(), PeakMemoryMonitor()]
+    trainer = make_trainer(rank, run, logger=logger, callbacks=callbacks, log_every_n_steps=every)
+    trainer.fit(make_module(run), make_loader(trainer, make_samples(20), 4))
+    return logger.seen
+
+
 class ForOneDevice(pl.LightningModule):
     flops_per_batch = None
 

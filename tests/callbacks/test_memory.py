@@ -40,12 +40,12 @@ def test_each_rank_is_logged_once_a_step(world, tmp_path, accumulated) -> None:
     run = Run(size=2, trainer={"accumulate_grad_batches": accumulated})
     expected = {"memory/peak": 2.0, "memory/rank_0": 1.0, "memory/rank_1": 2.0}
     logged = world.run(2, fit_with_known_peaks, run, str(tmp_path), 64)[0]
-    assert logged == [(step, expected) for step in (1, 2, 3)]
+    assert logged == [(step, expected) for step in (0, 1, 2)]
 
 
 def test_of_too_many_ranks_only_the_highest_is_logged(world, tmp_path) -> None:
     logged = world.run(2, fit_with_known_peaks, Run(size=2, steps=1), str(tmp_path), 1)[0]
-    assert logged == [(1, {"memory/peak": 2.0})]
+    assert logged == [(0, {"memory/peak": 2.0})]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")

@@ -37,6 +37,7 @@ def test_train_py_from_start_to_prediction(tmp_path) -> None:
 
     output = train(tmp_path / "validate", "mode=validate", f"ckpt_path={checkpoint}", "strategy=single", "logger=csv")
     assert "tensorboard" not in output
+    assert "step-" not in output, "the path of another run's best checkpoint, as if this one had written it"
     assert (tmp_path / "validate/csv/metrics.csv").exists()
     again = json.loads((tmp_path / "validate/result.json").read_text())
     assert again["val/bits_per_byte"] == pytest.approx(result["val/bits_per_byte"], rel=1e-5)
