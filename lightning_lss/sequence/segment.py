@@ -34,7 +34,7 @@ class SequenceShard:
 
     Raises:
         ValueError: if ``rank`` is not in ``[0, size)``, the layout is unknown, the assignment is not for this layout
-            and size, or the padding is negative, or there is some where nothing is split.
+            and size, or the padding is negative, or not 0 where ``size`` is 1.
     """
 
     rank: int = 0

@@ -244,12 +244,16 @@ class CutsItself(Everything):
         return batch
 
 
-def test_settings_that_cannot_hold_are_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="pad_values=0 must be numbers by batch entry"):
-        LSSStrategy(pad_values=0)  # type: ignore[arg-type]
-    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=LSSStrategy(pad_values=PAD_VALUES))
+def refuse_module(rank: int) -> None:
+    trainer = as_it_is_trainer(rank, 2, pad_values=PAD_VALUES)
     with pytest.raises(MisconfigurationException, match=r"CutsItself.shard_batch cuts batches itself"):
         trainer.fit(CutsItself(None), DataLoader([1]))
+
+
+def test_settings_that_cannot_hold_are_refused_at_once(world: World) -> None:
+    with pytest.raises(ValueError, match="pad_values=0 must be numbers by batch entry"):
+        LSSStrategy(pad_values=0)  # type: ignore[arg-type]
+    world.run(2, refuse_module)  # a Trainer of this process would start pytest anew, as its second rank
 
 
 @pytest.mark.parametrize(
