@@ -277,7 +277,6 @@ class AttentionMask(BatchMask):
         return self
 
     def __eq__(self, other: object) -> bool:
-        # by digests, not by an operator: a checkpoint that computes a layer again would miss it
         return isinstance(other, AttentionMask) and self.packed == other.packed
 
     def __hash__(self) -> int:

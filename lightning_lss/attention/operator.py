@@ -42,8 +42,8 @@ from lightning_lss.sequence.segment import SequenceShard
 _MODIFIERS = ", ".join(f"Tensor? {name}=None" for name in Modifiers._fields)
 _SPEC = (
     "SymInt rank, SymInt size, str layout, str group, ScalarType? communication_dtype, SymInt padding, bool causal,"
-    " float scale, str kernel_name, str masked_kernel_name, SymInt? head_chunks, bool keep_gathered, float? softcap, float dropout,"
-    " bool whole_memory"
+    " float scale, str kernel_name, str masked_kernel_name, SymInt? head_chunks, bool keep_gathered, float? softcap,"
+    " float dropout, bool whole_memory"
 )
 """The keyword arguments of the operators: the fields of a spec and of its shard."""
 

@@ -123,6 +123,12 @@ def sequence_dim(path: Path, tensor: Tensor, dims: SequenceDims) -> int | None:
     return next((dims[key] for key in reversed(path) if key in dims), default)
 
 
+def sequences_by_path(batch: Any, dims: SequenceDims | None) -> dict[Path, tuple[Tensor, int]]:
+    """Find the entries of a batch that have a sequence, each with its dimension."""
+    found = ((path, x, sequence_dim(path, x, dims or {})) for path, x in tensors_by_path(batch))
+    return {path: (x, dim) for path, x, dim in found if dim is not None and -x.dim() <= dim < x.dim()}
+
+
 def how_to_name(path: Path) -> str:
     """Say what to write so that the entry at ``path`` is cut along another dimension or not at all."""
     if not path:  # a batch that is one tensor has no key

@@ -13,7 +13,7 @@ from lightning_lss.sequence.batch import (
     Path,
     SequenceDims,
     map_tensors,
-    sequence_dim,
+    sequences_by_path,
     show_entry,
     tensors_by_path,
 )
@@ -39,7 +39,7 @@ def padding_of(batch: Any, num_chunks: int, values: PadValues, dims: SequenceDim
         ValueError: if an entry has no value to be filled up with, or one that its dtype cannot hold, or entries lack
             different numbers of positions.
     """
-    cuts = _cuts(batch, dims)
+    cuts = sequences_by_path(batch, dims)
     unknown = set(values) - {key for path, _ in tensors_by_path(batch) for key in path}
     if unknown:  # no error: batches of other stages may have other entries
         warnings.warn(f"pad_values names {sorted(map(str, unknown))}, which the batch does not have.", stacklevel=2)
@@ -59,7 +59,7 @@ def padding_of(batch: Any, num_chunks: int, values: PadValues, dims: SequenceDim
 
 def pad_batch(batch: Any, padding: int, values: PadValues, dims: SequenceDims | None) -> Any:
     """Append ``padding`` positions to the sequences of a batch; see :func:`padding_of`."""
-    cuts = _cuts(batch, dims) if padding else {}
+    cuts = sequences_by_path(batch, dims) if padding else {}
 
     def padded(path: Path, x: Tensor) -> Tensor:
         if path not in cuts:
@@ -71,12 +71,6 @@ def pad_batch(batch: Any, padding: int, values: PadValues, dims: SequenceDims | 
         return torch.cat([x, x.new_full(shape, value)], dim)
 
     return map_tensors(batch, padded) if cuts else batch
-
-
-def _cuts(batch: Any, dims: SequenceDims | None) -> dict[Path, tuple[Tensor, int]]:
-    """The entries that have a sequence, each with its dimension."""
-    found = ((path, x, sequence_dim(path, x, dims or {})) for path, x in tensors_by_path(batch))
-    return {path: (x, dim) for path, x, dim in found if dim is not None and -x.dim() <= dim < x.dim()}
 
 
 def _value(path: Path, values: PadValues) -> float | None:
@@ -113,7 +107,7 @@ def cut_padding(outputs: Any, shard: SequenceShard, batch: Any, dims: SequenceDi
         batch: this rank's part.
         dims: see :func:`lightning_lss.sequence.batch.split_batch`.
     """
-    cuts = _cuts(batch, dims).values() if shard.padding else ()
+    cuts = sequences_by_path(batch, dims).values() if shard.padding else ()
     local = {(x.size(0), x.size(dim)) for x, dim in cuts if x.size(dim) != shard.true_length(x.size(dim))}
 
     def cut(path: Path, x: Tensor) -> Tensor:

@@ -6,11 +6,11 @@ from dataclasses import replace
 from math import gcd
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lss.sequence.assignment import ChunkAssignment, static_assignment
 from lightning_lss.sequence.balance import Integers, balance, causal_work, imbalance
-from lightning_lss.sequence.batch import Path, SequenceDims, masks_by_path, sequence_dim, tensors_by_path
+from lightning_lss.sequence.batch import Path, SequenceDims, masks_by_path, sequences_by_path
 from lightning_lss.sequence.layout import STATIC_LAYOUTS, check_layout
 from lightning_lss.sequence.padding import PadValues, check_values, padding_of
 from lightning_lss.sequence.segment import SequenceShard, segment_modules
@@ -178,20 +178,16 @@ def _lengths_of_masks(masks: Collection[Any]) -> list[int]:
 
 def _lengths(batch: Any, dims: SequenceDims) -> list[int]:
     """Return the lengths of all sequences of a batch, that of most of its tensors first."""
-    return [size for size, _ in Counter(x.size(dim) for x, dim in _cuts(batch, dims)).most_common()]
+    return [
+        size for size, _ in Counter(x.size(dim) for x, dim in sequences_by_path(batch, dims).values()).most_common()
+    ]
 
 
 def _rows(batch: Any, masks: Mapping[Any, int], dims: SequenceDims) -> int:
     """Return how many rows a batch has: as many as its masks tell apart, or else as most of its sequences."""
-    sizes = Counter(x.size(0) for x, dim in _cuts(batch, dims) if dim % x.dim() > 0)
+    sizes = Counter(x.size(0) for x, dim in sequences_by_path(batch, dims).values() if dim % x.dim() > 0)
     told_apart = max((mask.rows for mask in masks), default=1)
     return told_apart if told_apart > 1 or not sizes else sizes.most_common(1)[0][0]
-
-
-def _cuts(batch: Any, dims: SequenceDims) -> list[tuple[Tensor, int]]:
-    """Return the tensors of a batch that have a sequence, each with its dimension."""
-    cuts = ((x, dim) for path, x in tensors_by_path(batch) if (dim := sequence_dim(path, x, dims)) is not None)
-    return [(x, dim) for x, dim in cuts if -x.dim() <= dim < x.dim()]
 
 
 def _chunks_per_rank(lengths: Collection[int], size: int, even: bool) -> int:

@@ -1,6 +1,5 @@
 """Rules of attention: torch's own, and this package's, along a split sequence."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,12 +86,9 @@ def attend(
         [..., H, L, Dv], split as the queries are.
     """
     placement, keys_are_split = query.placement, isinstance(key, SplitTensor)
-    placement.shard.check_current()
-    # not every tensor of a batch is filled up by as much as the batch
-    shard = replace(placement.shard, padding=placement.padded - placement.length, is_current=None)
     q, k, v = (_with_four_dims(part(x)) for x in (query, key, value))
     options |= {"mask": mask, "bias": bias, "whole_memory": not keys_are_split}
-    result = lss_attention(q, k, v, shard, causal, **options)
+    result = lss_attention(q, k, v, placement.filled_up, causal, **options)
     return split_tensor(result.reshape(*query.part.shape[:-1], result.size(-1)), placement)
 
 

@@ -1,6 +1,7 @@
 """Where the sequence lies in a tensor, and which part of it a rank holds."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,14 @@ class Placement(NamedTuple):
         """The length that ranks hold segments of."""
         chunks = self.shard.num_chunks
         return -(-self.length // chunks) * chunks
+
+    @property
+    def filled_up(self) -> SequenceShard:
+        """The rank's place in sequences of this length; not every tensor of a batch is filled up by as much as the batch."""
+        if not self.is_padded:
+            return self.shard
+        self.shard.check_current()
+        return replace(self.shard, padding=self.padded - self.length, is_current=None)
 
     @property
     def is_padded(self) -> bool:
@@ -59,20 +68,16 @@ class Placement(NamedTuple):
     def part_of(self, whole: Tensor) -> Tensor:
         """Cut this rank's part out of ``whole``; differentiable."""
         x = self._unmerge(whole, self.length)
-        dim = self.dim + 1
-        if self.is_padded:
-            last = x.narrow(dim, self.length - 1, 1)
-            x = torch.cat([x, last.expand(*x.shape[:dim], self.padded - self.length, *x.shape[dim + 1 :])], dim)
-        return self.shard.split(x, dim).reshape(self.part_shape(whole.shape))
+        return self.filled_up.split(x, self.dim + 1).reshape(self.part_shape(whole.shape))
 
     def gather(self, part: Tensor) -> Tensor:
         """Gather the whole tensor on every rank; differentiable, with the exact adjoint."""
-        x = self.shard.gather(self._unmerge(part, self.padded // self.shard.size), self.dim + 1)
-        return x.narrow(self.dim + 1, 0, self.length).reshape(self.whole_shape(part.shape))
+        x = self._unmerge(part, self.padded // self.shard.size)
+        return self.filled_up.gather(x, self.dim + 1).reshape(self.whole_shape(part.shape))
 
     def counts(self, device: torch.device) -> Tensor:
         """Which of this rank's entries of the dimension are of the sequence, bool [part_size]."""
-        own = self.shard.positions(self.padded // self.shard.size, device) < self.length
+        own = self.filled_up.valid(self.padded // self.shard.size, device)
         return own[:, None].expand(self.outer, -1, self.inner).flatten()
 
     def counting(self, part: Tensor, value: float = 0.0) -> Tensor:
